@@ -1,0 +1,416 @@
+"""Everything a user can set, on one page.
+
+A run is one JSON file. `extends` names another file (relative to the first) whose values it starts from;
+`--set a.b=c` overrides single values; unknown keys are refused with the nearest valid name. The file
+that a run resolved to is saved beside its checkpoints.
+
+Units: sizes in pixels or tokens as said, times in optimizer steps unless the name says seconds.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from millrace.engine.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused, defaults validated too."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class ActivationCheckpointing(Section):
+    policy: Literal["none", "full", "selective"] = "none"
+    """`none` keeps every activation; `full` recomputes whole blocks in backward; `selective` keeps the
+    outputs of matrix products and attention and recomputes the element-wise rest."""
+    every: int = Field(1, ge=1)
+    """Apply the policy to every n-th block: 2 halves the memory saved and the work repeated."""
+
+
+class Run(Section):
+    output_dir: str = "runs/default"
+    """Folder that receives checkpoints, log.jsonl, TensorBoard events and sample grids."""
+    steps: int = Field(100_000, ge=1)
+    """Optimizer steps of the whole run."""
+    seed: int = Field(42, ge=0, lt=2**63)
+    """Base of all randomness: weights, order, noise, time, crops, caption choice and caption drop."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    compile: bool = False
+    """`torch.compile` each block (all blocks share one compiled graph)."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    init_from: str | None = None
+    """Start from these weights instead of random ones: a diffusers folder, a Photoroom/PRX state-dict
+    file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
+    max_bad_steps: int = Field(10, ge=1)
+    """Stop after this many steps in a row were skipped because a loss or gradient was not finite."""
+
+
+class Model(Section):
+    """The PRX denoiser (a single-stream DiT with static text keys)."""
+
+    width: int = Field(1792, ge=8)
+    """C, features of a token."""
+    depth: int = Field(16, ge=1)
+    """Number of blocks."""
+    heads: int = Field(28, ge=1)
+    """H, attention heads; head_dim = width / heads."""
+    mlp_ratio: float = Field(3.5, gt=0)
+    """F / C of the GeGLU MLP."""
+    patch_size: int = Field(2, ge=1)
+    """Edge of a square patch, in latent positions or pixels."""
+    in_channels: int = Field(16, ge=1)
+    """Channels of the latent (16 FLUX.1, 32 FLUX.2 and DC-AE) or 3 for pixels."""
+    bottleneck: int | None = Field(None, ge=1)
+    """Width of the linear bottleneck of the patch embedding (JiT), or null for a single linear layer."""
+    context_dim: int = Field(2304, ge=1)
+    """Features of a text token as the text tower emits it."""
+    rope_axes: tuple[int, int] | None = None
+    """Head features that encode the row and the column; default half of head_dim each."""
+    rope_theta: float = Field(10_000.0, gt=1)
+    """Base of the RoPE frequencies."""
+    resolution_embedding: bool = False
+    """Add an embedding of (height, width) to the time vector (PRX's 7 B pixel model)."""
+    attention_backend: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
+    """How `rope_attention` computes: plain PyTorch, SDPA or torch's varlen attention; `auto` chooses."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        return self.rope_axes or (self.head_dim // 2, self.head_dim // 2)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> "Model":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if sum(self.axes) != self.head_dim or any(a % 2 for a in self.axes):
+            raise ValueError(
+                f"rope_axes {list(self.axes)} must be even and add up to head_dim {self.head_dim}"
+            )
+        return self
+
+
+class Objective(Section):
+    """Flow matching: x_t = (1-t) x0 + t n, v = n - x0; t = 0 is data and t = 1 noise."""
+
+    prediction: Literal["velocity", "sample"] = "velocity"
+    """What the network outputs: v, or x0 (x-prediction, compared in v-space)."""
+    t_min: float = Field(0.05, gt=0, lt=1)
+    """Floor of t in the division (x_t - x) / max(t, t_min) of x-prediction."""
+    time_shift: float = Field(1.0, gt=0)
+    """s of t -> s t / (1 + (s-1) t): 1 for latents, 3 for pixels at 1024 px; also in sampling."""
+    time_uniform: float = Field(0.1, ge=0, le=1)
+    """Share of samples whose t is uniform instead of logit-normal."""
+    time_floor: float = Field(1e-3, gt=0, lt=0.5)
+    """Smallest t that is trained."""
+    noise_scale: float = Field(1.0, gt=0)
+    """Standard deviation of the noise."""
+    contrastive_weight: float = Field(0.0, ge=0, lt=1)
+    """Lambda of contrastive flow matching (arXiv 2506.05350); 0 is off, 0.05 the post's value."""
+
+
+class Routing(Section):
+    """Which tokens run through which blocks during training."""
+
+    policy: Literal["none", "tread"] = "none"
+    """`tread` (arXiv 2501.04765) lets a random share of tokens bypass a span of blocks."""
+    start: int = Field(2, ge=0)
+    """First routed block (0-based)."""
+    end: int | None = Field(None, ge=0)
+    """Last routed block, inclusive; default depth - 4."""
+    drop: float = Field(0.5, gt=0, lt=1)
+    """Share of tokens that bypass the span."""
+
+
+class TextTower(Section):
+    kind: Literal["hash", "t5gemma", "qwen3vl"] = "hash"
+    """`hash` maps words to fixed Gaussian vectors: it has no weights and knows no language, and is there so
+    that everything runs anywhere. `t5gemma` and `qwen3vl` are the towers of the PRX models."""
+    path: str | None = None
+    """Local folder or hub id of the tower's weights; default the published one on the hub."""
+    max_tokens: int = Field(256, ge=1)
+    """Longer captions are cut here; the log counts how many were."""
+
+
+class Autoencoder(Section):
+    kind: Literal["pixels", "flux1", "flux2", "repa_e", "dc_ae"] = "flux1"
+    """`pixels` trains on pixels in [-1, 1]; the others encode with that autoencoder."""
+    path: str | None = None
+    """Local folder or hub id of the autoencoder's weights; default the published one on the hub."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of the encoder."""
+
+
+class Conditioning(Section):
+    """The frozen networks around the denoiser."""
+
+    text: TextTower = TextTower()
+    autoencoder: Autoencoder = Autoencoder()
+    caption_drop: float = Field(0.1, ge=0, lt=1)
+    """Share of samples trained with the empty caption, for classifier-free guidance."""
+
+
+class Data(Section):
+    source: Literal["builtin", "folder"] = "builtin"
+    """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
+    `folder`: images with a .txt or .json file of the same name beside each."""
+    path: str | None = None
+    """Folder of `source: folder`."""
+    resolution: int = Field(256, ge=1)
+    """Edge in pixels of a square picture, or of the square with the same area in `mixed`."""
+    aspect: Literal["square", "mixed"] = "square"
+    """`mixed` keeps each picture near its own aspect ratio (between 1:2 and 2:1), in one batch."""
+    crop: Literal["random", "center"] = "random"
+    """`random` scales and places the crop differently each time; `center` takes the largest centred crop."""
+    crop_scale: float = Field(0.8, gt=0, le=1)
+    """Smallest edge of a random crop as a share of the largest possible crop."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Share of samples mirrored left to right."""
+    upscale: bool = False
+    """Allow pictures smaller than the crop to be enlarged; otherwise they are an error."""
+    long_caption: float = Field(0.5, ge=0, le=1)
+    """Share of samples that get the long caption, where a picture has both."""
+    global_batch: int = Field(256, ge=1)
+    """Samples of one optimizer step, over all processes and micro-batches."""
+    micro_batch: int = Field(32, ge=1)
+    """Samples of one forward pass of one process."""
+    workers: int = Field(4, ge=0)
+    """Threads that decode pictures in each process; 0 decodes in the training thread."""
+    prefetch: int = Field(2, ge=1)
+    """Micro-batches prepared ahead."""
+    max_bad_share: float = Field(0.0, ge=0, lt=1)
+    """Share of unreadable pictures that is tolerated (each counted and named); above it the run stops."""
+
+    @model_validator(mode="after")
+    def _path(self) -> "Data":
+        if self.source == "folder" and not self.path:
+            raise ValueError("source folder needs data.path")
+        return self
+
+
+class Optimizer(Section):
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-15, ge=0)
+    """The post's value; it needs the second moment in FP32."""
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(0.2, ge=0)
+    """Largest global gradient norm (0.2 in PRX's recipe); 0 is off."""
+
+
+class Schedule(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """After the warm-up: constant; linear or cosine decay to `final`; or warm-up-stable-decay."""
+    warmup: int = Field(1_000, ge=0)
+    """Steps of linear rise from 0."""
+    decay: float = Field(0.2, ge=0, le=1)
+    """Share of the run that decays at its end (`wsd` only)."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step, as a share of the peak (not for `constant`)."""
+
+
+class Ema(Section):
+    enabled: bool = False
+    decay: float = Field(0.999, gt=0, lt=1)
+    """Share of the average that is kept at an update (0.999 every 10 steps in PRX)."""
+    every: int = Field(10, ge=1)
+    """Steps between updates."""
+    start: int = Field(0, ge=0)
+    """The average starts as a copy of the weights at this step."""
+
+
+class Precision(Section):
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of matrix products and attention; norms, softmax, RoPE and loss are FP32 in any case."""
+    master: Literal["float32", "bfloat16"] = "float32"
+    """Storage of weights, optimizer state and EMA. `bfloat16` is the post's bug, kept as an experiment."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the gradient reduction between processes."""
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(5_000, ge=1)
+    """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
+    keep: int = Field(3, ge=1)
+    """How many of the newest checkpoints stay."""
+
+
+class Logging(Section):
+    every_steps: int = Field(10, ge=1)
+    """Steps between reads of the device's loss buffer; log.jsonl has every step all the same."""
+    tensorboard: bool = True
+    wandb: bool = False
+    """Weights & Biases, if installed."""
+    project: str = "millrace"
+    """Project name for Weights & Biases."""
+
+
+class Sampling(Section):
+    every_steps: int = Field(0, ge=0)
+    """Steps between sample grids during training; 0 is never."""
+    prompts: tuple[str, ...] = ()
+    """Captions of the grid; empty takes the first captions of the data."""
+    count: int = Field(16, ge=1)
+    """Pictures in the grid when `prompts` is empty."""
+    steps: int = Field(28, ge=1)
+    """Solver steps."""
+    solver: Literal["euler", "heun"] = "euler"
+    guidance: float = Field(5.0, ge=0)
+    """Scale of classifier-free guidance; 1 is off."""
+    weights: Literal["auto", "model", "ema"] = "auto"
+    """`auto` takes EMA where the run has one."""
+
+
+class Config(Section):
+    source: str = ""
+    """Where this configuration comes from, e.g. the table and row of a publication that it reproduces."""
+    run: Run = Run()
+    model: Model = Model()
+    objective: Objective = Objective()
+    routing: Routing = Routing()
+    conditioning: Conditioning = Conditioning()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    ema: Ema = Ema()
+    precision: Precision = Precision()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    sampling: Sampling = Sampling()
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    """Passed to DeepSpeed after a check that it names no key that the engine sets itself."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        model, routing = self.model, self.routing
+        if self.conditioning.autoencoder.kind == "pixels" and model.in_channels != 3:
+            raise ValueError(
+                f"model.in_channels is {model.in_channels}; with conditioning.autoencoder.kind pixels it is 3"
+            )
+        if routing.policy != "none":
+            end = route_end(self)
+            if not routing.start <= end < model.depth:
+                raise ValueError(
+                    f"routing spans blocks {routing.start}..{end} but model.depth is {model.depth}; "
+                    "set routing.start and routing.end inside the depth"
+                )
+        if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
+            raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
+        return self
+
+
+def route_end(config: Config) -> int:
+    """Index of the last routed block: as set, or depth - 4 (TREAD's absolute rule)."""
+    return config.routing.end if config.routing.end is not None else config.model.depth - 4
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a JSON configuration, follow its `extends`, apply `a.b=c` overrides and validate.
+
+    Raises UserError with one line per problem.
+    """
+    return parse_config(merge(read_json(Path(path)), dict_from_overrides(overrides)), str(path))
+
+
+def parse_config(values: dict[str, Any], origin: str) -> Config:
+    """Validate plain values; `origin` names them in errors."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(problem, origin) for problem in error.errors())) from None
+
+
+def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Values of one file merged over those of the file it `extends`."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a JSON object, this is a {type(values).__name__}")
+    values.pop("$schema", None)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    return merge(read_json(path.parent / base, (*seen, path)), values)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`; objects merge key by key, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def dict_from_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`; values are JSON where they parse as JSON."""
+    values: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {item}: write it as section.key=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return values
+
+
+def _explain(problem: Any, origin: str) -> str:
+    """One pydantic problem as one line: where, what, and the nearest valid name for an unknown key."""
+    where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        names = _keys_of(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(names)}"
+        return f"{origin}: unknown key {where!r}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = (
+        ""
+        if isinstance(problem["input"], dict) or problem["type"] == "value_error"
+        else f" (got {problem['input']!r})"
+    )
+    return f"{origin}: {where}: {message}{got}"
+
+
+def _keys_of(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a configuration file, for editors (`train.py --print-schema > configs/schema.json`)."""
+    schema = Config.model_json_schema()
+    schema["properties"] = {
+        "extends": {"type": "string", "description": "Another file whose values this one starts from."},
+        "$schema": {"type": "string"},
+        **schema["properties"],
+    }
+    return schema

@@ -1,0 +1,46 @@
+"""Packed sequences: the tokens of all samples lie in one (T, C) tensor, and `cu_seqlens` (B+1,) int32 says
+where each sample starts.
+
+Operations take `max_seqlen`, an upper bound of the sample lengths known on the host. It also tells, without
+looking at device memory, whether the batch is uniform: the lengths add up to T and none is above
+`max_seqlen`, so T == B * max_seqlen holds exactly when every sample has that length.
+"""
+
+import torch
+from torch import Tensor
+
+
+def is_uniform(total: int, samples: int, max_seqlen: int | None) -> bool:
+    """Whether every one of `samples` sequences has length `max_seqlen`, given that they add up to `total`."""
+    return max_seqlen is not None and total == samples * max_seqlen
+
+
+def sample_of_row(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Index of the sample that each packed row belongs to, (T,) int64; samples may be empty."""
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:], rows, right=True)
+
+
+def rows_from_samples(
+    values: Tensor, cu_seqlens: Tensor, total: int, max_seqlen: int | None = None
+) -> Tensor:
+    """Repeat `values` (B, ...) over the rows of each sample: (T, ...)."""
+    samples = cu_seqlens.numel() - 1
+    if is_uniform(total, samples, max_seqlen):
+        return values.unsqueeze(1).expand(samples, max_seqlen, *values.shape[1:]).flatten(0, 1)
+    return values.index_select(0, sample_of_row(cu_seqlens, total))
+
+
+def samples_from_rows(values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+    """Sum `values` (T, ...) over the rows of each sample: (B, ...), zero for an empty sample."""
+    samples = cu_seqlens.numel() - 1
+    if is_uniform(len(values), samples, max_seqlen):
+        return values.unflatten(0, (samples, max_seqlen)).sum(1)
+    return values.new_zeros(samples, *values.shape[1:]).index_add(
+        0, sample_of_row(cu_seqlens, len(values)), values
+    )
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in the precision that statistics and sums are formed in: FP32, or FP64 where x is FP64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
