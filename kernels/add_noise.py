@@ -26,6 +26,7 @@ def add_noise(
     expect_shape("clean", clean, "T", "P")
     expect_shape("t", t, samples)
     if not noise.is_floating_point():
+        expect_shape("noise", noise, samples)
         noise = normal(noise, cu_seqlens, *clean.shape, max_seqlen)
     expect_shape("noise", noise, *clean.shape)
     time = rows_from_samples(widen(t), cu_seqlens, len(clean), max_seqlen)[:, None]

@@ -1,11 +1,12 @@
 """Argument checks shared by the operations: which argument is wrong, what it is, what it should be."""
 
+import torch
 from torch import Tensor
 
 
 def expect_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
     """Raise ValueError unless `tensor` has this shape; a string stands for any size and names it."""
-    wanted = ", ".join(str(size) for size in shape)
+    wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
     )
@@ -15,7 +16,7 @@ def expect_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
 
 def expect_offsets(name: str, cu_seqlens: Tensor) -> int:
     """Check that `cu_seqlens` is (B+1,) int32 and return B."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype.itemsize != 4:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{name} is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, expected (B+1,) torch.int32"
         )

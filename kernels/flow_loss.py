@@ -40,7 +40,8 @@ def flow_loss(
         cu_seqlens: (B+1,) int32.
         contrastive_weight: lambda; 0, or a batch of one sample, leaves the term out.
         negative: (B,) int64, the sample whose target is pushed away from; default (i - 1) mod B.
-            Where lengths differ, row r of sample i meets row r mod length of its negative.
+            Where lengths differ, row r of sample i meets row r mod length of its negative; an empty
+            negative has nothing to push away from, so its partner goes without the term.
         prediction_type: what the network outputs, `velocity` or `sample` (x0).
         t_min: floor of t in the division of `sample`.
         max_seqlen: upper bound of the sample lengths, for the uniform fast path.
@@ -69,16 +70,17 @@ def flow_loss(
 
     error = (prediction - target).square()
     if contrastive_weight and samples > 1:
-        pushed = target[_negative_rows(cu_seqlens, total, negative)]
-        error = error - contrastive_weight * (prediction - pushed).square()
+        rows, present = _negative_rows(cu_seqlens, total, negative)
+        weight = contrastive_weight * present[:, None]
+        error = error - weight * (prediction - target[rows]).square()
     row_error = error.sum(1)
     lengths = cu_seqlens.diff().clamp_min(1)
     per_sample = samples_from_rows(row_error, cu_seqlens, max_seqlen) / (lengths * features)
     return row_error.sum() / max(total * features, 1), per_sample
 
 
-def _negative_rows(cu_seqlens: Tensor, total: int, negative: Tensor | None) -> Tensor:
-    """For each packed row, the row of its negative sample's target: (T,) int64."""
+def _negative_rows(cu_seqlens: Tensor, total: int, negative: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For each packed row, the row of its negative's target (T,) int64, and whether it has one (T,) bool."""
     samples = cu_seqlens.numel() - 1
     if negative is None:
         negative = (torch.arange(samples, device=cu_seqlens.device) - 1) % samples
@@ -86,4 +88,5 @@ def _negative_rows(cu_seqlens: Tensor, total: int, negative: Tensor | None) -> T
     own = sample_of_row(cu_seqlens, total)
     other = negative[own]
     row = torch.arange(total, device=cu_seqlens.device) - cu_seqlens[own]
-    return cu_seqlens[other] + row % cu_seqlens.diff()[other].clamp_min(1)
+    length = cu_seqlens.diff()[other]
+    return (cu_seqlens[other] + row % length.clamp_min(1)).clamp_max(total - 1), length > 0

@@ -141,7 +141,9 @@ def _sample_by_sample(
 
 
 def _dense_sdpa(image: Packed, text: Packed, samples: int, scale: float) -> Tensor:
-    q, k, v, text_k, text_v = (x.unflatten(0, (samples, -1)).transpose(1, 2) for x in (*image, *text))
+    q, k, v, text_k, text_v = (
+        x.reshape(samples, len(x) // samples, *x.shape[1:]).transpose(1, 2) for x in (*image, *text)
+    )
     keys, values = torch.cat((k, text_k), 2), torch.cat((v, text_v), 2)
     return F.scaled_dot_product_attention(q, keys, values, scale=scale).transpose(1, 2).flatten(0, 1)
 

@@ -60,10 +60,15 @@ def sample_route(
     if not 0 < keep_ratio < 1:
         raise ValueError(f"keep_ratio is {keep_ratio}, expected a number between 0 and 1")
     lengths = cu_seqlens.diff().tolist() if lengths is None else list(lengths)
+    if len(lengths) != samples:
+        raise ValueError(f"lengths has {len(lengths)} entries, expected {samples}, one per sample")
     longest = max(lengths)
+    uniform_batch = min(lengths) == longest
+    if structured and not uniform_batch:
+        raise ValueError(f"lengths are {lengths}, expected equal ones: structured routes share one grid")
     scores = uniform(sample_keys(seed, sample_index, "route"), longest)
     starts = cu_seqlens[:-1].long()
-    if structured or min(lengths) == longest:
+    if uniform_batch:
         kept = (
             _lowest_per_group(scores, keep_ratio, grid)
             if structured
@@ -83,8 +88,13 @@ def sample_route(
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """Ascending positions of the `count` lowest scores in the last dimension."""
-    return scores.topk(count, dim=-1, largest=False, sorted=False).indices.sort(dim=-1).values
+    """Ascending positions of the `count` lowest scores in the last dimension; the earlier of equal ones.
+
+    The sort is stable because scores have 24 bits, so ties happen, and how `topk` breaks them may differ
+    with the device and the number of samples.
+    """
+    order = scores.argsort(dim=-1, stable=True)
+    return order[..., :count].sort(dim=-1).values
 
 
 def _lowest_per_group(scores: Tensor, keep_ratio: float, grid: tuple[int, int] | None) -> Tensor:

@@ -144,7 +144,7 @@ class Denoiser(nn.Module):
     def predict(self, images: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Dense form: images (B, C, H, W), t (B,), text (B, S, E), text_mask (B, S) bool -> (B, C, H, W).
 
-        Padding may lie anywhere in the text; each sample needs at least one valid token.
+        Padding may lie anywhere in the text; a sample without any valid token attends to its image alone.
         """
         patch = self.config.patch_size
         samples, _, height, width = images.shape
@@ -153,8 +153,6 @@ class Denoiser(nn.Module):
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         lengths = text_mask.sum(1)
-        if not bool((lengths > 0).all()):
-            raise ValueError("text_mask has a sample without any valid token; keep at least one")
         offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
         grid: Grid = (height // patch, width // patch)
         layout = self.layouts.layout([grid] * samples, offsets, int(lengths.max()))

@@ -1,0 +1,1 @@
+"""The frozen networks around the denoiser: text towers (`text`) and autoencoders (`autoencoder`)."""

@@ -1,0 +1,17 @@
+"""Captioned pictures and the deterministic stream of training samples made of them."""
+
+from millrace.engine.data.batch import Batch
+from millrace.engine.data.crop import evaluation_view
+from millrace.engine.data.pictures import Captions, Source, UnreadablePicture
+from millrace.engine.data.source import open_source
+from millrace.engine.data.stream import SampleStream
+
+__all__ = [
+    "Batch",
+    "Captions",
+    "SampleStream",
+    "Source",
+    "UnreadablePicture",
+    "evaluation_view",
+    "open_source",
+]

@@ -1,0 +1,97 @@
+"""Pictures with captions, and the one way from a file to RGB pixels.
+
+A file that does not decode completely is never half used: Pillow's tolerance for truncated files is off,
+PNG checksums are compared, and everything that goes wrong becomes one UnreadablePicture, which the stream
+turns into an error or, where the configuration tolerates it, into a counted replacement.
+"""
+
+import io
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+READ_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class Captions(NamedTuple):
+    """Both captions of a picture; equal where it has only one."""
+
+    long: str
+    short: str
+
+
+class UnreadablePicture(Exception):
+    """The pixels of one picture cannot be had: where it is, and why."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where = where
+        self.reason = reason
+
+
+class Source(Protocol):
+    """An indexed set of captioned pictures. All methods are safe to call from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str:
+        """Name for people, unique in the source."""
+
+    def captions(self, index: int) -> Captions: ...
+
+    def image(self, index: int) -> Image.Image:
+        """The picture upright in mode RGB; may be shared, so do not modify it. Raises UnreadablePicture."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
+
+    Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture for files
+    that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
+    decompression bombs.
+    """
+    # Another library in this process may have told Pillow to pad truncated files with grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and probe.width * probe.height > limit:
+                raise UnreadablePicture(str(path), _too_many_pixels(f"{probe.width}x{probe.height}", limit))
+            # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
+            if getattr(probe, "is_animated", False) and probe.format != "MPO":
+                raise UnreadablePicture(str(path), "it is animated; store the wanted frame alone")
+            probe.verify()  # checksums of PNG; leaves the object unusable for decoding
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except UnreadablePicture:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadablePicture(str(path), _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)) from None
+    except Image.UnidentifiedImageError:
+        raise UnreadablePicture(str(path), "not a JPEG, PNG or WebP picture") from None
+    except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadablePicture(str(path), reason) from error
+
+
+def _too_many_pixels(what: str, limit: int | None) -> str:
+    return f"{what} is more than the {limit} pixels that Pillow considers safe to decode; store it smaller"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow would clip these at 255 instead of scaling them.
+        values = np.array(image)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 0xFFFF
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

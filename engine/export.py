@@ -1,0 +1,270 @@
+"""Weights in and out: diffusers' PRXTransformer2DModel, Photoroom/PRX state dicts, and ours.
+
+    python engine/export.py --checkpoint runs/jit --output jit-diffusers --dtype bfloat16
+
+What each format calls a tensor is in `model/conversion.py`. diffusers itself is imported by `to_diffusers`
+alone; everything else works without it.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A script's own folder is searched first, and engine/ has names (data, config) that others use too.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from millrace.engine.cli import run_command
+from millrace.engine.config import Model
+from millrace.engine.errors import UserError
+from millrace.engine.model.conversion import (
+    CLASS_NAME,
+    State,
+    denoiser_state,
+    diffusers_config,
+    diffusers_state,
+    empty_denoiser,
+    expect_state,
+    infer_model,
+    model_config,
+    prx_state,
+)
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.runtime.sharded import CheckpointReader
+from millrace.engine.runtime.weights import (
+    checkpoint_config,
+    checkpoint_folder,
+    checkpoint_state,
+    choose_weights,
+    read_weights,
+)
+
+if TYPE_CHECKING:
+    from diffusers import PRXTransformer2DModel
+
+STEM = "diffusion_pytorch_model"
+SHARD_BYTES = 5 * 10**9
+"""Largest file of an exported folder, unless one tensor alone is larger."""
+
+
+def to_diffusers(denoiser: Denoiser) -> "PRXTransformer2DModel":
+    """A diffusers model with copies of the weights, on their device and in their dtype."""
+    try:
+        from diffusers import PRXTransformer2DModel
+    except ImportError:
+        raise UserError(
+            f"diffusers.{CLASS_NAME} is not installed here: pip install 'millrace[encoders]'"
+        ) from None
+    with torch.device("meta"):
+        model = PRXTransformer2DModel(**diffusers_config(denoiser.config))
+    state = diffusers_state(denoiser.state_dict(), denoiser.config)
+    model.load_state_dict({name: part.clone() for name, part in state.items()}, assign=True)
+    return model
+
+
+def from_diffusers(model_or_folder: "PRXTransformer2DModel | str | Path") -> Denoiser:
+    """A Denoiser with copies of the weights of a diffusers model, or with those of anything on disk that
+    `load_weights` reads; in the dtype they have there."""
+    if isinstance(model_or_folder, str | Path):
+        state, config = load_weights(model_or_folder)
+    else:
+        config = model_config(model_or_folder.config)
+        state = denoiser_state(model_or_folder.state_dict(), config)
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    denoiser = empty_denoiser(config)
+    denoiser.load_state_dict(state, assign=True)
+    return denoiser
+
+
+def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[str, Tensor], Model]:
+    """Read weights from disk: parameters by their names in the Denoiser, on the CPU, in their stored dtype.
+
+    Args:
+        path: a diffusers folder (of the transformer, or of a pipeline that has one), a Photoroom/PRX state
+            dict (.safetensors, or .pt and .pth read with `weights_only`; plain, or under "model" or
+            "state_dict"), or a Millrace run or checkpoint folder (EMA weights where there are any).
+        config: the model that the weights are wanted for; needed for a state dict of unpublished patches.
+
+    Raises UserError if the file cannot be read, or does not hold the weights of `config`.
+    """
+    path = Path(path)
+    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    if path.is_file():
+        theirs = _read_state_dict(path)
+        model = config or infer_model(theirs)
+        return denoiser_state(theirs, model), model
+    if (folder / "config.json").is_file():
+        model = model_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+        _expect_model(model, config, path)
+        return denoiser_state(_read_shards(folder), model), config or model
+    if path.is_dir():
+        state, run = checkpoint_state(path)
+        _expect_model(run.model, config, path)
+        expect_state(state, run.model, f"weights of {path}")
+        return state, config or run.model
+    raise UserError(
+        f"{path}: no such file or folder; give a local diffusers folder, a Photoroom/PRX state dict, or a "
+        "Millrace run or checkpoint"
+    )
+
+
+def _expect_model(found: Model, wanted: Model | None, path: Path) -> None:
+    """Raise UserError, naming the settings, if weights of `found` mean something else in a `wanted` model."""
+    if wanted is None:
+        return
+    has, needs = diffusers_config(found), diffusers_config(wanted)
+    differing = [f"{key} {has[key]} instead of {needs[key]}" for key in has if has[key] != needs[key]]
+    if differing:
+        raise UserError(f"{path} is another model: {', '.join(differing)}")
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise UserError(f"{path}: cannot be read as a state dict: {reason}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a state dict, which maps names to tensors and nothing else")
+    return dict(state)
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a diffusers folder, in one file or in shards."""
+    index = folder / f"{STEM}.safetensors.index.json"
+    files = {f"{STEM}.safetensors"}
+    if index.is_file():
+        files = set(_read_json(index)["weight_map"].values())
+    return {
+        name: tensor for file in sorted(files) for name, tensor in _read_state_dict(folder / file).items()
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def save_diffusers(
+    state: State,
+    config: Model,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write our weights as `PRXTransformer2DModel.from_pretrained` reads them.
+
+    Needs memory for one shard beyond `state`. config.json is written last, so a folder that has it is
+    complete. Raises UserError if `folder` has content, or for weights that do not fit `config`.
+    """
+    theirs = diffusers_state(state, config)
+    folder = _new_folder(folder)
+    shards = _shard(theirs, dtype, max_shard_bytes)
+    if len(shards) == 1:
+        _write_tensors(theirs, shards[0], dtype, folder / f"{STEM}.safetensors")
+    else:
+        weight_map = {}
+        for i, names in enumerate(shards, start=1):
+            file = f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors"
+            _write_tensors(theirs, names, dtype, folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        total = sum(part.numel() for part in theirs.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{STEM}.safetensors.index.json", index)
+    _write_json(folder / "config.json", {"_class_name": CLASS_NAME, **diffusers_config(config)})
+
+
+def save_prx(state: State, config: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write our weights as a Photoroom/PRX state dict, `denoiser.safetensors` in an empty `folder`."""
+    theirs = prx_state(state, config)
+    _write_tensors(theirs, theirs, dtype, _new_folder(folder) / "denoiser.safetensors")
+
+
+def _new_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
+    if occupied:
+        raise UserError(f"{folder} is not empty; choose a new folder or empty this one")
+    return folder
+
+
+def _shard(state: State, dtype: torch.dtype, limit: int) -> list[list[str]]:
+    """Names in groups, in order, each of at most `limit` bytes or of one tensor."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in state.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_tensors(state: State, names: Iterable[str], dtype: torch.dtype, path: Path) -> None:
+    # Copied, so that no two tensors share memory, which safetensors refuses to write.
+    tensors = {name: state[name].to("cpu", dtype, copy=True) for name in names}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Write the weights of a run for diffusers or Photoroom/PRX.",
+        epilog="example: python engine/export.py --checkpoint runs/jit --output jit --dtype bfloat16",
+    )
+    parser.add_argument("--checkpoint", required=True, help="run folder (newest checkpoint) or checkpoint")
+    parser.add_argument("--output", required=True, help="folder to create")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "model"),
+        default="auto",
+        help="auto takes EMA where there is one",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--format", choices=("diffusers", "prx"), default="diffusers")
+    options = parser.parse_args(arguments)
+
+    reader = CheckpointReader(checkpoint_folder(options.checkpoint))
+    weights, config = choose_weights(reader, options.weights), checkpoint_config(reader)
+    save = save_diffusers if options.format == "diffusers" else save_prx
+    save(read_weights(reader, weights), config.model, options.output, dtype=getattr(torch, options.dtype))
+    kind = {"ema": "EMA weights", "model": "weights"}[weights]
+    print(f"{options.output}: {kind} of {reader.folder} in {options.dtype}, format {options.format}")
+    space = config.conditioning.autoencoder.kind
+    print(f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,15 @@
+"""Nearest training picture of a generated one: does a caption bring back its own picture?"""
+
+import torch
+from torch import Tensor
+
+
+def nearest_picture(generated: Tensor, references: Tensor) -> Tensor:
+    """For each generated picture (M, 3, h, w) the index (M,) of the reference (N, 3, h, w) with the least mean
+    squared difference of pixels."""
+    return torch.cdist(generated.flatten(1).double(), references.flatten(1).double()).argmin(1)
+
+
+def recall(generated: Tensor, references: Tensor, own: Tensor) -> float:
+    """Share of generated pictures whose nearest reference is `own` (M,), the one that their caption describes."""
+    return (nearest_picture(generated, references) == own.to(generated.device)).double().mean().item()

@@ -1,0 +1,57 @@
+"""Floating-point operations of the denoiser, from its shapes.
+
+A multiply-add counts as two. Linear layers and attention are counted, element-wise work is not; backward is
+twice forward. Modulation runs once per sample, text keys and values once per text token, a routed token only
+in the blocks that it visits. "6 x parameters x tokens" would be a third too high.
+"""
+
+from millrace.engine.config import Config, Model, route_end
+from millrace.kernels.routing import kept_tokens
+
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+"""Dense BF16 FLOP/s without sparsity, from NVIDIA's data sheets (SXM variants)."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense BF16 FLOP/s of a GPU by its name, or None if unknown."""
+    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+
+
+def forward_flops(config: Model, image_tokens: int, text_tokens: int, routed: range, kept: int) -> float:
+    """FLOPs of one sample's forward pass.
+
+    Args:
+        image_tokens, text_tokens: N and L of the sample.
+        routed: blocks in which only `kept` image tokens run; an empty range for none.
+    """
+    width, depth, features = config.width, config.depth, config.in_channels * config.patch_size**2
+    embed = (
+        features * config.bottleneck + config.bottleneck * width if config.bottleneck else features * width
+    )
+    once = 256 * width + width * width  # time vector
+    once *= 2 if config.resolution_embedding else 1
+    once += depth * 6 * width * width + 2 * width * width  # modulation
+    total = once + image_tokens * (embed + width * features)
+    total += text_tokens * width * (config.context_dim + depth * 2 * width)
+    for block in range(depth):
+        tokens = kept if block in routed else image_tokens
+        total += tokens * (4 * width * width + 3 * width * config.mlp_width)
+        total += 2 * tokens * (tokens + text_tokens) * width
+    return 2.0 * total
+
+
+def training_flops(config: Config, image_tokens: int, text_tokens: int) -> float:
+    """FLOPs of one sample's forward and backward pass under the run's routing."""
+    routed, kept = range(0), image_tokens
+    if config.routing.policy != "none":
+        routed = range(config.routing.start, route_end(config) + 1)
+        kept = kept_tokens(image_tokens, 1 - config.routing.drop)
+    return 3 * forward_flops(config.model, image_tokens, text_tokens, routed, kept)

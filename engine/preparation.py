@@ -1,0 +1,89 @@
+"""From a batch of pictures and captions to what a training step consumes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from millrace.engine.conditioning.autoencoder import Autoencoder
+from millrace.engine.conditioning.text import TextEncoder
+from millrace.engine.data import Batch
+from millrace.engine.model.packing import Layout, LayoutCache, patchify
+from millrace.kernels.random import normal, sample_keys
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micro-batch on the device, packed."""
+
+    clean: Tensor
+    """(T, P) FP32 patches of latents or pixels."""
+    text: Tensor
+    """(S, E) text embeddings."""
+    layout: Layout
+    sample_index: Tensor
+    """(B,) int64."""
+    keys: list[str]
+    """Names of the samples, for messages."""
+
+
+class Preparation:
+    """Runs the frozen networks and packs their output.
+
+    Args:
+        autoencoder, text_tower: the frozen networks, on `device`.
+        layouts: of the denoiser.
+        patch: edge of a token in latent positions.
+        seed: of the run; the posterior's noise belongs to the sample.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        text_tower: TextEncoder,
+        layouts: LayoutCache,
+        patch: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.autoencoder, self.text_tower, self.layouts = autoencoder, text_tower, layouts
+        self.patch, self.seed, self.device = patch, seed, device
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Prepared:
+        """Encode captions and pictures, cut the latents into patches, and lay the samples end to end."""
+        sample_index = batch.sample_index.to(self.device)
+        text = self.text_tower.encode(batch.captions)
+        latents = self._encode(batch.images, sample_index)
+        grids = [(z.shape[1] // self.patch, z.shape[2] // self.patch) for z in latents]
+        return Prepared(
+            clean=torch.cat([patchify(z, self.patch) for z in latents]),
+            text=text.embeddings,
+            layout=self.layouts.layout(grids, text.cu_seqlens, text.max_seqlen),
+            sample_index=sample_index,
+            keys=batch.keys,
+        )
+
+    def _encode(self, images: list[Tensor], sample_index: Tensor) -> list[Tensor]:
+        """Latents (channels, h, w) FP32 of each picture; pictures of one size go through together."""
+        by_size: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(i)
+        latents: list[Tensor] = [torch.empty(0)] * len(images)
+        for members in by_size.values():
+            stack = torch.stack([images[i] for i in members]).to(self.device, non_blocking=True)
+            encoded = self.autoencoder.encode(stack, self._posterior_noise(stack, sample_index[members]))
+            for i, latent in zip(members, encoded, strict=True):
+                latents[i] = latent
+        return latents
+
+    def _posterior_noise(self, stack: Tensor, sample_index: Tensor) -> Tensor | None:
+        if not self.autoencoder.stochastic:
+            return None
+        channels, factor = self.autoencoder.channels, self.autoencoder.factor
+        samples, _, height, width = stack.shape
+        shape = (channels, height // factor, width // factor)
+        rows = shape[0] * shape[1]
+        offsets = torch.arange(samples + 1, dtype=torch.int32, device=self.device) * rows
+        keys = sample_keys(self.seed, sample_index, "posterior")
+        return normal(keys, offsets, samples * rows, shape[2], rows).view(samples, *shape)

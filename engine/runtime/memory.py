@@ -1,0 +1,63 @@
+"""Whether a run fits, before anything is allocated."""
+
+import os
+
+import psutil
+import torch
+
+from millrace.engine.config import Config
+from millrace.engine.errors import UserError
+from millrace.engine.model.denoiser import Denoiser
+
+GIB = 2**30
+
+
+def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[str, float]:
+    """Bytes that one process needs for the denoiser's training, by purpose.
+
+    Args:
+        stage: ZeRO stage.
+        ranks: processes that ZeRO shards over.
+        factor: pixels per latent position of the autoencoder.
+
+    Weights, gradients and optimizer state are exact up to DeepSpeed's buffers. Activations are counted per
+    image token and block, 16 C + 5 F numbers with everything kept, C with full recomputation; frozen
+    towers are not counted.
+    """
+    model, data = config.model, config.data
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Denoiser(model).parameters())
+    stored = 4 if config.precision.master == "float32" else 2
+    share = ranks if stage > 0 else 1
+    tokens = data.micro_batch * (data.resolution / (factor * model.patch_size)) ** 2
+    number = 2 if config.precision.compute == "bfloat16" else 4
+    per_token = (16 * model.width + 5 * model.mlp_width) * number
+    recompute = config.run.activation_checkpointing
+    if recompute.policy == "full":
+        per_token = per_token * (1 - 1 / recompute.every) + model.width * number / recompute.every
+    return {
+        "weights": stored * parameters / (ranks if stage == 3 else 1),
+        "gradients": stored * parameters / (ranks if stage >= 2 else 1),
+        "master weights": 4 * parameters / share if stage in (1, 2) else 0.0,
+        "Adam moments": 2 * stored * parameters / share,
+        "EMA": stored * parameters / share if config.ema.enabled else 0.0,
+        "activations": tokens * model.depth * per_token,
+    }
+
+
+def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torch.device) -> None:
+    """Raise UserError, with the estimate, if the run cannot fit the memory of its device."""
+    parts = estimate_bytes(config, stage, ranks, factor)
+    need = sum(parts.values())
+    if device.type == "cuda":
+        have, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    else:
+        sharing = int(os.environ.get("LOCAL_SIZE", 1))
+        have, where = psutil.virtual_memory().available / sharing, "this machine (per process)"
+    if need > have:
+        table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+        raise UserError(
+            f"the run needs about {need / GIB:.1f} GiB per process ({table}), {where} has {have / GIB:.1f} GiB free; "
+            "take a smaller model or data.micro_batch, a higher ZeRO stage on more processes, or "
+            "run.activation_checkpointing"
+        )

@@ -1,0 +1,131 @@
+"""DeepSpeed: its configuration, made from ours, and its engine."""
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from millrace.engine.config import Config
+from millrace.engine.errors import UserError
+from millrace.engine.optim.adamw import SkippableAdamW
+from millrace.engine.runtime.distributed import world_size
+
+# Keys that follow from our configuration, and where they are set there.
+OWNED = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "data.global_batch and data.micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "precision.compute",
+    "fp16": "precision.compute",
+    "torch_autocast": "precision.compute",
+    "data_types": "precision",
+    "communication_data_type": "precision.reduce",
+    "zero_allow_untested_optimizer": "optimizer.kind",
+    "steps_per_print": "logging.every_steps",
+    "tensorboard": "logging.tensorboard",
+    "wandb": "logging.wandb",
+    "csv_monitor": "logging",
+    "checkpoint": "checkpoint",
+    "activation_checkpointing": "run.activation_checkpointing",
+    "compile": "run.compile",
+}
+
+# Keys that DeepSpeed 0.19 reads and that we pass on. It ignores unknown ones without a word, so we do not.
+PASSED = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+)
+
+
+def zero_stage(config: Config) -> int:
+    """ZeRO stage 0 to 3 of the run."""
+    section = config.deepspeed.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else section
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+    return stage
+
+
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches of one optimizer step on each of the job's processes."""
+    data, ranks = config.data, world_size()
+    if data.global_batch % (data.micro_batch * ranks):
+        raise UserError(
+            f"data.global_batch {data.global_batch} is not a multiple of data.micro_batch {data.micro_batch} "
+            f"x {ranks} process(es); change one of them"
+        )
+    return data.global_batch // (data.micro_batch * ranks)
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`. Raises UserError where the user's section conflicts with ours.
+
+    BF16 arithmetic is `torch_autocast`, never the `bf16` block: that one rounds the weights themselves.
+    """
+    for key in config.deepspeed:
+        if key in OWNED:
+            raise UserError(
+                f"deepspeed.{key} conflicts with the engine, which sets it from {OWNED[key]}; remove it there"
+            )
+        if key not in PASSED:
+            near = difflib.get_close_matches(key, PASSED, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(PASSED)}"
+            raise UserError(f"deepspeed.{key} is not a key that DeepSpeed reads; {hint}")
+    stage, precision = zero_stage(config), config.precision
+    if precision.master == "bfloat16" and stage != 0:
+        raise UserError(
+            f"precision.master bfloat16 is an experiment for ZeRO stage 0; stage {stage} keeps FP32 masters. Set "
+            "deepspeed.zero_optimization.stage to 0"
+        )
+    if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
+        raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")
+    values: dict[str, Any] = {
+        **config.deepspeed,
+        "train_micro_batch_size_per_gpu": config.data.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(config),
+        # At stage 0 the trainer clips: it needs the norm anyway to refuse what is not finite.
+        "gradient_clipping": config.optimizer.clip if stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if precision.compute == "bfloat16":
+        # The list names the modules whose gradients ZeRO reduces in BF16; empty keeps the reduction FP32.
+        low = ["torch.nn.Linear"] if precision.reduce == "bfloat16" else []
+        values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": low}
+        if precision.reduce == "bfloat16":
+            values["communication_data_type"] = "bf16"
+    return values
+
+
+def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdamW) -> tuple[Any, Any]:
+    """Wrap model and optimizer: (DeepSpeed engine, DeepSpeed's optimizer, which at stage 0 is ours)."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    try:
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config)
+        )
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed: {str(error).strip().splitlines()[-1]}") from error
+    return engine, wrapped
+
+
+def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm () of all elements together, on the device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -1,0 +1,71 @@
+"""`--smoke`: any configuration made small enough to run all its code on a CPU in under a minute.
+
+Kept: prediction type, routing, kinds of towers (tiny ones with random weights of the real classes), solver,
+ZeRO stage, precision. Shrunk: every dimension. Not run: `torch.compile`, which takes longer than the rest.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from millrace.engine.config import Config, dict_from_overrides, merge, parse_config
+
+_PIXELS_PER_LATENT = {"pixels": 1, "flux1": 8, "flux2": 8, "repa_e": 8, "dc_ae": 32}
+_GRID = 6
+"""Tokens along the edge of a smoke picture."""
+
+
+def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The small version of `config`; `overrides` (`a.b=c`) have the last word."""
+    model, conditioning = config.model, config.conditioning
+    patch = min(model.patch_size, 4)
+    output = f"{config.run.output_dir}-smoke"
+    depth = min(model.depth, 6)
+    small: dict[str, Any] = {
+        "run": {"output_dir": output, "steps": 4, "device": "cpu", "compile": False, "init_from": None},
+        "model": {
+            "width": 64,
+            "heads": 2,
+            "depth": depth,
+            "patch_size": patch,
+            "rope_axes": None,
+            "bottleneck": 16 if model.bottleneck else None,
+            "context_dim": 32,
+        },
+        "routing": {"start": min(config.routing.start, depth - 4), "end": None},
+        "conditioning": {"text": {"max_tokens": 64}},
+        "data": {
+            "source": "builtin",
+            "path": None,
+            "resolution": _PIXELS_PER_LATENT[conditioning.autoencoder.kind] * patch * _GRID,
+            "upscale": True,
+            "global_batch": 4,
+            "micro_batch": 2,
+            "workers": 1,
+        },
+        "schedule": {"warmup": 2},
+        "ema": {"every": 1, "start": 0},
+        "checkpoint": {"every_steps": 2, "keep": 2},
+        "logging": {"every_steps": 2, "wandb": False},
+        "sampling": {"every_steps": 4, "prompts": [], "count": 2, "steps": 2},
+    }
+    values = merge(merge(config.model_dump(mode="json"), small), dict_from_overrides(overrides))
+    shrunk = parse_config(values, "--smoke")
+    return parse_config(merge(values, {"conditioning": _tiny_towers(shrunk)}), "--smoke")
+
+
+def _tiny_towers(config: Config) -> dict[str, Any]:
+    """Paths of small random instances of the towers that the configuration names, made under its output folder."""
+    text, autoencoder = config.conditioning.text, config.conditioning.autoencoder
+    paths: dict[str, Any] = {}
+    folder = Path(config.run.output_dir) / "towers"
+    if text.kind != "hash":
+        from millrace.engine.conditioning.tiny import tiny_text_tower
+
+        paths["text"] = {
+            "path": str(tiny_text_tower(text.kind, config.model.context_dim, folder / text.kind))
+        }
+    if autoencoder.kind != "pixels":
+        from millrace.engine.conditioning.tiny import tiny_autoencoder
+
+        paths["autoencoder"] = {"path": str(tiny_autoencoder(autoencoder.kind, folder / autoencoder.kind))}
+    return paths

@@ -1,0 +1,81 @@
+"""Train a model.
+
+deepspeed engine/train.py --config configs/latent_256.json
+deepspeed --num_gpus 2 engine/train.py --config configs/quickstart.json --resume auto
+python engine/train.py --config configs/jit_1024_tread.json --smoke
+python engine/train.py --config configs/quickstart.json --set run.steps=20 --print-config
+"""
+
+import sys
+
+from pathlib import Path
+
+if __name__ == "__main__":
+    # A script's own folder is searched first, and engine/ has names (data, config) that others use too.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import json
+
+from millrace.engine.cli import run_command
+from millrace.engine.config import json_schema, load_config
+from millrace.engine.smoke import smoke
+
+
+def parse() -> argparse.Namespace:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="examples:\n" + __doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="JSON configuration file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="shrink everything and run all the code on a CPU"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|STEP|FOLDER",
+        help="continue: auto takes the newest good checkpoint of run.output_dir, if there is one",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    parser.add_argument(
+        "--print-schema", action="store_true", help="print the JSON Schema of configurations and exit"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.config and not arguments.print_schema:
+        parser.error("--config FILE is needed; the folder configs/ has one per kind of run")
+    return arguments
+
+
+def main() -> int:
+    """Resolve the configuration, then train."""
+    arguments = parse()
+    if arguments.print_schema:
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.smoke:
+        config = smoke(config, arguments.overrides)
+    if arguments.print_config:
+        print(config.model_dump_json(indent=2))
+        return 0
+
+    from millrace.engine.runtime.distributed import wait_for_all
+    from millrace.engine.runtime.logs import set_up_logging
+    from millrace.engine.trainer import Trainer
+
+    set_up_logging()
+    Trainer(config, arguments.resume).train()
+    wait_for_all()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

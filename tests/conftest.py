@@ -1,0 +1,40 @@
+"""What holds for every test: one thread, fixed seeds, poisoned memory, and no CUDA test without CUDA."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS reads it when it starts
+
+
+def pytest_configure() -> None:
+    """Tiny tensors gain nothing from threads; more of them only make runs on a shared machine slow."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `cuda` where there is no device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """Same random numbers in any order of tests, and NaN in memory that was never written.
+
+    PyTorch fills uninitialised memory only while deterministic algorithms are asked for, so a kernel that
+    leaves a part of its output unwritten cannot pass on leftovers of an earlier call.
+    """
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

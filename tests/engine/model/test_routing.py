@@ -1,0 +1,142 @@
+"""TREAD: rows that bypass a span are untouched, rows that run see only each other."""
+
+import pytest
+import torch
+
+from millrace.engine.config import Config, Model
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.routing import Dense, RoutedSpan, Tread, routing_policy
+
+CONFIG = Model(width=32, depth=5, heads=2, in_channels=4, context_dim=12)
+UNIFORM, MIXED = [(4, 4)] * 3, [(4, 4), (2, 5), (3, 3)]
+TEXT = [3, 1, 4]
+INDEX = torch.tensor([11, 5, 900])
+
+
+def _batch(grids):
+    generator = torch.Generator().manual_seed(0)
+    denoiser = Denoiser(CONFIG)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    offsets = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
+    layout = denoiser.layouts.layout(grids, offsets, max(TEXT))
+    tokens = torch.randn(sum(layout.lengths), 16, generator=generator)
+    text = torch.randn(sum(TEXT), 12, generator=generator)
+    return denoiser, (tokens, torch.rand(3, generator=generator), text, layout)
+
+
+def _block_inputs(denoiser, inputs, span=None):
+    """The arguments of every block in one forward pass, and x as the final layer gets it."""
+    seen, handles = [], []
+    for block in denoiser.blocks:
+        handles.append(block.register_forward_pre_hook(lambda _block, args: seen.append(args)))
+    final = []
+    handles.append(denoiser.final_layer.register_forward_pre_hook(lambda _layer, args: final.append(args[0])))
+    with torch.no_grad():
+        denoiser(*inputs, span=span)
+    for handle in handles:
+        handle.remove()
+    return seen, final[0]
+
+
+@pytest.mark.parametrize("grids", [UNIFORM, MIXED], ids=["uniform", "mixed"])
+@pytest.mark.parametrize(("start", "end"), [(1, 2), (0, 3), (2, 4)])
+def test_span_runs_the_kept_rows_alone_and_leaves_the_others(grids, start, end):
+    denoiser, inputs = _batch(grids)
+    layout = inputs[3]
+    span = Tread(start, end, drop=0.5).draw(layout, 42, INDEX)
+    dense, _ = _block_inputs(denoiser, inputs)
+    routed, final = _block_inputs(denoiser, inputs, span)
+    after = final if end == CONFIG.depth - 1 else routed[end + 1][0]
+
+    before = dense[start][0]
+    kept = torch.zeros(len(before), dtype=torch.bool)
+    kept[span.route.index] = True
+    assert 0 < kept.sum() < len(before)
+    assert torch.equal(after[~kept], before[~kept])
+
+    # Each sample by itself through the span: its kept tokens, their positions, its own text.
+    offsets, text_offsets = layout.cu_seqlens.tolist(), layout.cu_seqlens_text.tolist()
+    for b in range(len(grids)):
+        rows = span.route.index[(span.route.index >= offsets[b]) & (span.route.index < offsets[b + 1])]
+        x = before[rows]
+        for i in range(start, end + 1):
+            _, modulation, text_kv, cos, sin, *_ = dense[i]
+            text = text_kv[text_offsets[b] : text_offsets[b + 1]]
+            lengths = [torch.tensor([0, len(part)], dtype=torch.int32) for part in (x, text)]
+            where = (layout.positions[rows], *lengths, len(x), len(text))
+            with torch.no_grad():
+                x = denoiser.blocks[i](x, modulation[b : b + 1], text, cos, sin, *where)
+        torch.testing.assert_close(after[rows], x, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_outside_the_span_see_all_rows():
+    denoiser, inputs = _batch(MIXED)
+    layout = inputs[3]
+    span = Tread(1, 2, drop=0.5).draw(layout, 42, INDEX)
+    seen, final = _block_inputs(denoiser, inputs, span)
+    total, kept = sum(layout.lengths), len(span.route.index)
+    assert [len(args[0]) for args in seen] == [total, kept, kept, total, total]
+    assert [args[6] is layout.cu_seqlens for args in seen] == [True, False, False, True, True]
+    assert torch.equal(seen[1][5], layout.positions[span.route.index])
+    assert len(final) == total
+
+
+def test_a_route_of_all_rows_changes_nothing():
+    denoiser, inputs = _batch(MIXED)
+    layout = inputs[3]
+    span = Tread(1, 3, drop=0.5).draw(layout, 42, INDEX)
+    everything = span.route._replace(
+        index=torch.arange(sum(layout.lengths)), cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen
+    )
+    with torch.no_grad():
+        (routed,) = denoiser(*inputs, span=RoutedSpan(everything, 1, 3))
+        (dense,) = denoiser(*inputs)
+    assert torch.equal(routed, dense)
+
+
+def test_gradients_flow_past_and_through_the_span():
+    denoiser, inputs = _batch(MIXED)
+    span = Tread(1, 2, drop=0.5).draw(inputs[3], 42, INDEX)
+    tokens = inputs[0].requires_grad_()
+    denoiser(*inputs, span=span)[0].square().sum().backward()
+    assert (tokens.grad.abs().sum(1) > 0).all()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in denoiser.parameters())
+
+
+def test_taps_inside_the_span_have_the_kept_rows():
+    denoiser, inputs = _batch(UNIFORM)
+    span = Tread(1, 2, drop=0.5).draw(inputs[3], 42, INDEX)
+    with torch.no_grad():
+        _, outside, inside = denoiser(*inputs, span=span, taps=(0, 2))
+        after = _block_inputs(denoiser, inputs, span)[0][3][0]
+    assert len(outside) == 48
+    assert torch.equal(inside, after[span.route.index])
+
+
+def test_route_belongs_to_the_sample():
+    denoiser, (_, _, _, mixed) = _batch(MIXED)
+    policy = Tread(1, 2, drop=0.25)
+    route = policy.draw(mixed, 42, INDEX).route
+    assert torch.equal(policy.draw(mixed, 42, INDEX).route.index, route.index)
+    assert not torch.equal(policy.draw(mixed, 43, INDEX).route.index, route.index)
+    # 16, 10 and 9 tokens, of which 4, 2 (half to even) and 2 bypass.
+    assert route.cu_seqlens.tolist() == [0, 12, 20, 27]
+    for b in range(3):
+        own = route.index[route.cu_seqlens[b] : route.cu_seqlens[b + 1]] - mixed.cu_seqlens[b]
+        assert (own.diff() > 0).all()
+        assert 0 <= own[0]
+        assert own[-1] < mixed.lengths[b]
+        alone = denoiser.layouts.layout([MIXED[b]], torch.tensor([0, 1], dtype=torch.int32), 1)
+        assert torch.equal(policy.draw(alone, 42, INDEX[b : b + 1]).route.index, own)
+
+
+def test_policy_follows_the_configuration():
+    dense = routing_policy(Config())
+    assert isinstance(dense, Dense)
+    assert dense.draw(None, 0, INDEX) is None
+    tread = routing_policy(Config.model_validate({"routing": {"policy": "tread", "drop": 0.3}}))
+    assert (tread.start, tread.end, tread.drop) == (2, 12, 0.3)
+    values = {"model": {"depth": 9}, "routing": {"policy": "tread", "start": 1, "end": 6}}
+    tread = routing_policy(Config.model_validate(values))
+    assert (tread.start, tread.end) == (1, 6)

@@ -1,0 +1,107 @@
+"""How an operation is judged: against a formula in float64, by the error that the formula itself makes in the
+operation's dtype when plain PyTorch evaluates it.
+
+A formula is written in the test, loops over the samples, and calls nothing of `millrace.kernels`. The
+operation may be twice as far from the float64 result as the formula in its own dtype, plus one rounding of
+the largest value (a formula can be exact by luck where numbers are few). This holds for every output and
+every gradient, in the largest error and in the RMS error.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def offsets(device) -> Callable[..., Tensor]:
+    """Lengths -> `cu_seqlens` (B+1,) int32."""
+
+    def build(*lengths: int) -> Tensor:
+        return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
+
+    return build
+
+
+@pytest.fixture
+def spans() -> Callable[..., list[slice]]:
+    """Lengths -> the rows of each sample."""
+
+    def build(*lengths: int) -> list[slice]:
+        ends = list(accumulate(lengths))
+        return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+    return build
+
+
+@pytest.fixture
+def assert_accurate(device, dtype) -> Callable[..., None]:
+    """`assert_accurate(operation, formula, **inputs)`: the check described at the top of this file.
+
+    `inputs` are float64 on the CPU; they are rounded to `dtype` first, so that all three evaluations start
+    from the same numbers. Both functions take them by keyword and return a tensor or a tuple of them.
+    """
+
+    def check(operation: Function, formula: Function, **inputs: Tensor) -> None:
+        rounded = {name: value.to(device, dtype) for name, value in inputs.items()}
+        got, got_gradients = _evaluate(operation, rounded, dtype)
+        exact, exact_gradients = _evaluate(formula, rounded, torch.float64)
+        plain, plain_gradients = _evaluate(formula, rounded, dtype)
+        assert len(got) == len(exact)
+        for i, values in enumerate(zip(got, exact, plain, strict=True)):
+            _assert_close(f"output {i}", *values, dtype)
+        for name in inputs:
+            assert got_gradients[name].dtype == dtype
+            gradients = (table[name] for table in (got_gradients, exact_gradients, plain_gradients))
+            _assert_close(f"gradient of {name}", *gradients, dtype)
+
+    return check
+
+
+def _evaluate(
+    function: Function, inputs: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Outputs, and the gradients of all inputs (zero where unused) for fixed random ones of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    leaves = {name: value.to(dtype).detach().requires_grad_() for name, value in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    # Halves and quarters are exact in every dtype, so each evaluation sees the same output gradients.
+    towards = [
+        (torch.randint(-4, 5, output.shape, generator=generator) / 4).to(output.device, output.dtype)
+        for output in outputs
+    ]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), towards, materialize_grads=True)
+    return tuple(output.detach() for output in outputs), dict(zip(leaves, gradients, strict=True))
+
+
+def _assert_close(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == exact.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    for measure, of in (("largest", _largest), ("RMS", _rms)):
+        error, allowed = of(got - exact), 2 * of(plain - exact) + rounding
+        assert error <= allowed, f"{name}: {measure} error {error:.3e}, allowed {allowed:.3e}"
+
+
+def _largest(error: Tensor) -> Tensor:
+    return error.abs().max()
+
+
+def _rms(error: Tensor) -> Tensor:
+    return error.square().mean().sqrt()
