@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 FOLDERS = ("engine", "kernels")
 
-packages = [name for folder in FOLDERS for name in [folder, *(f"{folder}.{p}" for p in find_packages(folder))]]
+packages = [
+    name for folder in FOLDERS for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))
+]
 
 setup(
     packages=[f"millrace.{name}" for name in packages],

@@ -22,8 +22,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        # Everything is on disk. Tearing down gloo's threads now and then aborts a process that has nothing left
-        # to do, and a process that failed must not wait for the others; leaving at once does neither.
+        # Everything is on disk. Tearing down gloo's threads now and then aborts a process that has nothing
+        # left to do, and a process that failed must not wait for the others; leaving at once does neither.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,5 +1,6 @@
 """Pictures from captions: integrate the learned velocity from noise (t = 1) to data (t = 0)."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ class Sampler:
 
         x = self._start(first, count, shape, seed) * self.flow.config.noise_scale
         times = shift_time(torch.linspace(1, 0, config.steps + 1), self.flow.config.time_shift).tolist()
-        for t, after in zip(times, times[1:], strict=False):
+        for t, after in pairwise(times):
             v = velocity(x, t)
             ahead = x + (after - t) * v
             if config.solver == "heun" and after > 0:

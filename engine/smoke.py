@@ -54,7 +54,7 @@ def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config
 
 
 def _tiny_towers(config: Config) -> dict[str, Any]:
-    """Paths of small random instances of the towers that the configuration names, made under its output folder."""
+    """Paths of small random instances of the configured towers, made under the output folder."""
     text, autoencoder = config.conditioning.text, config.conditioning.autoencoder
     paths: dict[str, Any] = {}
     folder = Path(config.run.output_dir) / "towers"

@@ -7,7 +7,6 @@ python engine/train.py --config configs/quickstart.json --set run.steps=20 --pri
 """
 
 import sys
-
 from pathlib import Path
 
 if __name__ == "__main__":

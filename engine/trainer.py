@@ -49,8 +49,8 @@ class Trainer:
 
     Args:
         config: the resolved configuration.
-        resume: None starts anew, "auto" continues from the newest good checkpoint if there is one; a step or a
-            folder continues from exactly that one.
+        resume: None starts anew, "auto" continues from the newest good checkpoint if there is one; a step or
+            a folder continues from exactly that one.
 
     Raises UserError for anything about the configuration, data or checkpoint that cannot be used.
     """
@@ -259,8 +259,8 @@ class Trainer:
         )
         if self.bad_in_row >= self.config.run.max_bad_steps:
             raise UserError(
-                f"stopped: {self.bad_in_row} steps in a row up to step {self.step} had no finite loss or gradient "
-                f"(run.max_bad_steps); the last samples: {among}"
+                f"stopped: {self.bad_in_row} steps in a row up to step {self.step} had no finite loss or "
+                f"gradient (run.max_bad_steps); the last samples: {among}"
             )
 
     def save(self) -> None:
@@ -345,8 +345,8 @@ class Trainer:
         lines = [
             *messages,
             f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
-            f"data: {len(self.source)} pictures ({config.data.source}); text: {self.prepare.text_tower.identity}; "
-            f"pictures as {self.prepare.autoencoder.identity}",
+            f"data: {len(self.source)} pictures ({config.data.source}); "
+            f"text: {self.prepare.text_tower.identity}; pictures as {self.prepare.autoencoder.identity}",
             f"job: {distributed.world_size()} process(es) on {self.device.type}, ZeRO {self.stage}, "
             f"{self.accumulate} x {config.data.micro_batch} samples per process and step",
         ]

@@ -79,7 +79,7 @@ class Block(nn.Module):
         max_seqlen: int,
         max_seqlen_text: int,
     ) -> Tensor:
-        """x (T, C); modulation (B, 6, C): shift, scale, gate of attention, then of MLP; text_kv (S, 2, H, D)."""
+        """x (T, C); modulation (B, 6, C): shift, scale, gate of attention and MLP; text_kv (S, 2, H, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
         y = norm_modulate(x, shift, scale, cu_seqlens, NORM_EPS, max_seqlen)
         attended = rope_attention(

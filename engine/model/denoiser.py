@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
                     parameter.copy_(drawn)
 
     def checkpoint_activations(self, config: ActivationCheckpointing, reentrant: bool = False) -> None:
-        """Recompute in backward what the policy does not keep. ZeRO-3, which frees weights, needs `reentrant`."""
+        """Recompute in backward what the policy drops. ZeRO-3, which frees weights, needs `reentrant`."""
         if config.policy != "none":
             self.run_block = functools.partial(_checkpointed, config, reentrant)
 

@@ -12,7 +12,7 @@ from millrace.kernels.random import normal, sample_keys, uniform
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """s t / (1 + (s - 1) t): moves times towards noise for s > 1 (Esser et al., arXiv 2403.03206, section 5.3.2)."""
+    """s t / (1 + (s - 1) t): moves times towards noise for s > 1 (Esser et al., arXiv 2403.03206, 5.3.2)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -31,7 +31,7 @@ class FlowMatching:
         self._tail = float(torch.special.ndtr(cut))
 
     def time(self, sample_index: Tensor) -> Tensor:
-        """Times (B,) FP32: sigmoid of a standard normal, shifted, at least `time_floor`; a share is uniform."""
+        """Times (B,) FP32: a shifted sigmoid of a normal, at least `time_floor`; a share is uniform."""
         draws = uniform(sample_keys(self.seed, sample_index, "time"), 3).double()
         place = torch.special.ndtri(self._tail + (1 - self._tail) * draws[:, 0])
         t = shift_time(torch.sigmoid(place), self.config.time_shift)

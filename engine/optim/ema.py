@@ -22,7 +22,7 @@ class EmaWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (1-based): a copy up to `start`, then e <- decay e + (1 - decay) w every `every` steps."""
+        """After step `step` (from 1): copy w up to `start`, then each `every` steps e += (1 - decay) (w - e)."""
         if step <= self.config.start:
             torch._foreach_copy_(self._averages, self._masters)
         elif step % self.config.every == 0:

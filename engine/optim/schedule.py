@@ -8,7 +8,7 @@ from millrace.engine.config import Schedule
 def learning_rate(step: int, peak: float, config: Schedule, steps: int) -> float:
     """Learning rate of optimizer step `step` (0-based) of a run of `steps`.
 
-    Warm-up rises linearly and reaches `peak` at step `warmup` - 1. Decays reach `final * peak` at the last step.
+    Warm-up rises linearly and reaches `peak` at step `warmup` - 1; decays reach `final * peak` at the last.
     """
     if step < config.warmup:
         return peak * (step + 1) / config.warmup

@@ -57,7 +57,7 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
     if need > have:
         table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
         raise UserError(
-            f"the run needs about {need / GIB:.1f} GiB per process ({table}), {where} has {have / GIB:.1f} GiB free; "
-            "take a smaller model or data.micro_batch, a higher ZeRO stage on more processes, or "
+            f"the run needs about {need / GIB:.1f} GiB per process ({table}), {where} has {have / GIB:.1f} "
+            "GiB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more processes, or "
             "run.activation_checkpointing"
         )

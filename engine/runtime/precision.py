@@ -1,4 +1,4 @@
-"""The precision audit: what is stored in which dtype, shown at start, and refused where masters are not FP32."""
+"""The precision audit: what is stored in which dtype, shown at start, refused where masters are not FP32."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ def audit(
 
 
 def require_masters(shards: list[Shard], state: dict[Tensor, dict], precision: Precision) -> None:
-    """Raise UserError if a master weight or a moment is not FP32 and the configuration did not ask for that."""
+    """Raise UserError if a master weight or a moment is not FP32 and the configuration did not say so."""
     if precision.master == "bfloat16":
         return
     for shard in shards:
@@ -58,7 +58,7 @@ def require_masters(shards: list[Shard], state: dict[Tensor, dict], precision: P
 
 def _refusal(what: str) -> str:
     return (
-        f"precision audit: {what}, not float32: small updates would be rounded away. Load or keep the weights in "
+        f"precision audit: {what}, not float32: small updates would be rounded away. Keep the weights in "
         'float32, or ask for the experiment with "precision": {"master": "bfloat16"}'
     )
 

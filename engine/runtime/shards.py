@@ -85,7 +85,7 @@ def gather_parameters(
     stage: int,
     source: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters, one after another, from all ranks' shards. Collective: every rank iterates to the end.
+    """Whole parameters, one after another, from all ranks' shards. Collective: no rank may stop early.
 
     Args:
         named_shapes: of all parameters, the same on every rank.

@@ -41,7 +41,7 @@ def _piece(kind: str, shard: Shard, like_master: Tensor) -> Piece:
 
 
 def optimizer_steps(shards: list[Shard], optimizer: SkippableAdamW) -> int:
-    """Updates that Adam has made (it corrects its bias by them); fewer than the steps if some were skipped."""
+    """Updates that Adam has made, by which it corrects its bias; fewer than steps if some were skipped."""
     counts = {int(optimizer.state[m]["step"]) for m in masters(shards) if optimizer.state.get(m)}
     return max(counts, default=0)
 
@@ -71,7 +71,7 @@ def check_names(module: nn.Module, stored: set[str], origin: str) -> None:
     if missing or unknown:
         raise UserError(
             f"{origin}: not the weights of this model: {len(missing)} missing ({', '.join(missing[:3])}), "
-            f"{len(unknown)} unknown ({', '.join(unknown[:3])}); use the configuration that they were made with"
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])}); use the configuration they were made with"
         )
 
 

@@ -72,7 +72,7 @@ def accumulation_steps(config: Config) -> int:
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`. Raises UserError where the user's section conflicts with ours.
+    """The dictionary for `deepspeed.initialize`. UserError where the user's section conflicts with ours.
 
     BF16 arithmetic is `torch_autocast`, never the `bf16` block: that one rounds the weights themselves.
     """
@@ -88,8 +88,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     stage, precision = zero_stage(config), config.precision
     if precision.master == "bfloat16" and stage != 0:
         raise UserError(
-            f"precision.master bfloat16 is an experiment for ZeRO stage 0; stage {stage} keeps FP32 masters. Set "
-            "deepspeed.zero_optimization.stage to 0"
+            f"precision.master bfloat16 is an experiment for ZeRO stage 0; stage {stage} keeps FP32 masters. "
+            "Set deepspeed.zero_optimization.stage to 0"
         )
     if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
         raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")

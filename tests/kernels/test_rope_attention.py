@@ -185,6 +185,31 @@ def test_packing_equals_masked_padding(backend, case, spans, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [(40, 24), (32, 32)], ids=["unequal", "uniform"])
+def test_logits_and_softmax_are_fp32_for_bf16_inputs(lengths, backend, case, spans, device):
+    """Queries and keys of +-1 leave the norm exact, so only what follows can err.
+
+    Logits have a spread of 5. Rounded to bf16 they would be wrong by up to 2^-5 and the output by
+    some per cent; in FP32 what remains are the roundings of the probabilities and of the output.
+    """
+    arguments = case(lengths, (9, 9)) | {"eps": 0.0, "scale": 1.0}
+    for name in ("qkv", "text_kv"):
+        arguments[name][:, :-1] = arguments[name][:, :-1].sign()
+    arguments["cos"], arguments["sin"] = torch.ones_like(arguments["cos"]), torch.zeros_like(arguments["sin"])
+    for name in ("k_weight", "text_k_weight"):
+        arguments[name] = torch.ones_like(arguments[name])
+    narrow = {
+        name: arguments[name].bfloat16()
+        for name in ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
+    }
+    wide = {name: value.double() for name, value in narrow.items()}
+    exact = evaluate_formula(arguments | wide, spans(*lengths), spans(9, 9), scale=1.0, eps=0.0)
+    got = rope_attention(**arguments | narrow, backend=backend).double()
+    error = (got - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 2**-8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_do_not_see_each_other(backend, case, spans):
     """Each sample of a mixed batch gets what it gets alone."""
     lengths, text_lengths = (4, 1, 3), (2, 3, 1)

@@ -33,11 +33,11 @@ enum {
  *
  * Returns MILLRACE_SUCCESS or the reason nothing was written. MILLRACE_INVALID_ARGUMENT: a negative size, a
  * size past 63 bits, an index_bytes other than 4 or 8, a null pointer, a misaligned index, overlapping
- * arrays.
- * MILLRACE_INDEX_OUT_OF_RANGE: always from the host library; from the CUDA library only if x has no rows, for
- * reading the index back would stall the stream. There a bad index is undefined behaviour, as in any
- * unchecked kernel; a build with -DMILLRACE_CHECK_INDICES=ON asserts in the kernel. The CUDA library launches
- * on the current device and does not wait: failures during the copy surface at the next synchronisation. */
+ * arrays. MILLRACE_INDEX_OUT_OF_RANGE: always from the host library; from the CUDA library only if x has no
+ * rows, for reading the index back would stall the stream. There a bad index is undefined behaviour, as in
+ * any unchecked kernel; a build with -DMILLRACE_CHECK_INDICES=ON asserts in the kernel. The CUDA library
+ * launches on the current device and does not wait: failures during the copy surface at the next
+ * synchronisation. */
 MILLRACE_API int millrace_gather_rows(const void* x, int64_t x_rows, const void* index, int index_bytes,
                                       int64_t index_count, void* out, int64_t row_bytes, void* stream);
 

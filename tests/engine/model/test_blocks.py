@@ -61,7 +61,7 @@ def _run(block, layout, x, modulation, text_kv):
 
 
 def _rotate(x, grid):
-    """RoPE of (N, H, D) as complex products: pair i of the first half turns with the row, the rest with the column."""
+    """RoPE of (N, H, D) as complex products: the first pairs turn with the row, the others with the column."""
     rows, columns = grid
     half = CONFIG.head_dim // 2
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2).double()
@@ -92,7 +92,9 @@ def test_block_is_its_equation():
     wanted = torch.cat(
         [
             _block_of_one_sample(block, grid, *sample)
-            for grid, *sample in zip(GRIDS, x.split(layout.lengths), modulation, text_kv.split(TEXT), strict=True)
+            for grid, *sample in zip(
+                GRIDS, x.split(layout.lengths), modulation, text_kv.split(TEXT), strict=True
+            )
         ]
     )
     # The RoPE table is FP32, so agreement ends at its rounding.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import PRXTransformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.engine.config import ActivationCheckpointing, Model
@@ -60,20 +61,21 @@ MASKS = {
     "padded_left": [[0, 0, 0, 0, 1, 1], [1] * 6, [0, 0, 1, 1, 1, 1]],
     "scattered": [[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1], [1] * 6],
     "one_token": [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0]],
+    "one_empty": [[1] * 6, [0] * 6, [0, 1, 1, 0, 0, 0]],
+    "all_empty": [[0] * 6] * 3,
 }
 
 
 @MODELS
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5), (6, 1)], ids=str)
 @pytest.mark.parametrize("mask", MASKS)
-def test_predict_equals_diffusers(config, grid, mask, record_property):
+def test_predict_equals_diffusers(config, grid, mask):
     denoiser = _random_denoiser(config)
     images, t, text = _inputs(config, grid)
     text_mask = torch.tensor(MASKS[mask], dtype=torch.bool)
     with torch.no_grad():
         wanted = to_diffusers(denoiser)(images, t, text, attention_mask=text_mask).sample
         found = denoiser.predict(images, t, text, text_mask)
-    record_property("relative_error", _error(found, wanted))
     assert _error(found, wanted) < 1e-5
 
 
@@ -157,21 +159,12 @@ def test_gradients_equal_diffusers(config):
     ids=["small", "flux2", "dcae", "jit_32", "base", "pixel_7b", "pixel_7b_resolution"],
 )
 def test_published_models_have_their_parameter_count(values, count):
-    diffusers = pytest.importorskip("diffusers")
     config = Model(**values)
     with torch.device("meta"):
         ours = Denoiser(config)
-        theirs = diffusers.PRXTransformer2DModel(**diffusers_config(config))
+        theirs = PRXTransformer2DModel(**diffusers_config(config))
     assert sum(parameter.numel() for parameter in ours.parameters()) == count
     assert sum(parameter.numel() for parameter in theirs.parameters()) == count
-
-
-def test_text_must_have_a_token():
-    denoiser = Denoiser(LATENT)
-    images, t, text = _inputs(LATENT, (2, 2))
-    mask = torch.tensor([[1] * 6, [0] * 6, [1] * 6], dtype=torch.bool)
-    with pytest.raises(ValueError, match="without any valid token"):
-        denoiser.predict(images, t, text, mask)
 
 
 def test_images_must_divide_into_patches():

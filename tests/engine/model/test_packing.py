@@ -1,4 +1,4 @@
-"""Patches against torch's unfold, RoPE tables against the formula, layouts against positions counted by hand."""
+"""Patches against torch's unfold, RoPE tables against their formula, layouts against counting by hand."""
 
 import math
 
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from millrace.engine.model.packing import LayoutCache, patchify, rope_table, unpatchify
 
 
-@pytest.mark.parametrize(("channels", "rows", "columns", "patch"), [(4, 3, 5, 2), (3, 2, 2, 4), (32, 4, 1, 1)])
+@pytest.mark.parametrize(
+    ("channels", "rows", "columns", "patch"), [(4, 3, 5, 2), (3, 2, 2, 4), (32, 4, 1, 1)]
+)
 def test_patches_are_those_of_unfold(channels, rows, columns, patch):
     images = torch.randn(2, channels, rows * patch, columns * patch)
     tokens = patchify(images, patch)

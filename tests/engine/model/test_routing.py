@@ -125,7 +125,7 @@ def test_route_belongs_to_the_sample():
     for b in range(3):
         own = route.index[route.cu_seqlens[b] : route.cu_seqlens[b + 1]] - mixed.cu_seqlens[b]
         assert (own.diff() > 0).all()
-        assert 0 <= own[0]
+        assert own[0] >= 0
         assert own[-1] < mixed.lengths[b]
         alone = denoiser.layouts.layout([MIXED[b]], torch.tensor([0, 1], dtype=torch.int32), 1)
         assert torch.equal(policy.draw(alone, 42, INDEX[b : b + 1]).route.index, own)

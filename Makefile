@@ -1,0 +1,37 @@
+# make install  .venv with everything that training and the tests need
+# make train    learn the built-in pictures by heart, then sample every caption and print how many come back
+# make test     the tests          make lint  style          make schema  configs/schema.json
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+
+.PHONY: install train test lint schema clean
+install: $(VENV)/.installed
+
+# torch first: DeepSpeed's build looks for it, and a plain resolution would fetch another torch with all of CUDA.
+# DS_BUILD_OPS=0: no operation of DeepSpeed is compiled, none is needed.
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation deepspeed==0.19.8
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+train: install
+	$(BIN)/python engine/train.py --config configs/quickstart.json --resume auto
+	$(BIN)/python engine/sample.py --checkpoint runs/quickstart --recall --grid runs/quickstart/recall.png
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+schema: install
+	$(BIN)/python engine/train.py --print-schema > configs/schema.json
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,71 @@
+"""Weights out of checkpoints that the engine's own writer made."""
+
+import pytest
+import torch
+
+from millrace.engine.config import Config
+from millrace.engine.errors import UserError
+from millrace.engine.runtime.checkpoint import save_checkpoint
+from millrace.engine.runtime.sharded import CheckpointReader, Piece
+from millrace.engine.runtime.weights import checkpoint_folder, checkpoint_state, choose_weights
+
+CONFIG = Config.model_validate({"run": {"steps": 5}, "model": {"width": 32, "heads": 2, "depth": 3}})
+MASTER = {"a": torch.arange(6.0).reshape(2, 3), "b.weight": torch.tensor([1.5])}
+EMA = {name: tensor + 10 for name, tensor in MASTER.items()}
+
+
+def _save(run, step, *, ema):
+    tensors = {f"master/{name}": tensor + step for name, tensor in MASTER.items()}
+    tensors["exp_avg/a"] = torch.zeros(2, 3)
+    if ema:
+        tensors |= {f"ema/{name}": tensor + step for name, tensor in EMA.items()}
+    pieces = [Piece(name, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in tensors.items()]
+    return save_checkpoint(
+        run / "checkpoints", step, pieces, {"config": CONFIG.model_dump(mode="json")}, keep=9
+    )
+
+
+def _assert_equal(found, wanted, step):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name] + step)
+
+
+def test_run_folder_means_its_newest_checkpoint(tmp_path):
+    first, second = _save(tmp_path, 100, ema=True), _save(tmp_path, 200, ema=True)
+    assert checkpoint_folder(tmp_path) == second
+    assert checkpoint_folder(str(first)) == first
+    state, config = checkpoint_state(tmp_path)
+    assert config == CONFIG
+    _assert_equal(state, EMA, 200)
+    _assert_equal(checkpoint_state(first)[0], EMA, 100)
+
+
+@pytest.mark.parametrize(("weights", "wanted"), [("auto", EMA), ("ema", EMA), ("model", MASTER)])
+def test_choice_where_there_is_ema(tmp_path, weights, wanted):
+    _assert_equal(checkpoint_state(_save(tmp_path, 1, ema=True), weights)[0], wanted, 1)
+
+
+def test_choice_where_there_is_no_ema(tmp_path):
+    folder = _save(tmp_path, 1, ema=False)
+    for weights in ("auto", "model"):
+        _assert_equal(checkpoint_state(folder, weights)[0], MASTER, 1)
+    with pytest.raises(UserError, match="no EMA weights"):
+        choose_weights(CheckpointReader(folder), "ema")
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"neither a checkpoint nor a run"):
+        checkpoint_folder(tmp_path)
+    with pytest.raises(UserError, match=r"neither a checkpoint nor a run"):
+        checkpoint_folder(tmp_path / "absent")
+
+
+def test_damage_is_found_before_weights_are_used(tmp_path):
+    folder = _save(tmp_path, 1, ema=False)
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint_state(tmp_path)

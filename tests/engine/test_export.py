@@ -1,0 +1,302 @@
+"""Files: what is written loads in diffusers, what diffusers writes loads here, bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PRXTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+import millrace.engine.export as export
+from millrace.engine.config import Config, Model
+from millrace.engine.errors import UserError
+from millrace.engine.model.conversion import diffusers_config, diffusers_state, prx_state
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.runtime.checkpoint import save_checkpoint
+from millrace.engine.runtime.sharded import Piece
+
+LATENT = Model(width=32, depth=3, heads=2, in_channels=16, patch_size=2, context_dim=12, rope_axes=(8, 8))
+PIXEL = Model(
+    width=48,
+    depth=2,
+    heads=3,
+    mlp_ratio=2.0,
+    in_channels=3,
+    patch_size=16,
+    bottleneck=10,
+    context_dim=12,
+    rope_axes=(4, 12),
+    rope_theta=500.0,
+    resolution_embedding=True,
+)
+MODELS = pytest.mark.parametrize("config", [LATENT, PIXEL], ids=["latent", "pixel"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+WHOLE = "diffusion_pytorch_model.safetensors"
+
+
+def _random_denoiser(config, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    denoiser = Denoiser(config)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return denoiser.to(dtype)
+
+
+def _assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].dtype == wanted[name].dtype, name
+        assert torch.equal(found[name], wanted[name]), name
+
+
+@MODELS
+@DTYPES
+def test_through_a_diffusers_model_and_back(config, dtype):
+    denoiser = _random_denoiser(config, dtype)
+    theirs = export.to_diffusers(denoiser)
+    assert theirs.dtype == dtype
+    found = export.from_diffusers(theirs)
+    assert found.config == config
+    _assert_equal(found.state_dict(), denoiser.state_dict())
+
+
+def test_conversion_copies():
+    denoiser = _random_denoiser(LATENT)
+    before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
+    theirs = export.to_diffusers(denoiser)
+    for changed in (theirs, export.from_diffusers(theirs)):
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                assert parameter.requires_grad
+                parameter.zero_()
+        _assert_equal(denoiser.state_dict(), before)
+        if changed is theirs:
+            theirs = export.to_diffusers(denoiser)
+    _assert_equal(theirs.state_dict(), diffusers_state(before, LATENT))
+
+
+@MODELS
+@DTYPES
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["whole", "sharded"])
+def test_folder_loads_in_diffusers_and_here(config, dtype, shard_bytes, tmp_path):
+    denoiser = _random_denoiser(config)
+    export.save_diffusers(denoiser.state_dict(), config, tmp_path / "out", dtype, shard_bytes)
+
+    theirs, report = PRXTransformer2DModel.from_pretrained(
+        tmp_path / "out", torch_dtype=dtype, output_loading_info=True
+    )
+    assert not any(report.values())
+    wanted = {name: tensor.to(dtype) for name, tensor in denoiser.state_dict().items()}
+    _assert_equal(theirs.state_dict(), diffusers_state(wanted, config))
+
+    for source in (theirs, tmp_path / "out", str(tmp_path / "out")):
+        found = export.from_diffusers(source)
+        assert found.config == config
+        _assert_equal(found.state_dict(), wanted)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["whole", "sharded"])
+def test_folder_is_laid_out_as_diffusers_does(shard_bytes, tmp_path):
+    denoiser = _random_denoiser(LATENT)
+    export.to_diffusers(denoiser).save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
+    export.save_diffusers(denoiser.state_dict(), LATENT, tmp_path / "ours", max_shard_bytes=shard_bytes)
+    ours, theirs = ({file.name: file for file in (tmp_path / who).iterdir()} for who in ("ours", "theirs"))
+    config = json.loads(theirs["config.json"].read_text())
+    del config["_diffusers_version"]
+    assert json.loads(ours["config.json"].read_text()) == config
+    if shard_bytes == 10**9:
+        assert ours.keys() == theirs.keys() == {WHOLE, "config.json"}
+        _assert_equal(load_file(ours[WHOLE]), load_file(theirs[WHOLE]))
+        return
+    index = f"{WHOLE}.index.json"
+    found, wanted = (json.loads(files[index].read_text()) for files in (ours, theirs))
+    assert found["metadata"] == wanted["metadata"]
+    assert found["weight_map"].keys() == wanted["weight_map"].keys()
+    shards = sorted(set(ours) - {index, "config.json"})
+    assert len(shards) > 2
+    assert shards == [
+        f"diffusion_pytorch_model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    for shard in shards:
+        tensors = load_file(ours[shard])
+        assert all(found["weight_map"][name] == shard for name in tensors)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= shard_bytes
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["whole", "sharded"])
+def test_reads_what_diffusers_saves_also_inside_a_pipeline(shard_bytes, tmp_path):
+    denoiser = _random_denoiser(PIXEL)
+    export.to_diffusers(denoiser).save_pretrained(tmp_path / "transformer", max_shard_size=shard_bytes)
+    for folder in (tmp_path, tmp_path / "transformer"):
+        state, config = export.load_weights(folder)
+        assert config == PIXEL
+        _assert_equal(state, denoiser.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth"])
+@pytest.mark.parametrize("under", [None, "model", "state_dict"])
+def test_photoroom_state_dict(suffix, under, tmp_path):
+    state = dict(_random_denoiser(LATENT).state_dict())
+    theirs = {name: part.clone() for name, part in prx_state(state, LATENT).items()}
+    path = tmp_path / f"prx.{suffix}"
+    if suffix == "safetensors":
+        save_file(theirs, path)
+    else:
+        torch.save({under: theirs} if under else theirs, path)
+    found, config = export.load_weights(path)
+    assert config == LATENT.model_copy(update={"rope_axes": None})
+    _assert_equal(found, state)
+    # What shapes cannot tell is the caller's to decide.
+    folded = LATENT.model_copy(update={"in_channels": 4, "patch_size": 4, "rope_theta": 7.0})
+    found, config = export.load_weights(path, folded)
+    assert config == folded
+    _assert_equal(found, state)
+
+
+@DTYPES
+def test_save_prx_round_trip(dtype, tmp_path):
+    state = dict(_random_denoiser(PIXEL).state_dict())
+    export.save_prx(state, PIXEL, tmp_path / "out", dtype)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["denoiser.safetensors"]
+    found, _ = export.load_weights(tmp_path / "out" / "denoiser.safetensors", PIXEL)
+    _assert_equal(found, {name: tensor.to(dtype) for name, tensor in state.items()})
+
+
+class _Arbitrary:
+    pass
+
+
+def test_pickles_of_code_are_refused(tmp_path):
+    torch.save({"model": _Arbitrary()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"evil\.pt: cannot be read as a state dict"):
+        export.load_weights(tmp_path / "evil.pt")
+
+
+def test_unreadable_weights(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        export.load_weights(tmp_path / "absent")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+    with pytest.raises(UserError, match=r"cut\.safetensors: cannot be read as a state dict"):
+        export.load_weights(tmp_path / "cut.safetensors")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="not a state dict"):
+        export.load_weights(tmp_path / "list.pt")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(json.dumps(diffusers_config(LATENT)))
+    with pytest.raises(UserError, match=rf"half/{WHOLE}: cannot be read"):
+        export.load_weights(tmp_path / "half")
+    (tmp_path / "half" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        export.load_weights(tmp_path / "half")
+
+
+def test_folder_of_another_model_is_refused(tmp_path):
+    export.save_diffusers(_random_denoiser(LATENT).state_dict(), LATENT, tmp_path / "out")
+    assert export.load_weights(tmp_path / "out", LATENT)[1] is LATENT
+    wanted = LATENT.model_copy(update={"rope_theta": 500.0, "in_channels": 4, "patch_size": 4})
+    with pytest.raises(UserError) as caught:
+        export.load_weights(tmp_path / "out", wanted)
+    assert str(caught.value).endswith(
+        "is another model: in_channels 16 instead of 4, patch_size 2 instead of 4, theta 10000 instead of 500"
+    )
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    state = _random_denoiser(LATENT).state_dict()
+    for save in (export.save_diffusers, export.save_prx):
+        with pytest.raises(UserError, match="is not empty"):
+            save(state, LATENT, tmp_path)
+        with pytest.raises(UserError, match="cannot be created"):
+            save(state, LATENT, tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_missing_diffusers_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"pip install 'millrace\[encoders\]'"):
+        export.to_diffusers(_random_denoiser(LATENT))
+
+
+def _save_run(run, model, *, ema=True):
+    """A run whose EMA is the weights plus one; returns both."""
+    master = dict(_random_denoiser(model).state_dict())
+    average = {name: tensor + 1 for name, tensor in master.items()}
+    tensors = {f"master/{name}": tensor for name, tensor in master.items()}
+    if ema:
+        tensors |= {f"ema/{name}": tensor for name, tensor in average.items()}
+    pieces = [Piece(name, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in tensors.items()]
+    config = Config.model_validate({"model": model.model_dump()})
+    save_checkpoint(run / "checkpoints", 7, pieces, {"config": config.model_dump(mode="json")}, keep=1)
+    return master, average
+
+
+def test_load_weights_of_a_run(tmp_path):
+    _, average = _save_run(tmp_path, LATENT)
+    for path in (tmp_path, tmp_path / "checkpoints" / "step-00000007"):
+        state, config = export.load_weights(path, LATENT)
+        assert config == LATENT
+        _assert_equal(state, average)
+    with pytest.raises(UserError, match=r"is another model: .*hidden_size 32 instead of 48"):
+        export.load_weights(tmp_path, PIXEL)
+
+
+@pytest.mark.parametrize("choice", ["auto", "ema", "model"])
+@DTYPES
+def test_command_writes_a_diffusers_folder(choice, dtype, tmp_path, capsys):
+    master, average = _save_run(tmp_path / "run", LATENT)
+    name = str(dtype).removeprefix("torch.")
+    arguments = ["--checkpoint", f"{tmp_path}/run", "--output", f"{tmp_path}/out", "--weights", choice]
+    export.main([*arguments, "--dtype", name])
+    found = PRXTransformer2DModel.from_pretrained(tmp_path / "out", torch_dtype=dtype).state_dict()
+    wanted = {key: part.to(dtype) for key, part in (master if choice == "model" else average).items()}
+    _assert_equal(found, diffusers_state(wanted, LATENT))
+    text = capsys.readouterr().out
+    assert ("EMA weights" in text) == (choice != "model")
+    assert "predicts the velocity, on flux1" in text
+
+
+def test_command_runs_as_a_script_from_any_folder(tmp_path):
+    master, _ = _save_run(tmp_path / "run", LATENT, ema=False)
+    script = Path(export.__file__)
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, script, "--checkpoint", "run", "--output", "out", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = command("--format", "prx")
+    assert done.returncode == 0, done.stderr
+    _assert_equal(load_file(tmp_path / "out" / "denoiser.safetensors"), prx_state(master, LATENT))
+
+    refused = command("--weights", "ema")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert "no EMA weights" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_script_folder_shadows_no_package(tmp_path):
+    """engine/data must not answer to `import data` when engine/export.py is run."""
+    code = (
+        "import runpy, sys; script = sys.argv[1]; sys.argv = [script, '--help']\n"
+        "try: runpy.run_path(script, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "import importlib.util; print(importlib.util.find_spec('data'))"
+    )
+    script = Path(export.__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(script.parent)!r})\n{code}", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "None"

@@ -1,0 +1,168 @@
+"""Imports go one way and files stay short, read from the syntax trees: nothing is imported here."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAZY = {"liger_kernel", "flash_attn", "xformers", "transformer_engine"}
+"""Packages that a kernel may import inside a function, because they need not be installed."""
+LONGEST_FILE = 400
+
+FILES = sorted(path for folder in ("kernels", "engine") for path in (ROOT / folder).rglob("*.py"))
+
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "engine.model": {"kernels", "engine.config", "engine.errors", "engine.model", "engine.objective"},
+    "engine.objective": {"kernels", "engine.config", "engine.errors", "engine.model", "engine.objective"},
+    "engine.data": {"engine.config", "engine.errors", "engine.randomness", "engine.data"},
+    "engine.conditioning": {"engine.config", "engine.errors", "engine.conditioning"},
+    "engine.config": {"engine.errors"},
+    "engine.errors": set(),
+}
+"""Which parts of the project a part may import."""
+
+
+class Import(NamedTuple):
+    line: int
+    name: str
+    lazy: bool
+    """Whether it stands inside a function."""
+
+
+def module_name(path: Path) -> str:
+    """`engine/model/blocks.py` -> `engine.model.blocks`, `kernels/__init__.py` -> `kernels`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(module: str, source: str, is_package: bool = False) -> Iterator[Import]:
+    """Every import statement of a source text; `from a import b` counts as `a.b`, dots are resolved."""
+    tree = ast.parse(source)
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                above = ["millrace", *package][: len(package) + 2 - node.level]
+                base = ".".join([*above, base] if base else above)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            yield Import(node.lineno, name, id(node) in inside)
+
+
+def imports_in(path: Path) -> list[Import]:
+    return list(imports_of(module_name(path), path.read_text(), path.name == "__init__.py"))
+
+
+def is_within(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+def of_project(found: Import) -> str | None:
+    """`millrace.engine.x` -> `engine.x`; None for anything else."""
+    return found.name.removeprefix("millrace.") if is_within(found.name, "millrace") else None
+
+
+def test_reads_imports():
+    """The reader that the tests below trust."""
+    source = (
+        "import os, numpy.linalg\n"
+        "from millrace.engine import data\n"
+        "from .packing import Grid\n"
+        "from ..config import Model\n"
+        "def f():\n"
+        "    import xformers\n"
+    )
+    found = list(imports_of("engine.model.blocks", source))
+    assert [(i.line, i.name, i.lazy) for i in found] == [
+        (1, "os", False),
+        (1, "numpy.linalg", False),
+        (2, "millrace.engine.data", False),
+        (3, "millrace.engine.model.packing.Grid", False),
+        (4, "millrace.engine.config.Model", False),
+        (6, "xformers", True),
+    ]
+    (inside_package,) = imports_of("engine.model", "from .blocks import Block\n", is_package=True)
+    assert inside_package.name == "millrace.engine.model.blocks.Block"
+
+
+def test_finds_the_sources():
+    names = {module_name(path) for path in FILES}
+    assert {"kernels", "kernels.rope_attention", "engine.model.denoiser", "engine.config"} <= names
+    for part in MAY_IMPORT:
+        assert any(is_within(name, part) for name in names), f"MAY_IMPORT names {part}, which has no file"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_one_way(path):
+    module = module_name(path)
+    for part, allowed in MAY_IMPORT.items():
+        if not is_within(module, part):
+            continue
+        for found in imports_in(path):
+            name = of_project(found)
+            assert name is None or any(is_within(name, other) for other in allowed), (
+                f"{path}:{found.line} imports {found.name}; {part} may import {sorted(allowed)}"
+            )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=module_name)
+def test_kernels_need_only_torch_and_triton(path):
+    for found in imports_in(path):
+        package = found.name.split(".")[0]
+        known = package in sys.stdlib_module_names or package in {"torch", "triton", "millrace"}
+        assert known or (found.lazy and package in LAZY), (
+            f"{path}:{found.line} imports {found.name}; kernels import the standard library, torch, triton, "
+            f"and inside functions {sorted(LAZY)}"
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_nobody_imports_the_training_command(path):
+    for found in imports_in(path):
+        assert not is_within(found.name, "millrace.engine.train"), f"{path}:{found.line} imports {found.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_project_imports_use_the_installed_name(path):
+    """`import engine` or `import kernels` works from the repository only, and may find another package."""
+    for found in imports_in(path):
+        assert found.name.split(".")[0] not in {"engine", "kernels", "csrc"}, f"{path}:{found.line}"
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {module_name(path) for path in FILES}
+    graph = {}
+    for path in FILES:
+        needed = set()
+        for found in imports_in(path):
+            name = of_project(found) or ""
+            owner = name if name in modules else name.rpartition(".")[0]
+            if owner in modules and not found.lazy:
+                needed.add(owner)
+        graph[module_name(path)] = needed - {module_name(path)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST_FILE, f"{path} has {lines} lines; split it at {LONGEST_FILE}"
