@@ -16,7 +16,12 @@ def import_class(package: str, name: str, key: str) -> Any:
     Raises UserError with the pip line when the package is absent or too old to have the class.
     """
     try:
-        return getattr(importlib.import_module(package), name)
+        found = getattr(importlib.import_module(package), name)
+        # Their reports of unused weights fill a screen; what matters there `load_network` turns into errors.
+        messages = importlib.import_module(f"{package}.utils.logging")
+        messages.set_verbosity_error()
+        messages.disable_progress_bar()
+        return found
     except (ImportError, AttributeError):
         line = 'pip install "transformers>=5" "diffusers>=0.42"'
         raise UserError(f"{key} needs {package}.{name}, which is not installed here; {line}") from None

@@ -189,8 +189,8 @@ def test_packing_equals_masked_padding(backend, case, spans, device):
 def test_logits_and_softmax_are_fp32_for_bf16_inputs(lengths, backend, case, spans, device):
     """Queries and keys of +-1 leave the norm exact, so only what follows can err.
 
-    Logits have a spread of 5. Rounded to bf16 they would be wrong by up to 2^-5 and the output by
-    some per cent; in FP32 what remains are the roundings of the probabilities and of the output.
+    Logits have a spread of 8. Rounded to bf16 those would be wrong by up to 2^-5 and the output by
+    about 1 %; in FP32 what remains are the roundings of the probabilities and of the output.
     """
     arguments = case(lengths, (9, 9)) | {"eps": 0.0, "scale": 1.0}
     for name in ("qkv", "text_kv"):

@@ -1,0 +1,151 @@
+"""Tiny training runs for the tests of the engine: in this process, on two ranks, or as the real command."""
+
+import gc
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from millrace.engine.config import Config, merge, parse_config
+
+HERE = Path(__file__).resolve().parent
+TRAIN = HERE.parents[1] / "engine" / "train.py"
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+
+TINY = {
+    "run": {"steps": 6, "device": "cpu"},
+    "model": {"width": 32, "depth": 2, "heads": 1, "patch_size": 4, "in_channels": 3, "context_dim": 16},
+    "objective": {"prediction": "sample"},
+    "conditioning": {"text": {"kind": "hash"}, "autoencoder": {"kind": "pixels"}},
+    "data": {"resolution": 16, "global_batch": 8, "micro_batch": 2, "workers": 0},
+    "optimizer": {"lr": 1e-3, "eps": 1e-8, "clip": 1.0},
+    "schedule": {"kind": "cosine", "warmup": 2, "final": 0.05},
+    "ema": {"enabled": True, "decay": 0.9, "every": 1},
+    "precision": {"compute": "float32"},
+    "checkpoint": {"every_steps": 100, "keep": 20},
+    "logging": {"every_steps": 1, "tensorboard": False},
+}
+"""A run of seconds that uses accumulation, clipping, a schedule and EMA."""
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without what a job's launcher sets."""
+    of_a_job = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"}
+    return {k: v for k, v in os.environ.items() if k not in of_a_job} | {"OMP_NUM_THREADS": "1"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _launch(ranks: int, script: Path, *arguments: object) -> list[str]:
+    words = [str(script), *map(str, arguments)]
+    if ranks == 1:
+        return [sys.executable, *words]
+    return [str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(_free_port()), *words]
+
+
+class Runs:
+    """Makes configurations and runs them."""
+
+    environment = staticmethod(_environment)
+
+    def __init__(self, jobs: ModuleType) -> None:
+        self.jobs = jobs
+
+    def values(self, output: Path, *changes: dict) -> dict:
+        """TINY with `changes` laid on it, as plain values."""
+        values = merge(TINY, {"run": {"output_dir": str(output)}})
+        for change in changes:
+            values = merge(values, change)
+        return values
+
+    def config(self, output: Path, *changes: dict) -> Config:
+        return parse_config(self.values(output, *changes), "test")
+
+    def here(self, output: Path, *changes: dict, **job: object) -> object:
+        """Train in this process; the job's result."""
+        return self.jobs.run(self.jobs.Job("job", self.values(output, *changes), **job))
+
+    def on_two_ranks(self, folder: Path, jobs: list) -> dict[str, list]:
+        """Results of each job by name, one of each rank; all under one launcher."""
+        folder.mkdir(parents=True)
+        torch.save(jobs, folder / "jobs.pt")
+        done = subprocess.run(
+            _launch(2, HERE / "jobs.py", folder / "jobs.pt", folder),
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {
+            job.name: [
+                self.jobs.Result(**torch.load(folder / f"{job.name}-{rank}.pt", weights_only=False))
+                for rank in (0, 1)
+            ]
+            for job in jobs
+        }
+
+    def command(self, output: Path, *changes: dict, ranks: int = 1, arguments: tuple = ()) -> list[str]:
+        """Words of the real command for this configuration, which is written beside `output`."""
+        path = output.with_suffix(".json")
+        path.write_text(json.dumps(self.values(output, *changes)))
+        return _launch(ranks, TRAIN, "--config", path, *arguments)
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        """Start a command in a session of its own, so that nothing else receives its signals."""
+        return subprocess.Popen(
+            command,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, command: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+
+    @staticmethod
+    def log(output: Path) -> list[dict]:
+        """Records of a run without those that tell of time."""
+        records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        clocks = ("step_seconds", "images_per_second")
+        return [{key: value for key, value in record.items() if key not in clocks} for record in records]
+
+
+def _load_jobs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("jobs", HERE / "jobs.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["jobs"] = module  # jobs are pickled for the other processes by this name
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def runs() -> Runs:
+    return Runs(_load_jobs())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_as_before():
+    """A Trainer joins a job, handles signals and freezes the garbage collector; later tests must not notice."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    gc.unfreeze()

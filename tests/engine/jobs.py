@@ -1,0 +1,169 @@
+"""Training runs with instruments attached, several in one process: imported by tests, or run under a launcher.
+
+python jobs.py JOBS.pt RESULTS          one process
+deepspeed --num_gpus 2 jobs.py ...      two; rank r writes RESULTS/<name>-<r>.pt
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.engine.config import parse_config
+from millrace.engine.errors import UserError
+from millrace.engine.runtime import distributed
+from millrace.engine.runtime.shards import masters
+from millrace.engine.runtime.state import state_pieces
+from millrace.engine.trainer import Trainer
+
+
+@dataclass
+class Job:
+    name: str
+    config: dict[str, Any]
+    resume: str | None = None
+    spoiled_losses: tuple[int, ...] = ()
+    """Steps (0-based) in which the last rank's first sample holds a NaN."""
+    spoiled_gradients: tuple[int, ...] = ()
+    """Steps in which the loss is finite and its gradient is not."""
+
+
+@dataclass
+class Result:
+    """What one rank saw."""
+
+    error: str | None = None
+    dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)
+    """Of parameters, masters, moments and EMA after the run."""
+    reduced: set[torch.dtype] = field(default_factory=set)
+    """Element types that DeepSpeed summed over ranks."""
+    unchanged: dict[int, bool] = field(default_factory=dict)
+    """For each step (0-based): whether all weights, moments and averages kept every bit."""
+    spoiled: list[str] = field(default_factory=list)
+    """Keys of the samples that were spoiled."""
+    skipped: int = 0
+    largest_bucket: int = 0
+    """Most elements of one reduction."""
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    """The identity, whose gradient overflowed."""
+
+    @staticmethod
+    def forward(_context, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(_context, gradient):
+        return gradient * float("inf")
+
+
+class InstrumentedTrainer(Trainer):
+    """A Trainer whose batches can be spoiled and whose state is hashed around each step."""
+
+    def __init__(self, job: Job, result: Result) -> None:
+        super().__init__(parse_config(job.config, job.name), job.resume)
+        self.job, self.result = job, result
+
+    def next_batch(self):
+        batch = super().next_batch()
+        if self.step in self.job.spoiled_losses and distributed.rank() == distributed.world_size() - 1:
+            batch.clean[0, 0] = float("nan")
+            self.result.spoiled.append(batch.keys[0])
+        return batch
+
+    def sample_losses(self, batch):
+        losses, t = super().sample_losses(batch)
+        if self.step in self.job.spoiled_gradients:
+            losses = _InfiniteGradient.apply(losses)
+        return losses, t
+
+    def train_step(self):
+        step, before = self.step, self.fingerprint()
+        super().train_step()
+        self.result.unchanged[step] = self.fingerprint() == before
+
+    def fingerprint(self) -> str:
+        pieces = [piece.data for piece in state_pieces(self.shards, self.optimizer, self.ema)]
+        parameters = [] if self.stage == 3 else [p.detach() for p in self.denoiser.parameters()]
+        digest = hashlib.sha256()
+        for tensor in (*pieces, *parameters):
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def dtypes(self) -> dict[str, set[torch.dtype]]:
+        flats = masters(self.shards)
+        moments = [self.optimizer.state[flat][name] for flat in flats for name in ("exp_avg", "exp_avg_sq")]
+        averages = [self.ema.of(flat) for flat in flats] if self.ema is not None else []
+        kinds = {
+            "parameters": self.denoiser.parameters(),
+            "masters": flats,
+            "moments": moments,
+            "ema": averages,
+        }
+        return {name: {tensor.dtype for tensor in tensors} for name, tensors in kinds.items()}
+
+
+def run(job: Job) -> Result:
+    """Train one job to its end; a UserError is part of the result."""
+    result = Result()
+    with _watch_reductions(result):
+        try:
+            trainer = InstrumentedTrainer(job, result)
+            try:
+                trainer.train()
+            finally:
+                result.dtypes, result.skipped = trainer.dtypes(), trainer.skipped
+        except UserError as error:
+            result.error = str(error)
+    return result
+
+
+class _watch_reductions:
+    """Notes what goes through DeepSpeed's reductions while it is active."""
+
+    NAMES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+
+    def __enter__(self) -> None:
+        from deepspeed.comm.torch import TorchBackend
+
+        self.backend, self.original = TorchBackend, {name: getattr(TorchBackend, name) for name in self.NAMES}
+        for name, method in self.original.items():
+            setattr(TorchBackend, name, self._noting(method))
+
+    def _noting(self, method):
+        def noting(backend, *args, **kwargs):
+            for tensor in (*args, *kwargs.values()):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 1:
+                    self.result.reduced.add(tensor.dtype)
+                    self.result.largest_bucket = max(self.result.largest_bucket, tensor.numel())
+            return method(backend, *args, **kwargs)
+
+        return noting
+
+    def __exit__(self, *_exception) -> None:
+        for name, method in self.original.items():
+            setattr(self.backend, name, method)
+
+
+def main() -> None:
+    """Run the jobs of a file; the last argument but one names it, the last the folder for results."""
+    jobs, results = Path(sys.argv[-2]), Path(sys.argv[-1])
+    for job in torch.load(jobs, weights_only=False):
+        result = run(job)
+        torch.save(vars(result), results / f"{job.name}-{distributed.rank()}.pt")
+        distributed.wait_for_all()
+
+
+if __name__ == "__main__":
+    from millrace.engine.cli import run_command
+
+    sys.modules["jobs"] = sys.modules["__main__"]
+    run_command(main)
