@@ -55,6 +55,11 @@ class Trainer:
     Raises UserError for anything about the configuration, data or checkpoint that cannot be used.
     """
 
+    # Where the inputs come from; a throughput benchmark replaces them with stand-ins.
+    open_source = staticmethod(open_source)
+    open_autoencoder = staticmethod(open_autoencoder)
+    open_text_tower = staticmethod(open_text_tower)
+
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.config = config
         self.output = Path(config.run.output_dir)
@@ -65,7 +70,7 @@ class Trainer:
         zero.deepspeed_config(config)
         seed, compute = config.run.seed, COMPUTE[config.precision.compute]
 
-        self.source = open_source(config.data)
+        self.source = self.open_source(config.data)
         reader, messages = self._find_checkpoint(resume)
         self.step, self.samples, self.skipped, updates = 0, 0, 0, 0
         if reader is not None:
@@ -73,14 +78,15 @@ class Trainer:
             self.step, self.samples = saved["step"], saved["samples"]
             self.skipped, updates = saved["skipped"], saved["updates"]
 
-        autoencoder = open_autoencoder(config.conditioning.autoencoder, self.device)
+        autoencoder = self.open_autoencoder(config.conditioning.autoencoder, self.device)
         if autoencoder.channels != config.model.in_channels:
             raise UserError(
                 f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
                 f"{autoencoder.channels} channels"
             )
         check_fits(config, self.stage, distributed.world_size(), autoencoder.factor, self.device)
-        text_tower = open_text_tower(config.conditioning.text, config.model.context_dim, self.device, compute)
+        text = config.conditioning.text
+        text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
         denoiser = Denoiser(config.model)
         if reader is not None:

@@ -22,7 +22,7 @@ class EmaWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After step `step` (from 1): a copy up to `start`, then each `every` steps e += (1 - decay)(w - e)."""
+        """After step `step`, from 1: a copy up to `start`, each `every` steps e += (1 - decay)(w - e)."""
         if step <= self.config.start:
             torch._foreach_copy_(self._averages, self._masters)
         elif step % self.config.every == 0:
