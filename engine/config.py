@@ -10,7 +10,7 @@ Units: sizes in pixels or tokens as said, times in optimizer steps unless the na
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,11 +21,20 @@ class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused, defaults validated too."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class ActivationCheckpointing(Section):
+    """What backward recomputes instead of keeping."""
+
     policy: Literal["none", "full", "selective"] = "none"
     """`none` keeps every activation; `full` recomputes whole blocks in backward; `selective` keeps the
     outputs of matrix products and attention and recomputes the element-wise rest."""
@@ -34,6 +43,8 @@ class ActivationCheckpointing(Section):
 
 
 class Run(Section):
+    """The run as a whole: where, how long, on what."""
+
     output_dir: str = "runs/default"
     """Folder that receives checkpoints, log.jsonl, TensorBoard events and sample grids."""
     steps: int = Field(100_000, ge=1)
@@ -136,6 +147,8 @@ class Routing(Section):
 
 
 class TextTower(Section):
+    """The frozen network that turns captions into text tokens."""
+
     kind: Literal["hash", "t5gemma", "qwen3vl"] = "hash"
     """`hash` maps words to fixed Gaussian vectors: it has no weights and knows no language, and is there so
     that everything runs anywhere. `t5gemma` and `qwen3vl` are the towers of the PRX models."""
@@ -146,6 +159,8 @@ class TextTower(Section):
 
 
 class Autoencoder(Section):
+    """The frozen network that turns pictures into latents."""
+
     kind: Literal["pixels", "flux1", "flux2", "repa_e", "dc_ae"] = "flux1"
     """`pixels` trains on pixels in [-1, 1]; the others encode with that autoencoder."""
     path: str | None = None
@@ -164,6 +179,8 @@ class Conditioning(Section):
 
 
 class Data(Section):
+    """Pictures, captions, crops and batches."""
+
     source: Literal["builtin", "folder"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `folder`: images with a .txt or .json file of the same name beside each."""
@@ -202,18 +219,25 @@ class Data(Section):
 
 
 class Optimizer(Section):
+    """The update of the weights."""
+
     kind: Literal["adamw"] = "adamw"
+    """AdamW, fused on CUDA."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
     eps: float = Field(1e-15, ge=0)
     """The post's value; it needs the second moment in FP32."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled: weights shrink by lr * weight_decay a step."""
     clip: float = Field(0.2, ge=0)
     """Largest global gradient norm (0.2 in PRX's recipe); 0 is off."""
 
 
 class Schedule(Section):
+    """Learning rate over the run."""
+
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """After the warm-up: constant; linear or cosine decay to `final`; or warm-up-stable-decay."""
     warmup: int = Field(1_000, ge=0)
@@ -225,7 +249,10 @@ class Schedule(Section):
 
 
 class Ema(Section):
+    """Exponential moving average of the weights, in FP32."""
+
     enabled: bool = False
+    """Keep the average; sampling and export prefer it."""
     decay: float = Field(0.999, gt=0, lt=1)
     """Share of the average that is kept at an update (0.999 every 10 steps in PRX)."""
     every: int = Field(10, ge=1)
@@ -235,6 +262,8 @@ class Ema(Section):
 
 
 class Precision(Section):
+    """What is computed and what is stored in which dtype."""
+
     compute: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of matrix products and attention; norms, softmax, RoPE and loss are FP32 in any case."""
     master: Literal["float32", "bfloat16"] = "float32"
@@ -244,6 +273,8 @@ class Precision(Section):
 
 
 class Checkpoint(Section):
+    """When the state is saved and how much of it stays."""
+
     every_steps: int = Field(5_000, ge=1)
     """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
     keep: int = Field(3, ge=1)
@@ -251,9 +282,12 @@ class Checkpoint(Section):
 
 
 class Logging(Section):
+    """What a run tells, where."""
+
     every_steps: int = Field(10, ge=1)
     """Steps between reads of the device's loss buffer; log.jsonl has every step all the same."""
     tensorboard: bool = True
+    """Write events to `tensorboard/` in the run's folder."""
     wandb: bool = False
     """Weights & Biases, if installed."""
     project: str = "millrace"
@@ -261,6 +295,8 @@ class Logging(Section):
 
 
 class Sampling(Section):
+    """Pictures made during training, and the defaults of `engine/sample.py`."""
+
     every_steps: int = Field(0, ge=0)
     """Steps between sample grids during training; 0 is never."""
     prompts: tuple[str, ...] = ()
@@ -270,6 +306,7 @@ class Sampling(Section):
     steps: int = Field(28, ge=1)
     """Solver steps."""
     solver: Literal["euler", "heun"] = "euler"
+    """`heun` evaluates the model twice a step."""
     guidance: float = Field(5.0, ge=0)
     """Scale of classifier-free guidance; 1 is off."""
     weights: Literal["auto", "model", "ema"] = "auto"
@@ -277,6 +314,8 @@ class Sampling(Section):
 
 
 class Config(Section):
+    """A run."""
+
     source: str = ""
     """Where this configuration comes from, e.g. the table and row of a publication that it reproduces."""
     run: Run = Run()
@@ -330,7 +369,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_config(values: dict[str, Any], origin: str) -> Config:
     """Validate plain values; `origin` names them in errors."""
     try:
-        return Config.model_validate(values)
+        # As JSON: strict validation (no "5" or true for a number) takes lists for tuples only there.
+        return Config.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError("\n".join(_explain(problem, origin) for problem in error.errors())) from None
 
@@ -341,9 +381,11 @@ def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(), object_pairs_hook=_object)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a configuration file: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -352,7 +394,19 @@ def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("extends", None)
     if base is None:
         return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends is {base!r}; it is the name of another configuration file")
     return merge(read_json(path.parent / base, (*seen, path)), values)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key given twice is an error, not the last one's gain."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise json.JSONDecodeError(f"key {twice!r} is given twice", twice, 0)
+    return values
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -386,7 +440,7 @@ def _explain(problem: Any, origin: str) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or "configuration"
     if problem["type"] == "extra_forbidden":
         names = _keys_of(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(names)}"
         return f"{origin}: unknown key {where!r}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")

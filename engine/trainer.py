@@ -16,7 +16,7 @@ from torch import Tensor
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Config, route_end
-from millrace.engine.data import SampleStream, open_source
+from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.errors import UserError
 from millrace.engine.export import load_weights
 from millrace.engine.model.denoiser import Denoiser
@@ -71,12 +71,17 @@ class Trainer:
         seed, compute = config.run.seed, COMPUTE[config.precision.compute]
 
         self.source = self.open_source(config.data)
+        self.data_digest = fingerprint(self.source)
         reader, messages = self._find_checkpoint(resume)
         self.step, self.samples, self.skipped, updates = 0, 0, 0, 0
         if reader is not None:
             saved = reader.meta
             self.step, self.samples = saved["step"], saved["samples"]
             self.skipped, updates = saved["skipped"], saved["updates"]
+            if saved["data"] != self.data_digest:
+                messages.append(
+                    "the data set is not the one of the checkpoint: from here on its order differs"
+                )
 
         autoencoder = self.open_autoencoder(config.conditioning.autoencoder, self.device)
         if autoencoder.channels != config.model.in_channels:
@@ -234,6 +239,7 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
+            "captions_cut": self.prepare.text_tower.truncated,
         }
         if peak is not None:
             record["mfu"] = flops / seconds / peak
@@ -281,6 +287,7 @@ class Trainer:
             "updates": state.optimizer_steps(self.shards, self.optimizer),
             "text_tower": self.prepare.text_tower.identity,
             "autoencoder": self.prepare.autoencoder.identity,
+            "data": self.data_digest,
             "config": self.config.model_dump(mode="json"),
         }
         save_checkpoint(

@@ -3,7 +3,7 @@
 from millrace.engine.data.batch import Batch
 from millrace.engine.data.crop import evaluation_view
 from millrace.engine.data.pictures import Captions, Source, UnreadablePicture
-from millrace.engine.data.source import open_source
+from millrace.engine.data.source import fingerprint, open_source
 from millrace.engine.data.stream import SampleStream
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Source",
     "UnreadablePicture",
     "evaluation_view",
+    "fingerprint",
     "open_source",
 ]

@@ -3,40 +3,51 @@
 A multiply-add counts as two. Linear layers and attention are counted, element-wise work is not; backward is
 twice forward. Modulation runs once per sample, text keys and values once per text token, a routed token only
 in the blocks that it visits. "6 x parameters x tokens" would be a third too high.
+
+These are model FLOPs: what the mathematics needs. Recomputed activations, and the second computation of the
+logits in FlashAttention's backward, are work of the implementation and do not count.
 """
 
 from millrace.engine.config import Config, Model, route_end
+from millrace.engine.model.blocks import TIME_FEATURES
 from millrace.kernels.routing import kept_tokens
 
 PEAK_BF16 = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "H800": 989e12,
     "A100": 312e12,
     "A800": 312e12,
-    "L40S": 362e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
+    "GH200": 989e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "H800": 989e12,
+    "L40S": 362e12,
 }
-"""Dense BF16 FLOP/s without sparsity, from NVIDIA's data sheets (SXM variants)."""
+"""Dense BF16 FLOP/s (without sparsity) by part of the device's name, from NVIDIA's data sheets."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense BF16 FLOP/s of a GPU by its name, or None if unknown."""
-    return next((peak for name, peak in PEAK_BF16.items() if name in device_name), None)
+    """Peak dense BF16 FLOP/s of a GPU by the longest entry that its name contains, or None if unknown."""
+    found = [name for name in PEAK_BF16 if name in device_name]
+    return PEAK_BF16[max(found, key=len)] if found else None
 
 
-def forward_flops(config: Model, image_tokens: int, text_tokens: int, routed: range, kept: int) -> float:
+def forward_flops(config: Model, image_tokens: int, text_tokens: float, routed: range, kept: int) -> float:
     """FLOPs of one sample's forward pass.
 
     Args:
-        image_tokens, text_tokens: N and L of the sample.
+        image_tokens: N of the sample.
+        text_tokens: of the sample; for samples of one N, their mean gives the exact mean.
         routed: blocks in which only `kept` image tokens run; an empty range for none.
     """
     width, depth, features = config.width, config.depth, config.in_channels * config.patch_size**2
     embed = (
         features * config.bottleneck + config.bottleneck * width if config.bottleneck else features * width
     )
-    once = 256 * width + width * width  # time vector
+    once = TIME_FEATURES * width + width * width  # time vector
     once *= 2 if config.resolution_embedding else 1
     once += depth * 6 * width * width + 2 * width * width  # modulation
     total = once + image_tokens * (embed + width * features)
@@ -48,7 +59,7 @@ def forward_flops(config: Model, image_tokens: int, text_tokens: int, routed: ra
     return 2.0 * total
 
 
-def training_flops(config: Config, image_tokens: int, text_tokens: int) -> float:
+def training_flops(config: Config, image_tokens: int, text_tokens: float) -> float:
     """FLOPs of one sample's forward and backward pass under the run's routing."""
     routed, kept = range(0), image_tokens
     if config.routing.policy != "none":

@@ -1,0 +1,142 @@
+"""FLOPs by formula against PyTorch's counter on the real denoiser, and against published sizes of PRX."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from millrace.engine.config import Config, Model, Routing
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.flops import forward_flops, peak_flops, training_flops
+from millrace.engine.model.routing import Tread
+
+LATENT = Model(width=64, depth=6, heads=4, in_channels=4, context_dim=24)
+BOTTLENECK = Model(width=48, depth=5, heads=2, patch_size=4, in_channels=3, bottleneck=10, context_dim=20)
+RESOLUTION = Model(width=48, depth=3, heads=3, mlp_ratio=2.5, resolution_embedding=True, context_dim=12)
+MODELS = {"latent": LATENT, "bottleneck": BOTTLENECK, "resolution": RESOLUTION}
+
+SQUARE = [(4, 4), (4, 4), (4, 4)]
+MIXED = [(4, 6), (5, 3), (4, 4)]
+EVEN, RAGGED = [9, 9, 9], [5, 1, 17]
+
+PRX = Model(width=1792, depth=16, heads=28, in_channels=16, patch_size=2, context_dim=2304)
+PRX_JIT = PRX.model_copy(update={"in_channels": 3, "patch_size": 32, "bottleneck": 256})
+
+
+def counted(config, grids, text_lengths, tread=None):
+    """FLOPs of (forward, backward) that PyTorch counts while the denoiser runs a packed batch."""
+    denoiser = Denoiser(config)
+    offsets = torch.tensor([0, *text_lengths]).cumsum(0).int()
+    layout = denoiser.layouts.layout(grids, offsets, max(text_lengths))
+    features = config.in_channels * config.patch_size**2
+    tokens, t = torch.randn(sum(layout.lengths), features), torch.rand(len(grids))
+    text = torch.randn(sum(text_lengths), config.context_dim)
+    span = tread.draw(layout, 0, torch.arange(len(grids))) if tread else None
+    with FlopCounterMode(display=False) as forward:
+        (prediction,) = denoiser(tokens, t, text, layout, span)
+    with FlopCounterMode(display=False) as backward:
+        prediction.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def by_formula(config, grids, text_lengths, tread=None):
+    """FLOPs of the same batch's forward pass by `forward_flops`."""
+    routed = range(tread.start, tread.end + 1) if tread else range(0)
+    total = 0.0
+    for (rows, columns), text in zip(grids, text_lengths, strict=True):
+        n = rows * columns
+        kept = n - round(n * tread.drop) if tread else n
+        total += forward_flops(config, n, text, routed, kept)
+    return total
+
+
+def gradients_of_inputs(config, grids, text_lengths):
+    """FLOPs of the products that "twice forward" has too many: nothing needs the gradient of an input."""
+    features = config.in_channels * config.patch_size**2
+    image = sum(rows * columns for rows, columns in grids) * features * (config.bottleneck or config.width)
+    text = sum(text_lengths) * config.context_dim * config.width
+    vectors = len(grids) * 256 * config.width * (2 if config.resolution_embedding else 1)
+    return 2 * (image + text + vectors)
+
+
+@pytest.mark.parametrize("tread", [None, Tread(1, 2, 0.5)], ids=["dense", "tread"])
+@pytest.mark.parametrize(
+    ("grids", "text_lengths"),
+    [(SQUARE, EVEN), (SQUARE, RAGGED), (MIXED, RAGGED)],
+    ids=["uniform", "ragged-text", "mixed"],
+)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_formula_is_what_pytorch_counts(backend, name, grids, text_lengths, tread):
+    """Exact in both directions where attention's products are spelled out, as SDPA's plain form does too.
+
+    (The counter does not know SDPA's fused CPU kernel.)
+    """
+    config = MODELS[name].model_copy(update={"attention_backend": backend})
+    with sdpa_kernel(SDPBackend.MATH):
+        forward, backward = counted(config, grids, text_lengths, tread)
+    assert forward == by_formula(config, grids, text_lengths, tread)
+    assert backward == 2 * forward - gradients_of_inputs(config, grids, text_lengths)
+
+
+def test_bottleneck_and_resolution_are_counted():
+    """The cases above would not notice a term that is missing on both sides."""
+    plain = RESOLUTION.model_copy(update={"resolution_embedding": False})
+    extra = forward_flops(RESOLUTION, 16, 9, range(0), 16) - forward_flops(plain, 16, 9, range(0), 16)
+    assert extra == 2 * (256 * 48 + 48 * 48)
+    direct = BOTTLENECK.model_copy(update={"bottleneck": None})
+    saved = forward_flops(direct, 16, 9, range(0), 16) - forward_flops(BOTTLENECK, 16, 9, range(0), 16)
+    assert saved == 2 * 16 * (48 * 48 - (48 * 10 + 10 * 48))
+
+
+def test_mean_text_length_is_exact_for_equal_images():
+    lengths = [5, 1, 18]
+    each = sum(forward_flops(LATENT, 16, n, range(2, 4), 8) for n in lengths)
+    assert 3 * forward_flops(LATENT, 16, sum(lengths) / 3, range(2, 4), 8) == pytest.approx(each, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "gmac", "tread"),
+    [
+        (PRX, 256, 226.0, 0.696),
+        (PRX_JIT, 256, 227.6, 0.698),
+        (PRX_JIT, 1024, 872.6, 0.658),
+        (PRX, 4096, 4102, 0.618),
+    ],
+    ids=["latents-256px", "pixels-512px", "pixels-1024px", "latents-1024px"],
+)
+def test_sizes_of_prx(model, tokens, gmac, tread):
+    """Multiply-adds of PRX-1.2B with 256 text tokens, and the share left by TREAD: 50 % in blocks 2..12."""
+    dense = forward_flops(model, tokens, 256, range(0), tokens)
+    assert dense / 2e9 == pytest.approx(gmac, rel=3e-4)
+    routed = forward_flops(model, tokens, 256, range(2, 13), tokens // 2)
+    assert routed / dense == pytest.approx(tread, abs=5e-4)
+
+
+def test_training_is_three_forward_passes_of_the_route():
+    config = Config(model=PRX, routing=Routing(policy="tread", drop=0.25))
+    routed = forward_flops(PRX, 256, 100, range(2, 13), 192)
+    assert training_flops(config, 256, 100) == 3 * routed
+    assert training_flops(Config(model=PRX), 256, 100) == 3 * forward_flops(PRX, 256, 100, range(0), 256)
+    every = forward_flops(PRX, 256, 100, range(0), 256)
+    assert math.isclose(forward_flops(PRX, 256, 100, range(2, 13), 256), every)
+
+
+@pytest.mark.parametrize(
+    ("device", "tera"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_by_device_name(device, tera):
+    assert peak_flops(device) == (tera and tera * 1e12)
