@@ -149,7 +149,10 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{STEM}.safetensors.index.json"
     files = {f"{STEM}.safetensors"}
     if index.is_file():
-        files = set(_read_json(index)["weight_map"].values())
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: there is no weight_map, which says what file holds which tensor")
+        files = set(weight_map.values())
     return {
         name: tensor for file in sorted(files) for name, tensor in _read_state_dict(folder / file).items()
     }
@@ -157,9 +160,12 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, this is a {type(values).__name__}")
+    return values
 
 
 def save_diffusers(
@@ -224,8 +230,7 @@ def _shard(state: State, dtype: torch.dtype, limit: int) -> list[list[str]]:
 
 
 def _write_tensors(state: State, names: Iterable[str], dtype: torch.dtype, path: Path) -> None:
-    # Copied, so that no two tensors share memory, which safetensors refuses to write.
-    tensors = {name: state[name].to("cpu", dtype, copy=True) for name in names}
+    tensors = {name: state[name].to("cpu", dtype).contiguous() for name in names}
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:

@@ -378,7 +378,6 @@ class Trainer:
 def _start_from(denoiser: Denoiser, path: str) -> None:
     """Copy the weights of `run.init_from` into a fresh denoiser."""
     weights, _ = load_weights(path, denoiser.config)
-    state.check_names(denoiser, set(weights), path)
     denoiser.load_state_dict(weights)
 
 

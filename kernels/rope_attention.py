@@ -154,6 +154,8 @@ def _varlen(image: Packed, text: Packed, samples: Offsets, scale: float) -> Tens
 
     q, k, v = image
     text_k, text_v = text
+    if scale != q.shape[-1] ** -0.5:  # torch 2.11's varlen_attn has no scale argument
+        q = q * (scale * q.shape[-1] ** 0.5)
     image_sample = sample_of_row(samples.image, len(k))
     text_sample = sample_of_row(samples.text, len(text_k))
     place = torch.cat(
@@ -171,7 +173,6 @@ def _varlen(image: Packed, text: Packed, samples: Offsets, scale: float) -> Tens
         samples.image + samples.text,
         samples.longest,
         samples.longest + samples.longest_text,
-        scale=scale,
     )
 
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.attention.varlen  # registers the operator that selective checkpointing keeps
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -100,10 +101,8 @@ class Denoiser(nn.Module):
         config = self.config
         vector = self.time_in(sinusoid(t, TIME_FEATURES, TIME_SCALE).to(tokens.dtype))
         if self.resolution_in is not None:
-            sizes = torch.tensor(layout.grids, dtype=torch.float32, device=tokens.device) * config.patch_size
-            vector = vector + self.resolution_in(
-                sinusoid(sizes.flatten(), TIME_FEATURES // 2).view(len(t), -1)
-            )
+            sizes = layout.sizes.flatten() * config.patch_size
+            vector = vector + self.resolution_in(sinusoid(sizes, TIME_FEATURES // 2).view(len(t), -1))
         vector = F.silu(vector)
         modulation = self.modulation(vector).unflatten(1, (config.depth, 6, config.width)).unbind(1)
         text = self.text_kv(self.txt_in(text))
@@ -171,8 +170,11 @@ def _checkpointed(
     if index % config.every or not torch.is_grad_enabled():
         return block(*args)
     if config.policy == "selective":
-        return checkpoint(block, *args, use_reentrant=False, context_fn=_keep_products)
-    return checkpoint(block, *args, use_reentrant=reentrant)
+        return checkpoint(
+            block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products
+        )
+    # A block draws no random numbers, so there is no generator to restore.
+    return checkpoint(block, *args, use_reentrant=reentrant, preserve_rng_state=False)
 
 
 _PRODUCTS = {
@@ -182,6 +184,7 @@ _PRODUCTS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 

@@ -37,6 +37,8 @@ class Layout:
     """(B+1,) int32, starts of the samples among the text tokens."""
     max_seqlen_text: int
     """Most text tokens of a sample (or an upper bound)."""
+    sizes: Tensor
+    """(B, 2) FP32, rows and columns of each sample's grid (device)."""
     positions: Tensor
     """(T,) int64, row of the RoPE table of each image token."""
     cos: Tensor
@@ -53,6 +55,7 @@ class Layout:
 @dataclass(frozen=True)
 class _GridEntry:
     cu_seqlens: Tensor
+    sizes: Tensor
     positions: Tensor
 
 
@@ -97,6 +100,7 @@ class LayoutCache:
             max_seqlen=max(rows * columns for rows, columns in grids),
             cu_seqlens_text=cu_seqlens_text,
             max_seqlen_text=max_seqlen_text,
+            sizes=entry.sizes,
             positions=entry.positions,
             cos=self._cos,
             sin=self._sin,
@@ -110,6 +114,7 @@ class LayoutCache:
         }
         return _GridEntry(
             cu_seqlens=torch.tensor(starts, dtype=torch.int32).to(device),
+            sizes=torch.tensor(grids, dtype=torch.float32).to(device),
             positions=torch.cat([one_grid[grid] for grid in grids]).to(device),
         )
 

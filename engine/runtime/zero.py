@@ -91,6 +91,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             f"precision.master bfloat16 is an experiment for ZeRO stage 0; stage {stage} keeps FP32 masters. "
             "Set deepspeed.zero_optimization.stage to 0"
         )
+    if stage == 3 and config.run.activation_checkpointing.policy == "selective":
+        raise UserError(
+            "run.activation_checkpointing.policy selective does not work at ZeRO stage 3, which frees "
+            "weights between forward and backward; use full, or stage 2"
+        )
     if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
         raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")
     values: dict[str, Any] = {

@@ -77,12 +77,12 @@ class Runs:
         """Train in this process; the job's result."""
         return self.jobs.run(self.jobs.Job("job", self.values(output, *changes), **job))
 
-    def on_two_ranks(self, folder: Path, jobs: list) -> dict[str, list]:
-        """Results of each job by name, one of each rank; all under one launcher."""
+    def elsewhere(self, folder: Path, jobs: list, ranks: int) -> dict[str, list]:
+        """Results of each job that lived, by name and rank: two ranks under one launcher, or forks."""
         folder.mkdir(parents=True)
         torch.save(jobs, folder / "jobs.pt")
         done = subprocess.run(
-            _launch(2, HERE / "jobs.py", folder / "jobs.pt", folder),
+            _launch(ranks, HERE / "jobs.py", folder / "jobs.pt", folder),
             env=_environment(),
             capture_output=True,
             text=True,
@@ -92,9 +92,10 @@ class Runs:
         return {
             job.name: [
                 self.jobs.Result(**torch.load(folder / f"{job.name}-{rank}.pt", weights_only=False))
-                for rank in (0, 1)
+                for rank in range(ranks)
             ]
             for job in jobs
+            if job.killed is None
         }
 
     def command(self, output: Path, *changes: dict, ranks: int = 1, arguments: tuple = ()) -> list[str]:

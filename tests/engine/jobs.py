@@ -1,10 +1,15 @@
 """Training runs with instruments attached, several in one process: imported by tests, or run under a launcher.
 
-python jobs.py JOBS.pt RESULTS          one process
-deepspeed --num_gpus 2 jobs.py ...      two; rank r writes RESULTS/<name>-<r>.pt
+python jobs.py JOBS RESULTS                    one process, each job in a fork of it that may be killed
+deepspeed --num_gpus 2 jobs.py JOBS RESULTS    two, all jobs in both
+
+Rank r writes RESULTS/<name>-<r>.pt.
 """
 
+import contextlib
 import hashlib
+import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +35,8 @@ class Job:
     """Steps (0-based) in which the last rank's first sample holds a NaN."""
     spoiled_gradients: tuple[int, ...] = ()
     """Steps in which the loss is finite and its gradient is not."""
+    killed: tuple[str, float] | None = None
+    """(name of an earlier job, share): kill -9 after this share of that job's events."""
 
 
 @dataclass
@@ -46,6 +53,8 @@ class Result:
     spoiled: list[str] = field(default_factory=list)
     """Keys of the samples that were spoiled."""
     skipped: int = 0
+    events: int = 0
+    """Micro-batches and changes to files below the run's folder."""
     largest_bucket: int = 0
     """Most elements of one reduction."""
 
@@ -66,10 +75,11 @@ class InstrumentedTrainer(Trainer):
     """A Trainer whose batches can be spoiled and whose state is hashed around each step."""
 
     def __init__(self, job: Job, result: Result) -> None:
-        super().__init__(parse_config(job.config, job.name), job.resume)
         self.job, self.result = job, result
+        super().__init__(parse_config(job.config, job.name), job.resume)
 
     def next_batch(self):
+        self.result.events += 1
         batch = super().next_batch()
         if self.step in self.job.spoiled_losses and distributed.rank() == distributed.world_size() - 1:
             batch.clean[0, 0] = float("nan")
@@ -108,9 +118,9 @@ class InstrumentedTrainer(Trainer):
         return {name: {tensor.dtype for tensor in tensors} for name, tensors in kinds.items()}
 
 
-def run(job: Job) -> Result:
+def run(job: Job, result: Result | None = None) -> Result:
     """Train one job to its end; a UserError is part of the result."""
-    result = Result()
+    result = result or Result()
     with _watch_reductions(result):
         try:
             trainer = InstrumentedTrainer(job, result)
@@ -153,13 +163,60 @@ class _watch_reductions:
             setattr(self.backend, name, method)
 
 
+def _kill_at(result: Result, output: str, limit: float) -> None:
+    """Count changes to files as events too, and kill this process with SIGKILL at event number `limit`."""
+
+    def tick(event: str, arguments: tuple) -> None:
+        changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+        if event in changes or (event == "open" and arguments[1] not in ("r", "rb", None)):
+            result.events += str(arguments[0]).startswith(output)
+        if result.events >= limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fsync(descriptor: int, sync=os.fsync) -> None:
+        result.events += 1
+        tick("fsync", ())
+        sync(descriptor)
+
+    os.fsync = fsync
+    sys.addaudithook(tick)
+
+
+def run_forked(job: Job, path: Path, limit: float) -> None:
+    """Run a job in a fork; only a job that should be killed may be."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(KeyboardInterrupt):
+            result = Result()
+            _kill_at(result, job.config["run"]["output_dir"], limit)
+            torch.save(vars(run(job, result)), path)
+            code = 0
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) != (0 if job.killed is None else -signal.SIGKILL):
+        sys.exit(f"{job.name} ended with {os.waitstatus_to_exitcode(status)}")
+
+
 def main() -> None:
     """Run the jobs of a file; the last argument but one names it, the last the folder for results."""
-    jobs, results = Path(sys.argv[-2]), Path(sys.argv[-1])
-    for job in torch.load(jobs, weights_only=False):
-        result = run(job)
-        torch.save(vars(result), results / f"{job.name}-{distributed.rank()}.pt")
-        distributed.wait_for_all()
+    file, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
+    jobs = torch.load(file, weights_only=False)
+    if "RANK" in os.environ:
+        for job in jobs:
+            result = run(job)
+            torch.save(vars(result), folder / f"{job.name}-{distributed.rank()}.pt")
+            distributed.wait_for_all()
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401 - once here and not in every fork
+
+    for job in jobs:
+        limit = float("inf")
+        if job.killed is not None:
+            whole, share = job.killed
+            limit = share * torch.load(folder / f"{whole}-0.pt", weights_only=False)["events"]
+        run_forked(job, folder / f"{job.name}-0.pt", limit)
 
 
 if __name__ == "__main__":

@@ -67,15 +67,15 @@ def test_conversion_copies():
     denoiser = _random_denoiser(LATENT)
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     theirs = export.to_diffusers(denoiser)
-    for changed in (theirs, export.from_diffusers(theirs)):
-        with torch.no_grad():
-            for parameter in changed.parameters():
-                assert parameter.requires_grad
-                parameter.zero_()
+    with torch.no_grad():
+        for parameter in export.from_diffusers(theirs).parameters():
+            assert parameter.requires_grad
+            parameter.zero_()
+        _assert_equal(theirs.state_dict(), diffusers_state(before, LATENT))
+        for parameter in theirs.parameters():
+            assert parameter.requires_grad
+            parameter.zero_()
         _assert_equal(denoiser.state_dict(), before)
-        if changed is theirs:
-            theirs = export.to_diffusers(denoiser)
-    _assert_equal(theirs.state_dict(), diffusers_state(before, LATENT))
 
 
 @MODELS
@@ -188,9 +188,13 @@ def test_unreadable_weights(tmp_path):
     (tmp_path / "half" / "config.json").write_text(json.dumps(diffusers_config(LATENT)))
     with pytest.raises(UserError, match=rf"half/{WHOLE}: cannot be read"):
         export.load_weights(tmp_path / "half")
-    (tmp_path / "half" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+    (tmp_path / "half" / f"{WHOLE}.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index\.json: there is no weight_map"):
         export.load_weights(tmp_path / "half")
+    for text, problem in (("{", "cannot be read"), ("[]", "expected a JSON object, this is a list")):
+        (tmp_path / "half" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=rf"config\.json: {problem}"):
+            export.load_weights(tmp_path / "half")
 
 
 def test_folder_of_another_model_is_refused(tmp_path):

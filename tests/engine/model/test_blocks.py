@@ -61,7 +61,7 @@ def _run(block, layout, x, modulation, text_kv):
 
 
 def _rotate(x, grid):
-    """RoPE of (N, H, D) as complex products: the first pairs turn with the row, the others with the column."""
+    """RoPE of (N, H, D) as complex products: the first pairs turn with the row, the last with the column."""
     rows, columns = grid
     half = CONFIG.head_dim // 2
     place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2).double()

@@ -1,0 +1,129 @@
+"""The figures and the table of `throughput.py`, beside the numbers that were published."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from recording import ROOT
+
+CONFIGS = ROOT / "configs"
+PUBLISHED = json.loads((ROOT / "benchmarks" / "published.json").read_text())
+
+# Overrides that change how a step is computed but not what, so that the published figure still belongs to it.
+HOW = (
+    "run.",
+    "data.micro_batch",
+    "data.global_batch",
+    "data.source",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "conditioning.text.path",
+    "conditioning.autoencoder.path",
+    "model.attention_backend",
+    "deepspeed.",
+)
+
+
+def summarise(
+    step_seconds: list[float],
+    global_batch: int,
+    devices: int,
+    flops_per_image: float,
+    peak: float | None,
+    published: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The figures of a row.
+
+    Args:
+        step_seconds: of each measured step, the slowest process's.
+        global_batch: images of a step.
+        devices: of the job.
+        flops_per_image: model FLOPs of forward and backward.
+        peak: FLOP/s that one device can do, or None if unknown.
+        published: the row of `published.json` to set beside it.
+    """
+    p20, median, p80 = np.percentile(step_seconds, (20, 50, 80)).tolist()
+    images = global_batch * len(step_seconds) / sum(step_seconds)
+    batches = images / PUBLISHED["global_batch"]
+    theirs = published and published["batches_per_second"]
+    return {
+        "step_seconds_median": median,
+        "step_seconds_p20": p20,
+        "step_seconds_p80": p80,
+        "images_per_second": images,
+        "images_per_second_per_device": images / devices,
+        "batches_per_second": batches,
+        "model_flops_per_image": flops_per_image,
+        "peak_flops_per_device": peak,
+        "mfu": flops_per_image * images / (devices * peak) if peak else None,
+        "published": published,
+        "ratio_to_published": batches / theirs if theirs else None,
+    }
+
+
+def published_row(path: str, overrides: list[str]) -> dict[str, Any] | None:
+    """The row with a throughput that a file of configs/ reproduces, unless overrides make it another run."""
+    if Path(path).resolve().parent != CONFIGS or not all(item.startswith(HOW) for item in overrides):
+        return None
+    rows = (row for table in PUBLISHED["tables"] for row in table["rows"])
+    mine = (row for row in rows if row["config"] == Path(path).stem and row["batches_per_second"])
+    return next(mine, None)
+
+
+def published_configs() -> list[str]:
+    """The files of configs/ that have a published throughput."""
+    rows = (row for table in PUBLISHED["tables"] for row in table["rows"] if row["batches_per_second"])
+    names = dict.fromkeys(row["config"] for row in rows if row["config"])
+    return [str(CONFIGS / f"{name}.json") for name in names]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people: one line each, then what the columns mean."""
+    head = ["config", "inputs", "devices", "batch", "step ms", "p20", "p80", "images/s", "/device"]
+    head += ["batches/s", "post", "ratio", "GiB", "TFLOP/image", "MFU"]
+    lines = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        for cells in (list(zip(line, widths, strict=True)) for line in lines)
+    ]
+    notes = [
+        f"inputs {name}: {includes}"
+        for name, includes in {r["conditioning"]: r["includes"] for r in rows}.items()
+    ]
+    notes.append("step ms: median, 20th and 80th percentile; images/s over the whole measured time")
+    notes.append(f"batches/s: of {PUBLISHED['global_batch']} images; GiB: peak memory of one process")
+    if any(row["published"] for row in rows):
+        source = f"{PUBLISHED['authors']}, {PUBLISHED['title']} ({PUBLISHED['date']})"
+        notes.append(f"post: batches/s in {source},")
+        notes.append("      measured end to end on GPUs whose model and count are not published;")
+        notes.append("      so the ratio is one of whole jobs, and says nothing about one GPU")
+    if any(row["overrides"] or row["smoke"] for row in rows):
+        notes.append("*: with values overridden or shrunk by --smoke, as the JSON says")
+    if any(row["skipped_steps"] for row in rows):
+        notes.append("some steps had no finite gradient and were skipped; do not use these times")
+    return "\n".join([*(line.rstrip() for line in text), "", *notes])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    published, ratio, mfu = row["published"], row["ratio_to_published"], row["mfu"]
+    per_process = row["global_batch"] // row["devices"]
+    accumulation = per_process // row["micro_batch"]
+    milliseconds = (f"{row[f'step_seconds_{which}'] * 1e3:.1f}" for which in ("median", "p20", "p80"))
+    return [
+        row["config"] + ("*" if row["overrides"] or row["smoke"] else ""),
+        row["conditioning"],
+        f"{row['devices']} {row['device']}",
+        f"{row['micro_batch']}" + (f" x {accumulation}" if accumulation > 1 else ""),
+        *milliseconds,
+        f"{row['images_per_second']:.1f}",
+        f"{row['images_per_second_per_device']:.1f}",
+        f"{row['batches_per_second']:.3f}",
+        f"{published['batches_per_second']:.2f}" if published else "-",
+        f"{ratio:.2f}" if ratio else "-",
+        f"{row['peak_memory_bytes'] / 2**30:.1f}",
+        f"{row['model_flops_per_image'] / 1e12:.3g}",
+        f"{mfu:.1%}" if mfu is not None else "unknown",
+    ]

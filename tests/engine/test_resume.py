@@ -1,0 +1,183 @@
+"""A run that was killed and resumed is the run that was never stopped."""
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from millrace.engine.runtime.checkpoint import list_checkpoints
+from millrace.engine.runtime.sharded import CheckpointReader
+
+pytestmark = pytest.mark.slow
+
+STEPS = 12
+CHANGES = {
+    "run": {"steps": STEPS},
+    "optimizer": {"eps": 1e-6},
+    "ema": {"start": 3, "every": 2},
+    "checkpoint": {"every_steps": 2, "keep": 20},
+    "model": {"depth": 3},
+    "routing": {"policy": "tread", "start": 1, "end": 1},
+}
+KILLS = 10
+
+
+def stage(number):
+    return {"deepspeed": {"zero_optimization": {"stage": number}}}
+
+
+def state_of(run):
+    """Everything in the newest checkpoint of a run, and its counters."""
+    reader = CheckpointReader(list_checkpoints(run / "checkpoints")[-1][1])
+    counters = {name: reader.meta[name] for name in ("step", "samples", "skipped", "updates")}
+    return counters, {name: reader.tensor(name) for name in reader.names()}
+
+
+def assert_same_run(runs, run, whole):
+    """Every logged number and every stored bit agree."""
+    assert runs.log(run) == runs.log(whole)
+    (counters, tensors), (wanted_counters, wanted) = state_of(run), state_of(whole)
+    assert counters == wanted_counters
+    assert {name.partition("/")[0] for name in wanted} == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert tensors.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(tensors[name], wanted[name])] == []
+
+
+def assert_similar_run(runs, run, whole):
+    """Losses within 1e-4; so are the weights, relative to the largest of their tensor."""
+    for found, wanted in zip(runs.log(run), runs.log(whole), strict=True):
+        assert found["step"] == wanted["step"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    (counters, tensors), (wanted_counters, wanted) = state_of(run), state_of(whole)
+    assert counters == wanted_counters
+    for name in wanted:
+        assert (tensors[name] - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
+
+
+def copy_until(run, step, target):
+    """A copy of a run as it stood at `step`."""
+    shutil.copytree(run, target)
+    for later, folder in list_checkpoints(target / "checkpoints"):
+        if later > step:
+            shutil.rmtree(folder)
+    return target
+
+
+@pytest.fixture(scope="module")
+def killed(runs, tmp_path_factory):
+    """(folder with whole-<stage> and killed-<i>, what each killed run left behind)."""
+    root = tmp_path_factory.mktemp("killed")
+    rng = random.Random(7)
+    jobs = []
+    for number in range(4):
+        values = runs.values(root / f"whole-{number}", CHANGES, stage(number))
+        jobs.append(runs.jobs.Job(f"whole-{number}", values))
+    for i in range(KILLS):
+        values = runs.values(root / f"killed-{i}", CHANGES, stage(i % 4))
+        moment = (f"whole-{i % 4}", (i + rng.random()) / KILLS)
+        jobs.append(runs.jobs.Job(f"killed-{i}", values, killed=moment))
+    runs.elsewhere(root / "killing", jobs, ranks=1)
+    left = {
+        i: {path.relative_to(root / f"killed-{i}").as_posix() for path in (root / f"killed-{i}").rglob("*")}
+        for i in range(KILLS)
+    }
+    resumed = [
+        runs.jobs.Job(f"killed-{i}", runs.values(root / f"killed-{i}", CHANGES, stage(i % 4)), resume="auto")
+        for i in range(KILLS)
+    ]
+    results = runs.elsewhere(root / "resuming", resumed, ranks=1)
+    assert [result.error for (result,) in results.values()] == [None] * KILLS
+    return root, left
+
+
+@pytest.mark.parametrize("i", range(KILLS))
+def test_killed_and_resumed_is_bit_identical(runs, killed, i):
+    root, _ = killed
+    assert_same_run(runs, root / f"killed-{i}", root / f"whole-{i % 4}")
+
+
+def test_kills_hit_training_and_saving(killed):
+    """What the test above relies on: runs died at different places, some of them inside a save."""
+    _, left = killed
+    saving = [i for i in left if any("/.tmp-step-" in path for path in left[i])]
+    assert 2 <= len(saving) <= KILLS - 2
+    published = [sum(path.endswith("manifest.sha256") for path in left[i]) for i in left]
+    assert published == sorted(published)
+    assert len(set(published)) >= 5
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (1, 0), (3, 2)])
+def test_another_stage_continues_the_run(runs, killed, tmp_path, before, after):
+    root, _ = killed
+    run = copy_until(root / f"whole-{before}", 6, tmp_path / "run")
+    assert runs.here(run, CHANGES, stage(after), resume="auto").error is None
+    assert_similar_run(runs, run, root / f"whole-{before}")
+
+
+@pytest.fixture(scope="module")
+def on_two(runs, killed, tmp_path_factory):
+    """Runs of one process at ZeRO 0, continued on two from step 6 at each stage."""
+    root = tmp_path_factory.mktemp("on_two")
+    jobs = []
+    for number in range(4):
+        run = copy_until(killed[0] / "whole-0", 6, root / f"zero{number}")
+        jobs.append(runs.jobs.Job(run.name, runs.values(run, CHANGES, stage(number)), resume="auto"))
+    for name, results in runs.elsewhere(root / "results", jobs, ranks=2).items():
+        assert [result.error for result in results] == [None, None], name
+    return root
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_two_processes_continue_the_run_of_one(runs, killed, on_two, number):
+    assert_similar_run(runs, on_two / f"zero{number}", killed[0] / "whole-0")
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (3, 3)])
+def test_one_process_continues_the_run_of_two(runs, killed, on_two, tmp_path, before, after):
+    run = copy_until(on_two / f"zero{before}", 8, tmp_path / "run")
+    assert runs.here(run, CHANGES, stage(after), resume="auto").error is None
+    assert_similar_run(runs, run, killed[0] / "whole-0")
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint(runs, killed, tmp_path):
+    """`auto` names the file, takes the checkpoint before and ends the same; a step asked for is refused."""
+    root, _ = killed
+    run = copy_until(root / "whole-0", 8, tmp_path / "run")
+    shard = run / "checkpoints" / "step-00000008" / "shard-00000-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+    refused = runs.finish(runs.command(run, CHANGES, arguments=("--resume", "8")))
+    assert refused.returncode == 2
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert shard.name in error
+    assert "sha256" in error
+    assert "Traceback" not in refused.stderr
+
+    done = runs.finish(runs.command(run, CHANGES, arguments=("--resume", "auto")))
+    assert done.returncode == 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("not resuming from")]
+    assert "step-00000008" in said
+    assert shard.name in said
+    assert "resumed at step 6, sample 48" in done.stderr
+    assert_same_run(runs, run, root / "whole-0")
+
+
+def test_a_step_asked_for_drops_what_came_after(runs, killed, tmp_path, capsys):
+    root, _ = killed
+    run = shutil.copytree(root / "whole-0", tmp_path / "run")
+    assert runs.here(run, CHANGES, resume="4").error is None
+    said = capsys.readouterr().err
+    assert "also holds checkpoints of later steps (6, 8, 10, 12)" in said
+    assert_same_run(runs, run, root / "whole-0")
+
+
+def test_a_finished_run_stays_as_it_is(runs, killed, tmp_path):
+    root, _ = killed
+    run = shutil.copytree(root / "whole-0", tmp_path / "run")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert runs.here(run, CHANGES, resume="auto").error is None
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    assert_same_run(runs, run, root / "whole-0")
