@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from millrace.engine.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "xformers", "transformers", "diffusers")
@@ -47,11 +49,14 @@ def default_path(benchmark: str, device: torch.device) -> Path:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON; the file is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(path.suffix + ".tmp")
-    fresh.write_text(json.dumps(content, indent=2) + "\n")
-    fresh.replace(path)
+    """Write JSON; the file is complete or not there. Raises UserError where that is impossible."""
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(content, indent=2) + "\n")
+        fresh.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another --output") from None
 
 
 def _git(*arguments: str) -> str | None:

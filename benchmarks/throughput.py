@@ -40,7 +40,7 @@ from torch import Tensor
 
 from millrace.engine import config as settings
 from millrace.engine.cli import run_command
-from millrace.engine.conditioning.autoencoder import Autoencoder
+from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR, Autoencoder
 from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.config import Config, Data, TextTower, load_config, merge, parse_config
 from millrace.engine.data import Batch
@@ -48,7 +48,6 @@ from millrace.engine.model.flops import peak_flops
 from millrace.engine.preparation import Prepared
 from millrace.engine.runtime import distributed
 from millrace.engine.runtime.logs import set_up_logging
-from millrace.engine.smoke import _PIXELS_PER_LATENT as PIXELS_PER_LATENT
 from millrace.engine.smoke import smoke
 from millrace.engine.trainer import Trainer
 
@@ -93,7 +92,7 @@ class RandomLatents(Autoencoder):
     stochastic = False
 
     def __init__(self, kind: str, channels: int) -> None:
-        self.channels, self.factor = channels, PIXELS_PER_LATENT[kind]
+        self.channels, self.factor = channels, PUBLISHED_FACTOR[kind]
         self.identity = f"random numbers for {kind}"
 
     def _encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
@@ -217,10 +216,7 @@ def measure(path: str, config: Config, conditioning: str, arguments: argparse.Na
     device, devices = trainer.device, distributed.world_size()
     mine = time_steps(trainer, arguments.warmup, arguments.steps)
     if device.type == "cuda":
-        memory, kind = (
-            torch.cuda.max_memory_allocated(device),
-            "allocated on the device in the measured steps",
-        )
+        memory, kind = torch.cuda.max_memory_allocated(device), "allocated on the GPU in the measured steps"
         peak = peak_flops(torch.cuda.get_device_name(device))
     else:
         memory, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident since its start"
@@ -297,10 +293,9 @@ def parse() -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def main() -> int:

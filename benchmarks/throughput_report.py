@@ -95,6 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     notes.append("step ms: median, 20th and 80th percentile; images/s over the whole measured time")
     notes.append(f"batches/s: of {PUBLISHED['global_batch']} images; GiB: peak memory of one process")
+    notes.append("MFU: model FLOPs of forward and backward over the dense BF16 peak of the devices")
     if any(row["published"] for row in rows):
         source = f"{PUBLISHED['authors']}, {PUBLISHED['title']} ({PUBLISHED['date']})"
         notes.append(f"post: batches/s in {source},")

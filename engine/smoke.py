@@ -7,9 +7,9 @@ ZeRO stage, precision. Shrunk: every dimension. Not run: `torch.compile`, which 
 from pathlib import Path
 from typing import Any
 
+from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
 from millrace.engine.config import Config, dict_from_overrides, merge, parse_config
 
-_PIXELS_PER_LATENT = {"pixels": 1, "flux1": 8, "flux2": 8, "repa_e": 8, "dc_ae": 32}
 _GRID = 6
 """Tokens along the edge of a smoke picture."""
 
@@ -36,7 +36,7 @@ def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config
         "data": {
             "source": "builtin",
             "path": None,
-            "resolution": _PIXELS_PER_LATENT[conditioning.autoencoder.kind] * patch * _GRID,
+            "resolution": PUBLISHED_FACTOR[conditioning.autoencoder.kind] * patch * _GRID,
             "upscale": True,
             "global_batch": 4,
             "micro_batch": 2,

@@ -35,6 +35,9 @@ _PUBLISHED = {
 }
 _KEY = "conditioning.autoencoder.path"
 
+PUBLISHED_FACTOR = {"pixels": 1, "flux1": 8, "flux2": 8, "repa_e": 8, "dc_ae": 32}
+"""Pixels per latent position of the published weights of each kind."""
+
 FLUX2_SCALE = 0.18215
 """Default `scaling_factor` of diffusers' AutoencoderKL, which PRX applies to FLUX.2's latents."""
 

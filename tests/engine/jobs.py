@@ -8,9 +8,11 @@ Rank r writes RESULTS/<name>-<r>.pt.
 
 import contextlib
 import hashlib
+import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,15 @@ class Result:
     skipped: int = 0
     events: int = 0
     """Micro-batches and changes to files below the run's folder."""
+    last_event: float = math.inf
+    """The process is killed at the event of this number."""
     largest_bucket: int = 0
     """Most elements of one reduction."""
+
+    def count_event(self) -> None:
+        self.events += 1
+        if self.events >= self.last_event:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _InfiniteGradient(torch.autograd.Function):
@@ -79,7 +88,7 @@ class InstrumentedTrainer(Trainer):
         super().__init__(parse_config(job.config, job.name), job.resume)
 
     def next_batch(self):
-        self.result.events += 1
+        self.result.count_event()
         batch = super().next_batch()
         if self.step in self.job.spoiled_losses and distributed.rank() == distributed.world_size() - 1:
             batch.clean[0, 0] = float("nan")
@@ -163,33 +172,31 @@ class _watch_reductions:
             setattr(self.backend, name, method)
 
 
-def _kill_at(result: Result, output: str, limit: float) -> None:
-    """Count changes to files as events too, and kill this process with SIGKILL at event number `limit`."""
+def _count_changes(result: Result, output: str) -> None:
+    """Count changes to files below `output` as events too, just before they happen."""
+    changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
-    def tick(event: str, arguments: tuple) -> None:
-        changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-        if event in changes or (event == "open" and arguments[1] not in ("r", "rb", None)):
-            result.events += str(arguments[0]).startswith(output)
-        if result.events >= limit:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def audit(event: str, arguments: tuple) -> None:
+        changing = event in changes or (event == "open" and arguments[1] not in ("r", "rb", None))
+        if changing and str(arguments[0]).startswith(output):
+            result.count_event()
 
-    def fsync(descriptor: int, sync=os.fsync) -> None:
-        result.events += 1
-        tick("fsync", ())
+    def fsync(descriptor: int, sync: Callable = os.fsync) -> None:
+        result.count_event()
         sync(descriptor)
 
     os.fsync = fsync
-    sys.addaudithook(tick)
+    sys.addaudithook(audit)
 
 
-def run_forked(job: Job, path: Path, limit: float) -> None:
+def run_forked(job: Job, path: Path, last_event: float) -> None:
     """Run a job in a fork; only a job that should be killed may be."""
     child = os.fork()
     if child == 0:
         code = 1
         with contextlib.suppress(KeyboardInterrupt):
-            result = Result()
-            _kill_at(result, job.config["run"]["output_dir"], limit)
+            result = Result(last_event=last_event)
+            _count_changes(result, job.config["run"]["output_dir"])
             torch.save(vars(run(job, result)), path)
             code = 0
         os._exit(code)
@@ -212,11 +219,11 @@ def main() -> None:
     import deepspeed  # noqa: F401 - once here and not in every fork
 
     for job in jobs:
-        limit = float("inf")
+        last_event = math.inf
         if job.killed is not None:
             whole, share = job.killed
-            limit = share * torch.load(folder / f"{whole}-0.pt", weights_only=False)["events"]
-        run_forked(job, folder / f"{job.name}-0.pt", limit)
+            last_event = share * torch.load(folder / f"{whole}-0.pt", weights_only=False)["events"]
+        run_forked(job, folder / f"{job.name}-0.pt", last_event)
 
 
 if __name__ == "__main__":

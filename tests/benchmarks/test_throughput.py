@@ -1,0 +1,383 @@
+"""The throughput benchmark: its arithmetic, the published numbers, a real run, and that it leaves nothing."""
+
+import importlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from millrace.engine.config import load_config, parse_config
+from millrace.engine.errors import UserError
+from millrace.engine.model.flops import training_flops
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def load(name):
+    """A file of benchmarks/, found as when one of them runs as a script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+recording, report, throughput = load("recording"), load("throughput_report"), load("throughput")
+PUBLISHED = json.loads((BENCHMARKS / "published.json").read_text())
+ROWS = [(table, row) for table in PUBLISHED["tables"] for row in table["rows"]]
+MAPPED = [(table, row) for table, row in ROWS if row["config"]]
+
+
+def test_published_rows_are_complete_and_plausible():
+    ids = [row["id"] for _, row in ROWS]
+    assert len(ids) == len(set(ids))
+    keys = {"id", "method", "config", *PUBLISHED["units"]}
+    for table, row in ROWS:
+        assert set(row) == keys
+        assert table["resolution"] in (256, 1024)
+        assert all(row[metric] > 0 for metric in ("fid", "cmmd", "dino_mmd"))
+        assert row["fid"] > 5 > row["cmmd"], "columns swapped"
+        assert row["batches_per_second"] is None or 1 < row["batches_per_second"] < 5
+
+
+def test_published_tables_agree_on_what_they_share():
+    """The post repeats its baseline: all rows of one configuration say the same."""
+    for name in {row["config"] for _, row in MAPPED}:
+        same = [row for _, row in MAPPED if row["config"] == name]
+        assert len({(row["fid"], row["cmmd"], row["dino_mmd"]) for row in same}) == 1
+        assert len({row["batches_per_second"] for row in same} - {None}) <= 1
+    for table in PUBLISHED["tables"]:
+        assert table["rows"][0]["config"], "each table begins with its baseline"
+
+
+@pytest.mark.parametrize(("table", "row"), MAPPED, ids=[row["id"] for _, row in MAPPED])
+def test_configurations_are_those_of_the_published_rows(table, row):
+    config = load_config(ROOT / "configs" / f"{row['config']}.json")
+    assert config.data.resolution == table["resolution"]
+    assert config.data.global_batch == PUBLISHED["global_batch"]
+    assert (config.run.steps, config.optimizer.lr, config.optimizer.eps) == (100_000, 1e-4, 1e-15)
+    assert not config.ema.enabled
+    in_pixels = table["resolution"] == 1024
+    assert config.conditioning.autoencoder.kind == ("pixels" if in_pixels else "flux1")
+    assert config.objective.prediction == ("sample" if in_pixels else "velocity")
+    assert config.routing.policy == ("tread" if row["method"] == "TREAD" else "none")
+    assert config.precision.master == ("bfloat16" if "BF16" in row["method"] else "float32")
+
+
+def summary(seconds, batch=64, devices=2, flops=5e12, peak=100e12, published=None):
+    return report.summarise(seconds, batch, devices, flops, peak, published)
+
+
+def test_summary_is_arithmetic_on_the_steps():
+    seconds = [0.5, 1.0, 0.5, 2.0]
+    found = summary(seconds, published={"batches_per_second": 0.125})
+    assert found["step_seconds_median"] == 0.75
+    assert found["images_per_second"] == pytest.approx(4 * 64 / 4.0)
+    assert found["images_per_second_per_device"] == pytest.approx(32)
+    assert found["batches_per_second"] == pytest.approx(64 / 256)
+    assert found["ratio_to_published"] == pytest.approx(2.0)
+    # Each of the two devices does 32 images/s of 5 TFLOP, of 100 TFLOP/s.
+    assert found["mfu"] == pytest.approx(32 * 5 / 100)
+
+
+def test_percentiles():
+    found = summary([float(i) for i in range(1, 12)])
+    assert (found["step_seconds_p20"], found["step_seconds_median"], found["step_seconds_p80"]) == (3, 6, 9)
+
+
+def test_unknown_peak_and_unpublished_speed_stay_unknown():
+    found = summary([1.0], peak=None, published={"batches_per_second": None})
+    assert found["mfu"] is None
+    assert found["ratio_to_published"] is None
+    assert summary([1.0])["ratio_to_published"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "speed"),
+    [
+        ("configs/latent_256.json", [], 3.95),
+        ("configs/jit_1024.json", [], 1.33),
+        ("configs/jit_1024_tread.json", ["data.micro_batch=8", "run.compile=false"], 1.64),
+        ("configs/jit_1024_tread.json", ["model.attention_backend=sdpa"], 1.64),
+        ("configs/jit_1024.json", ["data.resolution=512"], None),
+        ("configs/jit_1024.json", ["data.micro_batch=8", "routing.drop=0.75"], None),
+        ("configs/quickstart.json", [], None),
+        ("configs/bf16_master.json", [], None),
+        ("elsewhere/jit_1024.json", [], None),
+    ],
+)
+def test_published_speed_belongs_to_the_file_as_it_stands(path, overrides, speed):
+    row = report.published_row(str(ROOT / path), overrides)
+    assert (row and row["batches_per_second"]) == speed
+
+
+def test_default_configurations_are_those_with_a_speed():
+    names = [Path(path).stem for path in report.published_configs()]
+    assert names == ["latent_256", "jit_1024", "jit_1024_tread"]
+    assert all(Path(path).exists() for path in report.published_configs())
+
+
+def row(**changes):
+    """A measured row as the table needs it."""
+    values = {
+        "config": "jit_1024_tread",
+        "overrides": [],
+        "smoke": False,
+        "conditioning": "cached",
+        "includes": "nothing",
+        "device": "cuda",
+        "devices": 8,
+        "micro_batch": 32,
+        "global_batch": 1024,
+        "peak_memory_bytes": 123 * 2**30,
+        "skipped_steps": 0,
+        **summary([1.5] * 3, batch=1024, devices=8, peak=989e12, published=ROWS[0][1]),
+    }
+    return values | changes
+
+
+def test_table():
+    text = report.table([row(), row(config="other", published=None, ratio_to_published=None, mfu=None)])
+    head, first, second, *notes = text.splitlines()
+    assert len({line.index("cached") for line in (first, second)}) == 1
+    assert max(map(len, text.splitlines())) <= 140
+    assert head.startswith("config")
+    assert first.startswith("jit_1024_tread ")
+    assert "32 x 4" in first, "micro-batch x accumulation"
+    assert first.split()[-6:-3] == ["2.667", "3.95", "0.68"], "batches/s, the post's, ratio"
+    assert second.split()[-6:] == ["2.667", "-", "-", "123.0", "5", "unknown"]
+    assert any("not published" in note for note in notes)
+
+
+def test_table_marks_what_was_changed_or_skipped():
+    plain = report.table([row(published=None)])
+    assert "*" not in plain
+    assert "not published" not in plain
+    assert "skipped" not in plain
+    assert "jit_1024_tread*" in report.table([row(overrides=["a.b=1"])])
+    assert "jit_1024_tread*" in report.table([row(smoke=True)])
+    assert "skipped" in report.table([row(skipped_steps=1)])
+
+
+class Steps:
+    """A trainer that counts its steps and is asked to stop before one of them ends."""
+
+    def __init__(self, stop_after=None):
+        self.device = torch.device("cpu")
+        self.done, self.closed, self.counted_from, self.stop_after = 0, [], None, stop_after
+        self.stop = SimpleNamespace(poll=lambda: SimpleNamespace(stop=self.done == self.stop_after))
+        self.stream = SimpleNamespace(close=lambda: self.closed.append("stream"))
+        self.log = SimpleNamespace(close=lambda: self.closed.append("log"))
+
+    def train_step(self):
+        self.done += 1
+
+    def count_from_here(self):
+        self.counted_from = self.done
+
+
+def test_warm_up_is_not_measured():
+    trainer = Steps()
+    assert len(throughput.time_steps(trainer, warmup=3, steps=5)) == 5
+    assert (trainer.done, trainer.counted_from) == (8, 3)
+    assert trainer.closed == ["stream", "log"]
+
+
+def test_a_stop_request_ends_the_measurement():
+    trainer = Steps(stop_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        throughput.time_steps(trainer, warmup=3, steps=5)
+    assert trainer.done == 4
+    assert trainer.closed == ["stream", "log"]
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *map(str, arguments)])
+    return throughput.main()
+
+
+def test_rows_before_a_failure_are_kept(monkeypatch, tmp_path, capsys):
+    def measure(path, config, conditioning, arguments):
+        if conditioning == "live":
+            raise UserError("no such folder")
+        return row(device="cpu")
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    output, config = tmp_path / "deep" / "out.json", ROOT / "configs" / "quickstart.json"
+    with pytest.raises(UserError, match="no such folder"):
+        call(monkeypatch, "--config", config, "--conditioning", "cached", "live", "--output", output)
+    assert "jit_1024_tread" in capsys.readouterr().out
+    assert len(json.loads(output.read_text())["rows"]) == 1
+    assert [path.name for path in output.parent.iterdir()] == ["out.json"]
+
+
+def test_mistakes_are_told_before_anything_is_built(monkeypatch, capsys):
+    config = ROOT / "configs" / "quickstart.json"
+    with pytest.raises(UserError, match="did you mean 'width'"):
+        call(monkeypatch, "--config", config, "--set", "model.wdth=8")
+    with pytest.raises(UserError, match="no such configuration file"):
+        call(monkeypatch, "--config", "missing.json")
+    with pytest.raises(SystemExit) as leaving:
+        call(monkeypatch, "--config", config, "--steps", "0")
+    assert leaving.value.code == 2
+    assert "whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_step_is_one_micro_batch_per_process_unless_accumulated(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = SimpleNamespace(
+        overrides=["data.micro_batch=2"], warmup=3, steps=9, smoke=False, accumulate=False
+    )
+    path = str(ROOT / "configs" / "quickstart.json")
+    config = throughput.resolve(path, given, tmp_path)
+    assert (config.data.global_batch, config.run.steps) == (8, 12)
+    assert config.run.output_dir == str(tmp_path)
+    assert throughput.resolve(path, SimpleNamespace(**vars(given) | {"accumulate": True}), tmp_path).data == (
+        load_config(path, given.overrides).data
+    )
+
+
+def measured(folder, *arguments):
+    """Run the command in an empty folder; the JSON that it writes elsewhere."""
+    work, temporary = folder / "work", folder / "tmp"
+    work.mkdir()
+    temporary.mkdir()
+    launcher = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "DS_ACCELERATOR",
+    }
+    environment = {key: value for key, value in os.environ.items() if key not in launcher}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "throughput.py", *arguments, "--output", folder / "out.json"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    left = [*work.iterdir(), *temporary.iterdir()]
+    assert left == [], "the run left something behind"
+    return json.loads((folder / "out.json").read_text()), done.stdout
+
+
+def test_smoke_run(tmp_path):
+    config = ROOT / "configs" / "jit_1024_tread.json"
+    content, printed = measured(
+        tmp_path, "--smoke", "--config", config, "--conditioning", "cached", "live", "--text-tokens", "7",
+        "--steps", "3", "--set", "optimizer.lr=1e-5",
+    )  # fmt: skip
+    assert content["benchmark"] == "throughput"
+    assert content["versions"]["torch"] == torch.__version__
+    assert "--smoke" in content["command"]
+    assert content["dirty"] in (True, False, None)
+    cached, live = content["rows"]
+    assert (cached["conditioning"], live["conditioning"]) == ("cached", "live")
+    for found in (cached, live):
+        assert (found["config"], found["smoke"], found["device"]) == ("jit_1024_tread", True, "cpu")
+        assert found["overrides"] == ["optimizer.lr=1e-5"]
+        assert found["resolved"]["optimizer"]["lr"] == 1e-5
+        assert "output_dir" not in found["resolved"]["run"]
+        assert len(found["step_seconds"]) == 3
+        images = found["micro_batch"] * 3 / sum(found["step_seconds"])
+        assert found["global_batch"] == found["micro_batch"] == 2
+        assert found["images_per_second"] == pytest.approx(images)
+        assert found["batches_per_second"] == pytest.approx(images / 256)
+        assert found["mfu"] is found["published"] is found["ratio_to_published"] is None
+        assert found["peak_memory_bytes"] > 100 * 2**20
+        assert found["skipped_steps"] == 0
+    resolved = parse_config(cached["resolved"], "test")
+    assert resolved.routing.policy == "tread"
+    side = resolved.data.resolution // resolved.model.patch_size
+    assert (cached["image_tokens"], cached["text_tokens"]) == (side * side, 7)
+    assert cached["model_flops_per_image"] == training_flops(resolved, side * side, 7)
+    assert live["text_tokens"] > 7, "live captions have their own lengths"
+    assert "unknown" in printed
+    assert "written to" in printed
+
+
+@pytest.mark.cuda
+def test_run_on_the_gpu(tmp_path):
+    config = ROOT / "configs" / "quickstart.json"
+    content, _ = measured(
+        tmp_path, "--config", config, "--steps", "3", "--warmup", "1", "--set", "run.device=cuda"
+    )
+    (found,) = content["rows"]
+    assert (found["device"], found["devices"]) == ("cuda", 1)
+    assert content["gpus"][0]["name"] == torch.cuda.get_device_name(0)
+    assert 2**20 < found["peak_memory_bytes"] < content["gpus"][0]["memory_bytes"]
+    peak = found["peak_flops_per_device"]
+    used = found["model_flops_per_image"] * found["images_per_second"]
+    assert found["mfu"] == (None if peak is None else pytest.approx(used / peak))
+
+
+def test_files_are_named_by_benchmark_device_and_time():
+    path = recording.default_path("throughput", torch.device("cpu"))
+    assert path.parent == BENCHMARKS / "results"
+    assert path.name.startswith("throughput-")
+    assert path.suffix == ".json"
+    assert path.stem.replace("-", "").isalnum()
+
+
+def test_output_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        recording.write(tmp_path / "file" / "out.json", {})
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    -c*) [ -n "${FAKE_GPU:-}" ] && echo "$FAKE_GPU" ;;
+    *jit_1024.json*) exit 3 ;;
+    *) echo "ran $*" ;;
+esac
+"""
+
+
+def gpu_report(folder, gpu):
+    python = folder / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    # Only what the script itself needs, so that nvcc is not found and nothing is built.
+    for tool in ("bash", "env", "dirname", "date", "mkdir", "find"):
+        (folder / tool).symlink_to(shutil.which(tool))
+    environment = {"PATH": str(folder), "PYTHON": str(python), "FAKE_GPU": gpu}
+    script = BENCHMARKS / "gpu_report.sh"
+    return subprocess.run(
+        ["bash", script, "--set", "a.b=1"], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_gpu_report_goes_on_after_a_failure(tmp_path):
+    done = gpu_report(tmp_path, "NVIDIA H200")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed: throughput of jit_1024 (exit code 3)" in done.stdout
+    assert "ran -m pytest -q -m cuda" in done.stdout
+    after = next(line for line in done.stdout.splitlines() if "ran" in line and "jit_1024_tread" in line)
+    assert "throughput-jit_1024_tread-NVIDIA-H200-" in after
+    assert after.endswith("--set a.b=1")
+
+
+def test_gpu_report_needs_a_gpu(tmp_path):
+    done = gpu_report(tmp_path, "")
+    assert done.returncode == 64
+    assert "no CUDA device" in done.stderr

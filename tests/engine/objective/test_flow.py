@@ -1,0 +1,155 @@
+"""Times against rejection sampling as PRX does it, keys by sample, and the loss against its formula."""
+
+import numpy as np
+import pytest
+import torch
+
+from millrace.engine.config import Objective
+from millrace.engine.model.packing import LayoutCache
+from millrace.engine.objective.flow import FlowMatching, shift_time
+
+DRAWS = 100_000
+
+
+def layout_of(grids):
+    text = torch.arange(len(grids) + 1, dtype=torch.int32)
+    return LayoutCache((4, 4), 10_000.0).layout(grids, text, 1)
+
+
+def rejection_sample(rng, count, shift, uniform_share, floor):
+    """PRX: logit-normal times below the floor are drawn again; a share of the batch is uniform instead."""
+    t = np.empty(0)
+    while len(t) < count:
+        normal = 1 / (1 + np.exp(-rng.standard_normal(count)))
+        shifted = shift * normal / (1 + (shift - 1) * normal)
+        t = np.concatenate([t, shifted[shifted >= floor]])
+    t = t[:count]
+    uniform = rng.random(count) < uniform_share
+    t[uniform] = floor + (1 - floor) * rng.random(uniform.sum())
+    return t
+
+
+def largest_gap(a, b):
+    """Two-sample Kolmogorov-Smirnov statistic."""
+    grid = np.sort(np.concatenate([a, b]))
+    below = [np.searchsorted(np.sort(x), grid, side="right") / len(x) for x in (a, b)]
+    return np.abs(below[0] - below[1]).max()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("floor", [1e-3, 0.2])
+def test_times_follow_rejection_sampling(shift, share, floor):
+    config = Objective(time_shift=shift, time_uniform=share, time_floor=floor)
+    found = FlowMatching(config, 5).time(torch.arange(DRAWS)).double().numpy()
+    wanted = rejection_sample(np.random.default_rng(0), DRAWS, shift, share, floor)
+    # 1.95 sqrt(2 / n) is exceeded by equal laws once in a thousand.
+    assert largest_gap(found, wanted) < 1.95 * (2 / DRAWS) ** 0.5
+    assert found.min() >= np.float32(floor)
+    assert found.max() < 1
+
+
+def test_the_statistic_tells_laws_apart():
+    """What the test above can see: a share of 10 % uniform, a shift, a clamp in place of a redraw."""
+    rng = np.random.default_rng(1)
+    base = rejection_sample(rng, DRAWS, 1.0, 0.1, 0.2)
+    clamped = np.maximum(rejection_sample(rng, DRAWS, 1.0, 0.1, 1e-9), 0.2)
+    limit = 1.95 * (2 / DRAWS) ** 0.5
+    assert largest_gap(base, rejection_sample(rng, DRAWS, 1.0, 0.0, 0.2)) > limit
+    assert largest_gap(base, rejection_sample(rng, DRAWS, 1.1, 0.1, 0.2)) > limit
+    assert largest_gap(base, clamped) > limit
+
+
+def test_a_time_belongs_to_its_sample():
+    flow = FlowMatching(Objective(), 7)
+    together = flow.time(torch.arange(1000))
+    assert torch.equal(flow.time(torch.tensor([900, 3])), together[[900, 3]])
+    assert torch.equal(flow.time(torch.tensor([42])), together[42:43])
+    assert together.dtype == torch.float32
+    assert len(together.unique()) > 990
+    assert not torch.equal(FlowMatching(Objective(), 8).time(torch.arange(1000)), together)
+    # Far into a long run the index still tells samples apart.
+    assert len(flow.time(10**12 + torch.arange(1000)).unique()) > 990
+
+
+def test_noise_belongs_to_its_sample():
+    flow = FlowMatching(Objective(), 7)
+    whole = flow.noise(torch.tensor([5, 9]), layout_of([(2, 2), (3, 2)]), 12)
+    alone = flow.noise(torch.tensor([9]), layout_of([(3, 2)]), 12)
+    assert whole.shape == (10, 12)
+    assert torch.equal(whole[4:], alone)
+    assert not torch.equal(whole[:4], alone[:4])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_noise_is_normal_with_the_scale_as_deviation(scale):
+    noise = FlowMatching(Objective(noise_scale=scale), 7).noise(torch.arange(16), layout_of([(8, 8)] * 16), 48)
+    n = noise.numel()
+    assert noise.dtype == torch.float32
+    assert abs(float(noise.mean())) < 4 * scale / n**0.5
+    assert float(noise.std()) == pytest.approx(scale, rel=4 / (2 * n) ** 0.5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_shift(shift):
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    odds = shift * t / (1 - t)  # the shift multiplies the odds of noise
+    wanted = torch.where(t < 1, odds / (1 + odds), 1.0)
+    torch.testing.assert_close(shift_time(t, shift), wanted)
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "sample"])
+@pytest.mark.parametrize("weight", [0.0, 0.05])
+def test_loss_is_the_formula(prediction, weight):
+    """Per sample, in float64, for samples of one size and of two."""
+    for grids in ([(2, 2)] * 3, [(2, 2), (1, 3), (3, 2)]):
+        generator = torch.Generator().manual_seed(3)
+        layout = layout_of(grids)
+        total = sum(layout.lengths)
+        guess, clean, noise = (torch.randn(total, 12, generator=generator) for _ in range(3))
+        t = torch.tensor([0.01, 0.4, 0.97])
+        config = Objective(prediction=prediction, contrastive_weight=weight)
+        found = FlowMatching(config, 0).loss(guess, clean, noise, t, layout)
+
+        parts = [part.double() for part in (guess, clean, noise)]
+        samples = list(zip(*(part.split(layout.lengths) for part in parts), t.double(), strict=True))
+        outputs, targets = [], []
+        for g, x, n, time in samples:
+            noisy = (1 - time) * x + time * n
+            divisor = max(float(time), 0.05)
+            outputs.append(g if prediction == "velocity" else (noisy - g) / divisor)
+            targets.append(n - x if prediction == "velocity" else (noisy - x) / divisor)
+        for i, output in enumerate(outputs):
+            other = targets[i - 1]
+            away = other[torch.arange(len(output)) % len(other)]
+            wanted = (output - targets[i]).square().mean() - weight * (output - away).square().mean()
+            assert float(found[i]) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_perfect_predictions_have_no_loss():
+    layout = layout_of([(2, 2)] * 2)
+    clean, noise = torch.randn(8, 12), torch.randn(8, 12)
+    t = torch.tensor([0.3, 0.8])
+    for prediction, guess in (("velocity", noise - clean), ("sample", clean)):
+        flow = FlowMatching(Objective(prediction=prediction), 0)
+        assert float(flow.loss(guess, clean, noise, t, layout).abs().max()) == 0
+
+
+def test_the_path_runs_from_data_to_noise():
+    flow, layout = FlowMatching(Objective(), 0), layout_of([(2, 2)] * 3)
+    clean, noise = torch.randn(12, 6), torch.randn(12, 6)
+    noisy = flow.noisy(clean, noise, torch.tensor([0.0, 1.0, 0.25]), layout)
+    torch.testing.assert_close(noisy[:4], clean[:4])
+    torch.testing.assert_close(noisy[4:8], noise[4:8])
+    torch.testing.assert_close(noisy[8:], 0.75 * clean[8:] + 0.25 * noise[8:])
+
+
+def test_velocity_of_either_prediction():
+    noisy, clean, noise = torch.randn(3, 4, 6)
+    t = 0.4
+    noisy = (1 - t) * clean + t * noise
+    from_sample = FlowMatching(Objective(prediction="sample"), 0).velocity(clean, noisy, t)
+    torch.testing.assert_close(from_sample, noise - clean)
+    assert FlowMatching(Objective(), 0).velocity(clean, noisy, t) is clean
+    below = FlowMatching(Objective(prediction="sample"), 0).velocity(clean, noisy, 0.01)
+    torch.testing.assert_close(below, (noisy - clean) / 0.05)
