@@ -42,7 +42,8 @@ from millrace.engine import config as settings
 from millrace.engine.cli import run_command
 from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR, Autoencoder
 from millrace.engine.conditioning.text import TextEncoder
-from millrace.engine.config import Config, Data, TextTower, load_config, merge, parse_config
+from millrace.engine.config import Config, Data, TextTower
+from millrace.engine.config_file import load_config, merge, parse_config
 from millrace.engine.data import Batch
 from millrace.engine.model.flops import peak_flops
 from millrace.engine.preparation import Prepared

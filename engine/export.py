@@ -63,7 +63,7 @@ def to_diffusers(denoiser: Denoiser) -> "PRXTransformer2DModel":
         from diffusers import PRXTransformer2DModel
     except ImportError:
         raise UserError(
-            f"diffusers.{CLASS_NAME} is not installed here: pip install 'millrace[encoders]'"
+            f"diffusers.{CLASS_NAME} is not installed here: pip install 'diffusers>=0.42'"
         ) from None
     with torch.device("meta"):
         model = PRXTransformer2DModel(**diffusers_config(denoiser.config))

@@ -9,6 +9,7 @@ from millrace.engine.conditioning.autoencoder import Autoencoder
 from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.data import Batch
 from millrace.engine.model.packing import Layout, LayoutCache, patchify
+from millrace.kernels.packed import to_device
 from millrace.kernels.random import normal, sample_keys
 
 
@@ -52,9 +53,9 @@ class Preparation:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Prepared:
         """Encode captions and pictures, cut the latents into patches, and lay the samples end to end."""
-        sample_index = batch.sample_index.to(self.device)
+        sample_index = to_device(batch.sample_index, self.device)
         text = self.text_tower.encode(batch.captions)
-        latents = self._encode(batch.images, sample_index)
+        latents = self._encode(batch.images, batch.sample_index)
         grids = [(z.shape[1] // self.patch, z.shape[2] // self.patch) for z in latents]
         return Prepared(
             clean=torch.cat([patchify(z, self.patch) for z in latents]),
@@ -71,7 +72,7 @@ class Preparation:
             by_size.setdefault(image.shape, []).append(i)
         latents: list[Tensor] = [torch.empty(0)] * len(images)
         for members in by_size.values():
-            stack = torch.stack([images[i] for i in members]).to(self.device, non_blocking=True)
+            stack = to_device(torch.stack([images[i] for i in members]), self.device)
             encoded = self.autoencoder.encode(stack, self._posterior_noise(stack, sample_index[members]))
             for i, latent in zip(members, encoded, strict=True):
                 latents[i] = latent
@@ -85,5 +86,5 @@ class Preparation:
         shape = (channels, height // factor, width // factor)
         rows = shape[0] * shape[1]
         offsets = torch.arange(samples + 1, dtype=torch.int32, device=self.device) * rows
-        keys = sample_keys(self.seed, sample_index, "posterior")
+        keys = sample_keys(self.seed, to_device(sample_index, self.device), "posterior")
         return normal(keys, offsets, samples * rows, shape[2], rows).view(samples, *shape)

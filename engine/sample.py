@@ -21,7 +21,8 @@ from torch import Tensor
 from millrace.engine.cli import run_command
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
-from millrace.engine.config import Config, dict_from_overrides, load_config, merge, parse_config
+from millrace.engine.config import Config
+from millrace.engine.config_file import dict_from_overrides, load_config, merge, parse_config
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.errors import UserError
 from millrace.engine.export import load_weights

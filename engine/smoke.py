@@ -4,11 +4,15 @@ Kept: prediction type, routing, kinds of towers (tiny ones with random weights o
 ZeRO stage, precision. Shrunk: every dimension. Not run: `torch.compile`, which takes longer than the rest.
 """
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
-from millrace.engine.config import Config, dict_from_overrides, merge, parse_config
+from millrace.engine.config import Config
+from millrace.engine.config_file import dict_from_overrides, merge, parse_config
 
 _GRID = 6
 """Tokens along the edge of a smoke picture."""
@@ -61,11 +65,24 @@ def _tiny_towers(config: Config) -> dict[str, Any]:
     if text.kind != "hash":
         from millrace.engine.conditioning.tiny import tiny_text_tower
 
-        paths["text"] = {
-            "path": str(tiny_text_tower(text.kind, config.model.context_dim, folder / text.kind))
-        }
+        dim = config.model.context_dim
+        path = _made(folder / f"{text.kind}-{dim}", lambda new: tiny_text_tower(text.kind, dim, new))
+        paths["text"] = {"path": path}
     if autoencoder.kind != "pixels":
         from millrace.engine.conditioning.tiny import tiny_autoencoder
 
-        paths["autoencoder"] = {"path": str(tiny_autoencoder(autoencoder.kind, folder / autoencoder.kind))}
+        path = _made(folder / autoencoder.kind, lambda new: tiny_autoencoder(autoencoder.kind, new))
+        paths["autoencoder"] = {"path": path}
     return paths
+
+
+def _made(folder: Path, make: Callable[[Path], Path]) -> str:
+    """`folder`, filled by `make` unless it is there already; several processes may come here at once."""
+    if not folder.exists():
+        mine = folder.with_name(f"{folder.name}.{os.getpid()}")
+        make(mine)
+        try:
+            mine.rename(folder)
+        except OSError:
+            shutil.rmtree(mine)  # another process was first, with the same weights
+    return str(folder)

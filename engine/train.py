@@ -17,7 +17,7 @@ import argparse
 import json
 
 from millrace.engine.cli import run_command
-from millrace.engine.config import json_schema, load_config
+from millrace.engine.config_file import json_schema, load_config
 from millrace.engine.smoke import smoke
 
 

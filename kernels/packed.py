@@ -41,6 +41,11 @@ def samples_from_rows(values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
     )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor without waiting for the device's queue."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def widen(x: Tensor) -> Tensor:
     """`x` in the precision that statistics and sums are formed in: FP32, or FP64 where x is FP64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

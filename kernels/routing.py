@@ -5,12 +5,14 @@ memory forward. TREAD: Krause et al., arXiv 2501.04765; SPRINT's structured subs
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from millrace.kernels.checks import expect_offsets, expect_shape
+from millrace.kernels.packed import to_device
 from millrace.kernels.random import sample_keys, uniform
 
 
@@ -83,7 +85,7 @@ def sample_route(
             for b, (n, k) in enumerate(zip(lengths, counts, strict=True))
         ]
         index = torch.cat(parts)
-    offsets = torch.tensor([0, *counts], device=cu_seqlens.device).cumsum(0).int()
+    offsets = to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), cu_seqlens.device)
     return Route(index, offsets, max(counts))
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.engine.conditioning.text import TextEncoder, clean_text, to_device
+from millrace.engine.conditioning.text import TextEncoder, clean_text
+from millrace.kernels.packed import to_device
 
 # Runs of letters, runs of digits, and every other visible character by itself.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")

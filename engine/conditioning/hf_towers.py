@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from millrace.engine.conditioning.pretrained import import_class, load, load_network
-from millrace.engine.conditioning.text import TextEncoder, clean_text, to_device, unescape
+from millrace.engine.conditioning.text import TextEncoder, clean_text, unescape
 from millrace.engine.config import TextTower
 from millrace.engine.errors import UserError
+from millrace.kernels.packed import to_device
 
 _PUBLISHED = {"t5gemma": "google/t5gemma-2b-2b-ul2", "qwen3vl": "Qwen/Qwen3-VL-Embedding-2B"}
 _KEY = "conditioning.text.path"

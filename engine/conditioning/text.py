@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import TextTower
+from millrace.kernels.packed import to_device
 
 # One spelling for each kind of dash and quotation mark.
 _PUNCTUATION = str.maketrans(
@@ -129,8 +130,3 @@ def clean_text(caption: str) -> str:
 def unescape(caption: str) -> str:
     """HTML entities resolved, also those escaped twice, and outer white space removed."""
     return html.unescape(html.unescape(caption)).strip()
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor without waiting for the device's queue."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.config import Model, parse_config
+from millrace.engine.config import Model
+from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
 

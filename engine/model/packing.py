@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from millrace.kernels.packed import to_device
+
 Grid = tuple[int, int]
 """Rows and columns of patches of one image."""
 
@@ -113,9 +115,9 @@ class LayoutCache:
             for rows, columns in set(grids)
         }
         return _GridEntry(
-            cu_seqlens=torch.tensor(starts, dtype=torch.int32).to(device),
-            sizes=torch.tensor(grids, dtype=torch.float32).to(device),
-            positions=torch.cat([one_grid[grid] for grid in grids]).to(device),
+            cu_seqlens=to_device(torch.tensor(starts, dtype=torch.int32), device),
+            sizes=to_device(torch.tensor(grids, dtype=torch.float32), device),
+            positions=to_device(torch.cat([one_grid[grid] for grid in grids]), device),
         )
 
 

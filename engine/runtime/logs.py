@@ -109,7 +109,7 @@ class RunLog:
         try:
             import wandb
         except ImportError:
-            raise UserError("logging.wandb needs Weights & Biases: pip install 'millrace[wandb]'") from None
+            raise UserError("logging.wandb needs Weights & Biases: pip install wandb") from None
         return wandb.init(
             project=config.logging.project,
             dir=str(output_dir),

@@ -5,7 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from millrace.engine.config import Config, parse_config
+from millrace.engine.config import Config
+from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.runtime.checkpoint import list_checkpoints
 from millrace.engine.runtime.manifest import MANIFEST

@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from millrace.engine.config import Config
@@ -126,8 +127,12 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdam
         engine, wrapped, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config)
         )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"deepspeed.zero_optimization.{where}: {problem['msg']}") from error
     except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
-        raise UserError(f"deepspeed: {str(error).strip().splitlines()[-1]}") from error
+        raise UserError(f"deepspeed: {' '.join(str(error).split())}") from error
     return engine, wrapped
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from millrace.engine.config import load_config, parse_config
+from millrace.engine.config_file import load_config, parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.model.flops import training_flops
 

@@ -14,7 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from millrace.engine.config import Config, merge, parse_config
+from millrace.engine.config import Config
+from millrace.engine.config_file import merge, parse_config
 
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parents[1] / "engine" / "train.py"
@@ -38,7 +39,15 @@ TINY = {
 
 def _environment() -> dict[str, str]:
     """This process's environment without what a job's launcher sets."""
-    of_a_job = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"}
+    of_a_job = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "DS_ACCELERATOR",
+    }
     return {k: v for k, v in os.environ.items() if k not in of_a_job} | {"OMP_NUM_THREADS": "1"}
 
 

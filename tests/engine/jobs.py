@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.config import parse_config
+from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.runtime import distributed
 from millrace.engine.runtime.shards import masters

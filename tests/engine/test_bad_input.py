@@ -14,7 +14,7 @@ from PIL import Image
 
 from millrace.engine import train
 from millrace.engine.cli import run_command
-from millrace.engine.config import merge
+from millrace.engine.config_file import merge
 
 SOURCES = {"data": {"source": "folder"}}
 

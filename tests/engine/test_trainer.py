@@ -59,13 +59,9 @@ def job_list(runs, root):
         values = runs.values(root / f"bf16-{number}", BF16, stage(number))
         jobs.append(runs.jobs.Job(f"bf16-{number}", values))
         values = runs.values(root / f"bad-{number}", BAD, stage(number))
-        jobs.append(
-            runs.jobs.Job(f"bad-{number}", values, spoiled_losses=(2,), spoiled_gradients=(3,))
-        )
+        jobs.append(runs.jobs.Job(f"bad-{number}", values, spoiled_losses=(2,), spoiled_gradients=(3,)))
     reduced = {"precision": {"reduce": "bfloat16"}}
-    jobs.append(
-        runs.jobs.Job("bf16-reduce", runs.values(root / "bf16-reduce", BF16, reduced, stage(2)))
-    )
+    jobs.append(runs.jobs.Job("bf16-reduce", runs.values(root / "bf16-reduce", BF16, reduced, stage(2))))
     return jobs
 
 
@@ -165,7 +161,8 @@ def largest_difference(found, expected):
     """Largest difference of an element, relative to the largest element of its tensor."""
     assert found.keys() == expected.keys()
     return max(
-        float((found[name] - value).detach().abs().max() / value.abs().max()) for name, value in expected.items()
+        float((found[name] - value).detach().abs().max() / value.abs().max())
+        for name, value in expected.items()
     )
 
 

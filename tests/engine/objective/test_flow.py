@@ -83,7 +83,9 @@ def test_noise_belongs_to_its_sample():
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_noise_is_normal_with_the_scale_as_deviation(scale):
-    noise = FlowMatching(Objective(noise_scale=scale), 7).noise(torch.arange(16), layout_of([(8, 8)] * 16), 48)
+    noise = FlowMatching(Objective(noise_scale=scale), 7).noise(
+        torch.arange(16), layout_of([(8, 8)] * 16), 48
+    )
     n = noise.numel()
     assert noise.dtype == torch.float32
     assert abs(float(noise.mean())) < 4 * scale / n**0.5

@@ -49,7 +49,12 @@ def test_a_skipped_step_changes_nothing_and_does_not_count():
 def test_settings_reach_torch():
     config = Optimizer(lr=3e-4, betas=(0.7, 0.99), eps=1e-15, weight_decay=0.2)
     (group,) = build_optimizer([torch.nn.Parameter(torch.ones(1))], config, CPU).param_groups
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.7, 0.99), 1e-15, 0.2)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+        3e-4,
+        (0.7, 0.99),
+        1e-15,
+        0.2,
+    )
     assert not group["fused"]
 
 
