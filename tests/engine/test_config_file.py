@@ -9,6 +9,7 @@ from millrace.engine.config_file import (
     dict_from_overrides,
     load_config,
     merge,
+    parse_config,
     read_json,
 )
 from millrace.engine.errors import UserError
