@@ -116,7 +116,7 @@ class Trainer:
             state.load_optimizer(self.shards, self.optimizer, reader, updates)
             if self.ema is not None:
                 state.load_ema(self.shards, self.ema, reader)
-        require_masters(self.shards, self.optimizer.state, config.precision)
+        require_masters(self.denoiser, self.shards, self.optimizer.state, config.precision)
 
         self.flow = FlowMatching(config.objective, seed)
         self.routing = routing_policy(config)

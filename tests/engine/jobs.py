@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from millrace.engine import train
+from millrace.engine.cli import run_command
 from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.runtime import distributed
@@ -42,10 +45,22 @@ class Job:
 
 
 @dataclass
+class Command:
+    """train.py with these arguments, in place of a job."""
+
+    name: str
+    arguments: list[str]
+    killed = None
+
+
+@dataclass
 class Result:
     """What one rank saw."""
 
     error: str | None = None
+    """The UserError's message; of a command everything that it wrote to stderr."""
+    code: int = 0
+    """Exit code of a command."""
     dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)
     """Of parameters, masters, moments and EMA after the run."""
     reduced: set[torch.dtype] = field(default_factory=set)
@@ -205,6 +220,25 @@ def run_forked(job: Job, path: Path, last_event: float) -> None:
         sys.exit(f"{job.name} ended with {os.waitstatus_to_exitcode(status)}")
 
 
+def run_command_forked(command: Command, path: Path) -> None:
+    """Run train.py in a fork, as the shell would."""
+    log = path.with_suffix(".log")
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv = ["train.py", *command.arguments]
+        try:
+            run_command(train.main)
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(99)
+    _, status = os.waitpid(child, 0)
+    result = Result(error=log.read_text(), code=os.waitstatus_to_exitcode(status))
+    torch.save(vars(result), path)
+
+
 def main() -> None:
     """Run the jobs of a file; the last argument but one names it, the last the folder for results."""
     file, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
@@ -219,6 +253,9 @@ def main() -> None:
     import deepspeed  # noqa: F401 - once here and not in every fork
 
     for job in jobs:
+        if isinstance(job, Command):
+            run_command_forked(job, folder / f"{job.name}-0.pt")
+            continue
         last_event = math.inf
         if job.killed is not None:
             whole, share = job.killed
@@ -227,7 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from millrace.engine.cli import run_command
-
     sys.modules["jobs"] = sys.modules["__main__"]
     run_command(main)

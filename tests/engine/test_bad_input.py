@@ -1,22 +1,13 @@
 """Whatever a user gives that cannot be used ends in one line that says so, and exit code 2."""
 
-import io
 import json
-import os
 import shutil
-import sys
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from millrace.engine import train
-from millrace.engine.cli import run_command
 from millrace.engine.config_file import merge
-
-SOURCES = {"data": {"source": "folder"}}
 
 
 @pytest.fixture(scope="module")
@@ -123,42 +114,48 @@ def check(code, err, said):
         assert part in lines[-1]
 
 
-def command_in_fork(arguments):
-    """(exit code, stderr) of train.py in a fork of this process."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        sys.argv = ["train.py", *arguments]
-        err = io.StringIO()
-        code = 99
+OURS = {
+    "fp16": "precision.compute",
+    "torch_autocast": "precision.compute",
+    "data_types": "precision",
+    "communication_data_type": "precision.reduce",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "gradient_clipping": "optimizer.clip",
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "data.global_batch and data.micro_batch",
+    "activation_checkpointing": "run.activation_checkpointing",
+    "steps_per_print": "logging.every_steps",
+}
+"""Keys of DeepSpeed that follow from ours, and the place to set them."""
+CASES |= {
+    f"deepspeed.{key}": (ds(**{key: 1}), (), [f"deepspeed.{key} conflicts", f"which sets it from {place};"])
+    for key, place in OURS.items()
+}
 
-        def leave(status):
-            os.write(writer, err.getvalue().encode()[-60_000:])
-            original(status)
 
-        original, os._exit = os._exit, leave
-        try:
-            with redirect_stderr(err), redirect_stdout(io.StringIO()):
-                run_command(train.main)
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            err.write(traceback.format_exc())
-        leave(code)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        err = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), err
+@pytest.fixture(scope="module")
+def ended(runs, world, tmp_path_factory):
+    """What each case's command did: all in forks of one process, which spares them the imports."""
+    root = tmp_path_factory.mktemp("cases")
+    commands = []
+    for name, case in CASES.items():
+        changes, arguments, _ = settle(case, world)
+        config = root / f"{name}.json"
+        config.write_text(json.dumps(merge(runs.values(root / f"{name}-run"), changes)))
+        commands.append(runs.jobs.Command(name, ["--config", str(config), *arguments]))
+    for name in ("broken", "absent"):
+        commands.append(runs.jobs.Command(name, ["--config", str(world / f"{name}.json")]))
+    several = root / "several.json"
+    several.write_text(json.dumps(runs.values(root / "run", {"run": {"stepz": 1}, "model": {"widht": 1}})))
+    commands.append(runs.jobs.Command("several", ["--config", str(several)]))
+    return {name: result for name, (result,) in runs.elsewhere(root / "results", commands, ranks=1).items()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_and_exit_code_2(runs, world, tmp_path, name):
-    changes, arguments, said = settle(CASES[name], world)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(merge(runs.values(tmp_path / "run"), changes)))
-    check(*command_in_fork(["--config", str(config), *arguments]), said)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def test_one_line_and_exit_code_2(world, ended, name):
+    check(ended[name].code, ended[name].error, settle(CASES[name], world)[2])
 
 
 @pytest.mark.slow
@@ -169,50 +166,16 @@ def test_the_real_command_does_the_same(runs, world, tmp_path, name):
     check(done.returncode, done.stderr, said)
 
 
-@pytest.mark.parametrize(
-    ("key", "place"),
-    [
-        ("fp16", "precision.compute"),
-        ("torch_autocast", "precision.compute"),
-        ("data_types", "precision"),
-        ("communication_data_type", "precision.reduce"),
-        ("optimizer", "optimizer"),
-        ("scheduler", "schedule"),
-        ("gradient_clipping", "optimizer.clip"),
-        ("train_batch_size", "data.global_batch"),
-        ("train_micro_batch_size_per_gpu", "data.micro_batch"),
-        ("gradient_accumulation_steps", "data.global_batch and data.micro_batch"),
-        ("activation_checkpointing", "run.activation_checkpointing"),
-        ("steps_per_print", "logging.every_steps"),
-    ],
-)
-def test_every_deepspeed_key_that_is_ours_is_refused(runs, world, tmp_path, key, place):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(runs.values(tmp_path / "run", ds(**{key: 1}))))
-    said = [f"deepspeed.{key} conflicts", f"which sets it from {place};"]
-    check(*command_in_fork(["--config", str(config)]), said)
+def test_a_configuration_that_is_not_json(ended):
+    check(ended["broken"].code, ended["broken"].error, ["broken.json", "not valid JSON"])
+    check(ended["absent"].code, ended["absent"].error, ["absent.json", "no such"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(runs, world, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(runs.values(tmp_path / "locked" / "run")))
-    check(*command_in_fork(["--config", str(config)]), [str(tmp_path / "locked")])
-
-
-def test_a_configuration_that_is_not_json(world):
-    check(*command_in_fork(["--config", str(world / "broken.json")]), ["broken.json", "not valid JSON"])
-    check(*command_in_fork(["--config", str(world / "absent.json")]), ["absent.json", "no such"])
-
-
-def test_several_mistakes_are_told_at_once(runs, tmp_path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(runs.values(tmp_path / "run", {"run": {"stepz": 1}, "model": {"widht": 1}})))
-    code, err = command_in_fork(["--config", str(config)])
-    assert code == 2
-    assert len(err.splitlines()) == 2
-    assert all(line.startswith("error: ") for line in err.splitlines())
+def test_several_mistakes_are_told_at_once(ended):
+    lines = ended["several"].error.splitlines()
+    assert ended["several"].code == 2
+    assert len(lines) == 2
+    assert all(line.startswith("error: ") for line in lines)
 
 
 def test_a_bad_picture_is_passed_over_where_tolerated(runs, world, tmp_path, caplog):
