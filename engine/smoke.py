@@ -35,7 +35,7 @@ def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config
             "bottleneck": 16 if model.bottleneck else None,
             "context_dim": 32,
         },
-        "routing": {"start": min(config.routing.start, depth - 4), "end": None},
+        "routing": {"start": max(min(config.routing.start, depth - 4), 0), "end": None},
         "conditioning": {"text": {"max_tokens": 64}},
         "data": {
             "source": "builtin",

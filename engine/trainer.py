@@ -34,7 +34,7 @@ from millrace.engine.runtime.checkpoint import (
     resume_checkpoint,
     save_checkpoint,
 )
-from millrace.engine.runtime.logs import LossBuffer, RunLog
+from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output
 from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
@@ -68,6 +68,7 @@ class Trainer:
         self.stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
         zero.deepspeed_config(config)
+        make_output(self.output)
         seed, compute = config.run.seed, COMPUTE[config.precision.compute]
 
         self.source = self.open_source(config.data)
@@ -160,6 +161,9 @@ class Trainer:
                     self.save()
             self.save()
             self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
+            bad = sorted({key for keys in distributed.gather_objects(list(self.stream.bad)) for key in keys})
+            if bad:
+                self.log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
         finally:
             self.stream.close()
             self.log.close()
@@ -352,7 +356,6 @@ class Trainer:
         """Save the resolved configuration and say what was built."""
         config = self.config
         if distributed.rank() == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
         parameters = sum(torch.Size(shape).numel() for _, shape in self.named_shapes)
         lines = [

@@ -54,6 +54,10 @@ def initialize(device: torch.device) -> None:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # DeepSpeed's launcher leaves all cores to every rank, and threads that share a core stall each other.
+        ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
     # Imported here because DeepSpeed chooses its accelerator at import.
     import deepspeed

@@ -3,6 +3,7 @@
 Losses stay on the device until a flush, so that logging does not make the host wait in every step.
 """
 
+import errno
 import json
 import logging
 import math
@@ -172,6 +173,18 @@ class RunLog:
                 sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def make_output(path: Path) -> None:
+    """Make a run's folder. Raises UserError where nothing can be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}; choose another run.output_dir"
+        ) from None
 
 
 def _open_until(path: Path, step: int) -> Any:

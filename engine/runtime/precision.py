@@ -44,10 +44,18 @@ def audit(
     return rows
 
 
-def require_masters(shards: list[Shard], state: dict[Tensor, dict], precision: Precision) -> None:
-    """Raise UserError if a master weight or a moment is not FP32 and the configuration did not say so."""
+def require_masters(
+    module: nn.Module, shards: list[Shard], state: dict[Tensor, dict], precision: Precision
+) -> None:
+    """Raise UserError if a weight, master or moment is not FP32 and the configuration did not say so.
+
+    The module's weights count too: of a BF16 module ZeRO 1 to 3 make FP32 masters, but compute in BF16.
+    """
     if precision.master == "bfloat16":
         return
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(_refusal(f"the weight {name} is {_name(parameter)}"))
     for shard in shards:
         if shard.master.dtype != torch.float32:
             raise UserError(_refusal(f"the master of {shard.name} is {_name(shard.master)}"))

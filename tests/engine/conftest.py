@@ -113,6 +113,9 @@ class Runs:
         path.write_text(json.dumps(self.values(output, *changes)))
         return _launch(ranks, TRAIN, "--config", path, *arguments)
 
+    def command_without_config(self) -> list[str]:
+        return _launch(1, TRAIN)
+
     def start(self, command: list[str]) -> subprocess.Popen:
         """Start a command in a session of its own, so that nothing else receives its signals."""
         return subprocess.Popen(
@@ -150,8 +153,9 @@ def runs() -> Runs:
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_as_before():
-    """A Trainer joins a job, handles signals and freezes the garbage collector; later tests must not notice."""
+    """A Trainer joins a job, handles signals and freezes the garbage collector; undo that."""
     environment = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the runs elsewhere, whose bits are compared
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""Training runs with instruments attached, several in one process: imported by tests, or run under a launcher.
+"""Training runs with instruments attached: imported by tests, or run as a script, several in a process.
 
 python jobs.py JOBS RESULTS                    one process, each job in a fork of it that may be killed
 deepspeed --num_gpus 2 jobs.py JOBS RESULTS    two, all jobs in both

@@ -51,7 +51,7 @@ CASES = {
     "no pictures": (folder("empty"), (), ["ROOT/empty", "no pictures"]),
     "no caption": (folder("uncaptioned"), (), ["ROOT/uncaptioned/1.jpg", "1.txt"]),
     "truncated picture": (folder("truncated"), (), ["ROOT/truncated/1.jpg", "data.max_bad_share"]),
-    "small picture": (folder("small"), (), ["1.jpg", "8 x 8", "data.upscale"]),
+    "small picture": (folder("small"), (), ["1.jpg", "8x8", "data.upscale"]),
     "own deepspeed key": (ds(bf16={"enabled": True}), (), ["deepspeed.bf16", "precision.compute"]),
     "unknown deepspeed key": (ds(zero_optimisation={}), (), ["zero_optimisation", "'zero_optimization'"]),
     "misspelt ZeRO key": (
@@ -91,8 +91,22 @@ CASES = {
         ["no checkpoint of step 77", "published steps: 1"],
     ),
     "resume from nowhere": ({}, ("--resume", "ROOT/nowhere"), ["ROOT/nowhere", "no such checkpoint folder"]),
-    "output is a file": ({"run": {"output_dir": "ROOT/file"}}, (), ["ROOT/file"]),
-    "output below a file": ({"run": {"output_dir": "ROOT/file/run"}}, (), ["ROOT/file"]),
+    "output is a file": (
+        {"run": {"output_dir": "ROOT/file"}},
+        (),
+        ["ROOT/file: cannot be written", "run.output_dir"],
+    ),
+    "output below a file": (
+        {"run": {"output_dir": "ROOT/file/run"}},
+        (),
+        ["ROOT/file/run: cannot be written", "run.output_dir"],
+    ),
+    # Not even root may make a folder there.
+    "output not writable": (
+        {"run": {"output_dir": "/proc/millrace"}},
+        (),
+        ["/proc/millrace: cannot be written", "run.output_dir"],
+    ),
     "weights from nowhere": ({"run": {"init_from": "ROOT/nowhere"}}, (), ["ROOT/nowhere"]),
     "bad override": ({}, ("--set", "run.steps"), ["--set run.steps", "section.key=value"]),
 }

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: it ends at a step boundary with one checkpoint, and nothing is left running."""
+"""Stopping a run from outside: it ends at a step boundary with a checkpoint, and leaves nothing running."""
 
 import os
 import signal
@@ -105,7 +105,7 @@ def deepspeed_family(family):
 
 
 def test_sigterm_to_the_launcher(runs, tmp_path):
-    """The launcher passes it to the ranks. Its own exit code is DeepSpeed's: it reports that it was stopped."""
+    """The launcher passes it to the ranks. Its exit code, 1, is DeepSpeed's and says that it was stopped."""
     ending = Ending(runs, tmp_path / "run", 2, lambda family: deepspeed_family(family)[1].terminate())
     assert_saved_and_continues(runs, tmp_path / "run", ending, 2, "SIGTERM")
     assert ending.code == 1

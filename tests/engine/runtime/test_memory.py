@@ -1,0 +1,119 @@
+"""The estimate against bytes that are counted."""
+
+import pytest
+import torch
+
+from millrace.engine.config import Config
+from millrace.engine.errors import UserError
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.optim.adamw import build_optimizer
+from millrace.engine.runtime import memory
+from millrace.engine.runtime.memory import check_fits, estimate_bytes
+
+CPU = torch.device("cpu")
+
+
+def small(runs, tmp_path, *changes):
+    wide = {"model": {"width": 64, "heads": 2, "depth": 3}, "data": {"resolution": 64}}
+    return runs.config(tmp_path, wide, *changes)
+
+
+class Counted:
+    """Bytes of one training step of the denoiser, counted in PyTorch."""
+
+    def __init__(self, config: Config) -> None:
+        denoiser = Denoiser(config.model)
+        denoiser.init_weights(0)
+        denoiser.checkpoint_activations(config.run.activation_checkpointing)
+        own = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
+        edge = config.data.resolution // config.model.patch_size
+        batch = config.data.micro_batch
+        text = torch.randn(batch, config.model.context_dim)
+        layout = denoiser.layouts.layout(
+            [(edge, edge)] * batch, torch.arange(batch + 1, dtype=torch.int32), 1
+        )
+        saved = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        tokens = torch.randn(batch * edge * edge, 3 * config.model.patch_size**2)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            (out,) = denoiser(tokens, torch.rand(batch), text, layout)
+        self.activations = sum(size for size, _ in saved.values())
+        out.square().mean().backward()
+        optimizer = build_optimizer(denoiser.parameters(), config.optimizer, CPU)
+        optimizer.step()
+        parameters = list(denoiser.parameters())
+        self.weights = sum(p.nbytes for p in parameters)
+        self.gradients = sum(p.grad.nbytes for p in parameters)
+        self.moments = sum(
+            value.nbytes for p in parameters for value in optimizer.state[p].values() if value.dim()
+        )
+
+
+def test_stage_0_is_what_pytorch_holds(runs, tmp_path):
+    config = small(runs, tmp_path)
+    counted, estimate = Counted(config), estimate_bytes(config, 0, 1, 1)
+    assert estimate["weights"] == counted.weights == estimate["EMA"]
+    assert estimate["gradients"] == counted.gradients
+    assert estimate["Adam moments"] == counted.moments
+    assert estimate["master weights"] == 0
+    assert counted.activations / 2 < estimate["activations"] < counted.activations * 2
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_recomputation_is_counted(runs, tmp_path, every):
+    change = {"run": {"activation_checkpointing": {"policy": "full", "every": every}}}
+    config = small(runs, tmp_path, change)
+    counted, estimate = Counted(config), estimate_bytes(config, 0, 1, 1)
+    dense = estimate_bytes(small(runs, tmp_path), 0, 1, 1)["activations"]
+    assert estimate["activations"] < dense
+    if every == 3:  # with every block recomputed, what lies outside the blocks outweighs this tiny model
+        assert counted.activations / 2 < estimate["activations"] < counted.activations * 2
+
+
+def test_zero_shares_out(runs, tmp_path):
+    config = small(runs, tmp_path)
+    n = sum(p.numel() for p in Denoiser(config.model).parameters())
+    wanted = {  # weights, gradients, separate masters, moments, EMA: in numbers per parameter, on 4 ranks
+        0: (1, 1, 0, 2, 1),
+        1: (1, 1, 1 / 4, 2 / 4, 1 / 4),
+        2: (1, 1 / 4, 1 / 4, 2 / 4, 1 / 4),
+        3: (1 / 4, 1 / 4, 0, 2 / 4, 1 / 4),
+    }
+    names = ("weights", "gradients", "master weights", "Adam moments", "EMA")
+    for stage, shares in wanted.items():
+        estimate = estimate_bytes(config, stage, 4, 1)
+        assert [estimate[name] for name in names] == [4 * n * share for share in shares]
+
+
+def test_an_autoencoder_shrinks_the_activations_only(runs, tmp_path):
+    config = small(runs, tmp_path)
+    pixels, latents = estimate_bytes(config, 0, 1, 1), estimate_bytes(config, 0, 1, 8)
+    assert latents.pop("activations") == pixels.pop("activations") / 64
+    assert latents == pixels
+
+
+def test_refusal_names_the_parts(runs, tmp_path, monkeypatch):
+    config = small(runs, tmp_path)
+    need = sum(estimate_bytes(config, 0, 1, 1).values())
+
+    class Little:
+        available = need - 1
+
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Little)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    with pytest.raises(UserError, match=r"the run needs about .* GiB per process") as raised:
+        check_fits(config, 0, 1, 1, CPU)
+    for part in ("weights", "gradients", "Adam moments", "EMA", "activations", "ZeRO stage"):
+        assert part in str(raised.value)
+    Little.available = need
+    check_fits(config, 0, 1, 1, CPU)
+    # Two processes on this machine share its memory.
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    with pytest.raises(UserError):
+        check_fits(config, 0, 2, 1, CPU)

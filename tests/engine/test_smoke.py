@@ -1,0 +1,76 @@
+"""Every configuration that is shipped, made small, runs all its code on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from millrace.engine.config_file import load_config, merge, read_json
+from millrace.engine.smoke import smoke
+
+
+def shipped():
+    """Configuration files of the repository."""
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    return sorted(path for path in folder.glob("*.json") if path.name != "schema.json")
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+def test_small_but_the_same_kind(path, tmp_path, monkeypatch):
+    config = load_config(path, [f"run.output_dir={tmp_path}/run"])
+    monkeypatch.setattr("millrace.engine.smoke._tiny_towers", lambda config: {})
+    small = smoke(config)
+    assert small.objective == config.objective
+    assert small.routing.policy == config.routing.policy
+    assert small.conditioning.text.kind == config.conditioning.text.kind
+    assert small.conditioning.autoencoder.kind == config.conditioning.autoencoder.kind
+    assert small.conditioning.caption_drop == config.conditioning.caption_drop
+    assert small.precision == config.precision
+    assert small.optimizer == config.optimizer
+    assert small.schedule.kind == config.schedule.kind
+    assert small.ema.enabled == config.ema.enabled
+    assert small.sampling.solver == config.sampling.solver
+    assert small.deepspeed == config.deepspeed
+    assert small.run.seed == config.run.seed
+    assert small.data.aspect == config.data.aspect
+    assert (small.model.bottleneck is None) == (config.model.bottleneck is None)
+    assert small.run.activation_checkpointing == config.run.activation_checkpointing
+    assert small.model.width <= 64
+    assert small.run.steps <= 4
+    assert not small.run.compile
+    assert small.run.output_dir == f"{tmp_path}/run-smoke"
+
+
+def test_overrides_have_the_last_word(tmp_path):
+    path = next(path for path in shipped() if path.stem == "quickstart")
+    overrides = [f"run.output_dir={tmp_path}/own", "run.steps=7", "model.depth=3"]
+    small = smoke(load_config(path, overrides), overrides)
+    assert (small.run.output_dir, small.run.steps, small.model.depth) == (f"{tmp_path}/own", 7, 3)
+
+
+@pytest.fixture(scope="module")
+def smoked(runs, tmp_path_factory):
+    """The command with --smoke on each configuration: results and output folders by name."""
+    root = tmp_path_factory.mktemp("smoked")
+    commands = []
+    for path in shipped():
+        config = root / path.name
+        values = merge(read_json(path), {"run": {"output_dir": str(root / path.stem)}})
+        config.write_text(json.dumps(values))
+        commands.append(runs.jobs.Command(path.stem, ["--config", str(config), "--smoke"]))
+    results = runs.elsewhere(root / "results", commands, ranks=1)
+    return {name: (result, root / f"{name}-smoke") for name, (result,) in results.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in shipped()])
+def test_every_configuration_runs(runs, smoked, name):
+    result, output = smoked[name]
+    assert result.code == 0, result.error
+    assert "finished: 4 steps" in result.error
+    records = runs.log(output)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(record["applied"] and record["loss"] > 0 for record in records)
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+    assert (output / "samples" / "step-00000004.png").stat().st_size > 0
+    assert load_config(output / "config.json").run.steps == 4

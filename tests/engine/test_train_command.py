@@ -1,0 +1,68 @@
+"""`train.py` as a user calls it."""
+
+import json
+import subprocess
+
+import pytest
+
+from millrace.engine.config import Config
+from millrace.engine.config_file import load_config
+from millrace.engine.runtime.checkpoint import list_checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_on_one_process(runs, tmp_path):
+    """From a folder that is neither the repository nor the script's, with everything that a run writes."""
+    output = tmp_path / "run"
+    changes = {
+        "checkpoint": {"every_steps": 2, "keep": 2},
+        "sampling": {"every_steps": 6, "steps": 2, "count": 4},
+        "logging": {"tensorboard": True, "every_steps": 4},
+    }
+    done = subprocess.run(
+        runs.command(output, changes, arguments=("--set", "run.steps=6")),
+        env=runs.environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "finished: 6 steps, 48 samples, 0 steps skipped" in done.stderr
+    assert "master weights (this rank)       float32" in done.stderr
+    # The log is read from the device every 4 steps and before each checkpoint, and misses none.
+    assert [record["step"] for record in runs.log(output)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in list_checkpoints(output / "checkpoints")] == [4, 6]
+    assert (output / "samples" / "step-00000006.png").is_file()
+    assert list((output / "tensorboard").iterdir())
+    resolved = load_config(output / "config.json")
+    assert resolved == load_config(output.with_suffix(".json"), ["run.steps=6"])
+
+
+def test_help_shows_examples(runs):
+    done = runs.finish([*runs.command_without_config(), "--help"])
+    assert done.returncode == 0
+    for word in ("--config", "--set", "--smoke", "--resume", "examples:", "deepspeed engine/train.py"):
+        assert word in done.stdout
+
+
+def test_no_configuration_is_a_usage_error(runs):
+    done = runs.finish(runs.command_without_config())
+    assert done.returncode == 2
+    assert "--config FILE is needed" in done.stderr
+
+
+def test_print_config_is_the_resolved_configuration(runs, tmp_path):
+    done = runs.finish(
+        runs.command(tmp_path / "run", arguments=("--print-config", "--set", "optimizer.lr=0.5"))
+    )
+    assert done.returncode == 0
+    assert Config.model_validate_json(done.stdout).optimizer.lr == 0.5
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_schema_is_json(runs):
+    done = runs.finish([*runs.command_without_config(), "--print-schema"])
+    assert done.returncode == 0
+    assert set(Config.model_fields) < set(json.loads(done.stdout)["properties"])
