@@ -102,7 +102,7 @@ class RandomLatents(Autoencoder):
         return torch.randn(shape, device=images.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError("random numbers are no pictures")
+        raise RuntimeError("random numbers are no pictures")
 
 
 class RandomText(TextEncoder):

@@ -63,8 +63,9 @@ def initialize(device: torch.device) -> None:
     import deepspeed
     import deepspeed.ops
 
-    # A shared-memory all-reduce that would be compiled at first use, for a minute, to save microseconds.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # A shared-memory all-reduce that would be compiled at first use, for a minute, to save microseconds.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
     _host_group()

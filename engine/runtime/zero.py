@@ -55,7 +55,9 @@ PASSED = (
 def zero_stage(config: Config) -> int:
     """ZeRO stage 0 to 3 of the run."""
     section = config.deepspeed.get("zero_optimization", {})
-    stage = section.get("stage", 0) if isinstance(section, dict) else section
+    if not isinstance(section, dict):
+        raise UserError(f'deepspeed.zero_optimization is {section!r}; it is an object such as {{"stage": 1}}')
+    stage = section.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
     return stage
@@ -125,7 +127,7 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdam
     logger.setLevel("WARNING")
     try:
         engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config)
+            model=model, optimizer=optimizer, config=with_buckets(deepspeed_config(config), model)
         )
     except ValidationError as error:
         problem = error.errors()[0]
@@ -134,6 +136,16 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdam
     except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from error
     return engine, wrapped
+
+
+def with_buckets(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`values` with communication buckets no larger than the model, unless the user chose their size.
+
+    ZeRO 1 to 3 allocate a bucket whole, 2 GB at DeepSpeed's default of 5e8 elements, however small the model.
+    """
+    elements = min(sum(p.numel() for p in model.parameters()), 500_000_000)
+    sizes = {"reduce_bucket_size": elements, "allgather_bucket_size": elements}
+    return values | {"zero_optimization": sizes | values.get("zero_optimization", {})}
 
 
 def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -37,6 +37,19 @@ TINY = {
 """A run of seconds that uses accumulation, clipping, a schedule and EMA."""
 
 
+@pytest.fixture
+def write(tmp_path):
+    """`write("name.json", {...})` -> path; text is written as it is."""
+
+    def to_file(name, values):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return path
+
+    return to_file
+
+
 def _environment() -> dict[str, str]:
     """This process's environment without what a job's launcher sets."""
     of_a_job = {

@@ -38,19 +38,6 @@ def refused(*overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.fixture
-def write(tmp_path):
-    """`write("name.json", {...})` -> path; text is written as it is."""
-
-    def to_file(name, values):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(values if isinstance(values, str) else json.dumps(values))
-        return path
-
-    return to_file
-
-
 class TestRefusals:
     @pytest.mark.parametrize("path", SECTIONS, ids=lambda path: path or "top")
     def test_a_misspelt_key_gets_the_nearest_name(self, path):

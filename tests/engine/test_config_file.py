@@ -1,7 +1,5 @@
 """Configuration files that extend files, and overrides on the command line."""
 
-import json
-
 import pytest
 
 from millrace.engine.config import Config
@@ -17,19 +15,6 @@ from millrace.engine.errors import UserError
 
 def parse(*overrides: str) -> Config:
     return parse_config(dict_from_overrides(overrides), "test.json")
-
-
-@pytest.fixture
-def write(tmp_path):
-    """`write("name.json", {...})` -> path; text is written as it is."""
-
-    def to_file(name, values):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(values if isinstance(values, str) else json.dumps(values))
-        return path
-
-    return to_file
 
 
 class TestFiles:

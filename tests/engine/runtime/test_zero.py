@@ -10,6 +10,7 @@ from millrace.engine.runtime.zero import (
     accumulation_steps,
     deepspeed_config,
     global_norm,
+    with_buckets,
     zero_stage,
 )
 
@@ -80,6 +81,23 @@ def test_unknown_keys_get_a_suggestion(runs, tmp_path):
 def test_other_stages_are_refused(runs, tmp_path, stage):
     with pytest.raises(UserError, match="it is 0, 1, 2 or 3"):
         zero_stage(section(runs, tmp_path, zero_optimization={"stage": stage}))
+
+
+def test_a_stage_without_an_object_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match=r"deepspeed\.zero_optimization is 2; it is an object such as"):
+        zero_stage(section(runs, tmp_path, zero_optimization=2))
+
+
+def test_buckets_are_no_larger_than_the_model():
+    small, large = torch.nn.Linear(3, 5, device="meta"), torch.nn.Linear(30_000, 30_000, device="meta")
+    assert with_buckets({}, small) == {
+        "zero_optimization": {"reduce_bucket_size": 20, "allgather_bucket_size": 20}
+    }
+    chosen = {"stage": 2, "reduce_bucket_size": 7}
+    assert with_buckets({"zero_optimization": chosen, "gradient_clipping": 1.0}, large) == {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": 500_000_000},
+        "gradient_clipping": 1.0,
+    }
 
 
 def test_without_a_section_it_is_stage_0(runs, tmp_path):
