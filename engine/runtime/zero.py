@@ -85,9 +85,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
                 f"deepspeed.{key} conflicts with the engine, which sets it from {OWNED[key]}; remove it there"
             )
         if key not in PASSED:
-            near = difflib.get_close_matches(key, PASSED, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(PASSED)}"
-            raise UserError(f"deepspeed.{key} is not a key that DeepSpeed reads; {hint}")
+            raise UserError(f"deepspeed.{key} is not a key that DeepSpeed reads; {_hint(key)}")
     stage, precision = zero_stage(config), config.precision
     if precision.master == "bfloat16" and stage != 0:
         raise UserError(
@@ -117,6 +115,16 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         if precision.reduce == "bfloat16":
             values["communication_data_type"] = "bf16"
     return values
+
+
+def _hint(key: str) -> str:
+    """What a key that nobody reads may have been meant to be."""
+    near = difflib.get_close_matches(key, (*PASSED, *OWNED), n=1, cutoff=0.5)
+    if not near:
+        return f"it takes: {', '.join(PASSED)}"
+    if near[0] in OWNED:
+        return f"{near[0]!r} follows from {OWNED[near[0]]}, set it there"
+    return f"did you mean {near[0]!r}?"
 
 
 def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdamW) -> tuple[Any, Any]:

@@ -73,6 +73,8 @@ def test_other_keys_pass(runs, tmp_path, key):
 def test_unknown_keys_get_a_suggestion(runs, tmp_path):
     with pytest.raises(UserError, match="did you mean 'wall_clock_breakdown'"):
         deepspeed_config(section(runs, tmp_path, wall_clock_brakedown=True))
+    with pytest.raises(UserError, match=r"'gradient_clipping' follows from optimizer\.clip, set it there"):
+        deepspeed_config(section(runs, tmp_path, gradient_cliping=1))
     with pytest.raises(UserError, match="it takes: zero_optimization, aio"):
         deepspeed_config(section(runs, tmp_path, qqqq=True))
 
