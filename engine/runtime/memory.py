@@ -55,7 +55,7 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
         sharing = int(os.environ.get("LOCAL_SIZE", 1))
         have, where = psutil.virtual_memory().available / sharing, "this machine (per process)"
     if need > have:
-        table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > GIB / 20)
+        table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > need / 100)
         raise UserError(
             f"the run needs about {need / GIB:.1f} GiB per process ({table}), {where} has {have / GIB:.1f} "
             "GiB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more processes, or "
