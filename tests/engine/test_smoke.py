@@ -12,7 +12,7 @@ from millrace.engine.smoke import smoke
 def shipped():
     """Configuration files of the repository."""
     folder = Path(__file__).resolve().parents[2] / "configs"
-    return sorted(path for path in folder.glob("*.json") if path.name != "schema.json")
+    return sorted(path for path in folder.rglob("*.json") if path.name != "schema.json")
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
