@@ -19,7 +19,7 @@ from millrace.engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "xformers", "transformers", "diffusers")
+PACKAGES = ("triton", "deepspeed", "flash-attn", "xformers", "transformers", "diffusers")
 
 
 def environment() -> dict[str, Any]:
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"torch": torch.__version__} | {name: _version(name) for name in PACKAGES},
     }
 
 

@@ -152,6 +152,7 @@ def with_buckets(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     ZeRO 1 to 3 allocate a bucket whole, 2 GB at DeepSpeed's default of 5e8 elements, however small the model.
     """
     elements = min(sum(p.numel() for p in model.parameters()), 500_000_000)
+    elements += elements % 2  # DeepSpeed aligns partitions to two elements
     sizes = {"reduce_bucket_size": elements, "allgather_bucket_size": elements}
     return values | {"zero_optimization": sizes | values.get("zero_optimization", {})}
 

@@ -95,6 +95,8 @@ def test_buckets_are_no_larger_than_the_model():
     assert with_buckets({}, small) == {
         "zero_optimization": {"reduce_bucket_size": 20, "allgather_bucket_size": 20}
     }
+    odd = torch.nn.Linear(2, 5, device="meta")
+    assert with_buckets({}, odd)["zero_optimization"]["allgather_bucket_size"] == 16  # 15 parameters
     chosen = {"stage": 2, "reduce_bucket_size": 7}
     assert with_buckets({"zero_optimization": chosen, "gradient_clipping": 1.0}, large) == {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": 500_000_000},
