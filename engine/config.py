@@ -343,6 +343,8 @@ class Config(Section):
                     f"routing spans blocks {routing.start}..{end} but model.depth is {model.depth}; "
                     "set routing.start and routing.end inside the depth"
                 )
+        if self.sampling.weights == "ema" and not self.ema.enabled:
+            raise ValueError("sampling.weights is ema, but ema.enabled is false")
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
         return self

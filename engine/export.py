@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from diffusers import PRXTransformer2DModel
 
 STEM = "diffusion_pytorch_model"
+PRX_FILE = "denoiser.safetensors"
 SHARD_BYTES = 5 * 10**9
 """Largest file of an exported folder, unless one tensor alone is larger."""
 
@@ -92,18 +93,21 @@ def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[st
     Args:
         path: a diffusers folder (of the transformer, or of a pipeline that has one), a Photoroom/PRX state
             dict (.safetensors, or .pt and .pth read with `weights_only`; plain, or under "model" or
-            "state_dict"), or a Millrace run or checkpoint folder (EMA weights where there are any).
+            "state_dict"; or a folder that `save_prx` wrote), or a Millrace run or checkpoint folder (EMA
+            weights where there are any).
         config: the model that the weights are wanted for; needed for a state dict of unpublished patches.
 
     Raises UserError if the file cannot be read, or does not hold the weights of `config`.
     """
     path = Path(path)
     folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    if (path / PRX_FILE).is_file():
+        path = path / PRX_FILE
     if path.is_file():
         theirs = _read_state_dict(path)
         model = config or infer_model(theirs)
         return denoiser_state(theirs, model), model
-    if (folder / "config.json").is_file():
+    if is_diffusers(folder):
         model = model_config(_read_json(folder / "config.json"), str(folder / "config.json"))
         _expect_model(model, config, path)
         return denoiser_state(_read_shards(folder), model), config or model
@@ -116,6 +120,12 @@ def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[st
         f"{path}: no such file or folder; give a local diffusers folder, a Photoroom/PRX state dict, or a "
         "Millrace run or checkpoint"
     )
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether `folder` holds a diffusers model; a run's folder has a config.json too, of another kind."""
+    settings = folder / "config.json"
+    return settings.is_file() and "conditioning" not in _read_json(settings)
 
 
 def _expect_model(found: Model, wanted: Model | None, path: Path) -> None:
@@ -200,7 +210,7 @@ def save_diffusers(
 def save_prx(state: State, config: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write our weights as a Photoroom/PRX state dict, `denoiser.safetensors` in an empty `folder`."""
     theirs = prx_state(state, config)
-    _write_tensors(theirs, theirs, dtype, _new_folder(folder) / "denoiser.safetensors")
+    _write_tensors(theirs, theirs, dtype, _new_folder(folder) / PRX_FILE)
 
 
 def _new_folder(folder: str | Path) -> Path:

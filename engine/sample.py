@@ -25,7 +25,7 @@ from millrace.engine.config import Config
 from millrace.engine.config_file import dict_from_overrides, load_config, merge, parse_config
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.errors import UserError
-from millrace.engine.export import load_weights
+from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.metrics.nearest import recall
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.objective.flow import FlowMatching
@@ -67,6 +67,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not (arguments.grid or arguments.output or arguments.recall):
         parser.error("say where the pictures go: --grid FILE.png or --output FOLDER")
+    if arguments.grid and arguments.grid.suffix != ".png":
+        parser.error(f"--grid {arguments.grid}: the grid is a PNG, name it so")
     return arguments
 
 
@@ -111,20 +113,24 @@ def _load(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
             raise UserError(
                 f"{arguments.checkpoint} holds weights only; add --config FILE for towers and objective"
             )
-        weights, model = load_weights(arguments.checkpoint)
-        values = load_config(arguments.config).model_dump(mode="json")
-        values["model"] = model.model_dump(mode="json")
+        wanted = load_config(arguments.config)
+        weights, model = load_weights(
+            arguments.checkpoint, wanted.model if _is_state_dict(arguments.checkpoint) else None
+        )
+        values = wanted.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
         return weights, parse_config(merge(values, changes), arguments.config)
     weights, config = checkpoint_state(checkpoint_folder(arguments.checkpoint), arguments.weights)
     return weights, parse_config(merge(config.model_dump(mode="json"), changes), str(arguments.checkpoint))
 
 
+def _is_state_dict(path: Path) -> bool:
+    """Whether `path` is PRX's form, which does not say what model it is."""
+    return path.is_file() or (path / PRX_FILE).is_file()
+
+
 def _holds_weights_only(path: Path) -> bool:
-    """Whether `path` is a diffusers folder or a state-dict file, not a run or one of its checkpoints."""
-    if path.is_file():
-        return True
-    settings = path / "config.json"
-    return settings.is_file() and "_class_name" in settings.read_text()
+    """Whether `path` is exported weights (diffusers or PRX), not a run or one of its checkpoints."""
+    return _is_state_dict(path) or any(map(is_diffusers, (path, path / "transformer")))
 
 
 def _size(text: str | None, config: Config) -> tuple[int, int]:

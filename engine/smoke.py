@@ -14,6 +14,8 @@ from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
 from millrace.engine.config import Config
 from millrace.engine.config_file import dict_from_overrides, merge, parse_config
 
+SUFFIX = "-smoke"
+"""Added to the run's folder, so that trying a configuration never touches its runs."""
 _GRID = 6
 """Tokens along the edge of a smoke picture."""
 
@@ -22,7 +24,7 @@ def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config
     """The small version of `config`; `overrides` (`a.b=c`) have the last word."""
     model, conditioning = config.model, config.conditioning
     patch = min(model.patch_size, 4)
-    output = f"{config.run.output_dir}-smoke"
+    output = config.run.output_dir + SUFFIX
     depth = min(model.depth, 6)
     small: dict[str, Any] = {
         "run": {"output_dir": output, "steps": 4, "device": "cpu", "compile": False, "init_from": None},

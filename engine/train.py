@@ -15,10 +15,11 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import shutil
 
 from millrace.engine.cli import run_command
 from millrace.engine.config_file import json_schema, load_config
-from millrace.engine.smoke import smoke
+from millrace.engine.smoke import SUFFIX, smoke
 
 
 def parse() -> argparse.Namespace:
@@ -62,6 +63,9 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.smoke:
         config = smoke(config, arguments.overrides)
+        if not arguments.resume and config.run.output_dir.endswith(SUFFIX):
+            # A smoke run is thrown away, so the next one may start over in its folder.
+            shutil.rmtree(Path(config.run.output_dir) / "checkpoints", ignore_errors=True)
     if arguments.print_config:
         print(config.model_dump_json(indent=2))
         return 0

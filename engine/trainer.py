@@ -16,6 +16,7 @@ from torch import Tensor
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Config, route_end
+from millrace.engine.config_file import differences
 from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.errors import UserError
 from millrace.engine.export import load_weights
@@ -34,7 +35,7 @@ from millrace.engine.runtime.checkpoint import (
     resume_checkpoint,
     save_checkpoint,
 )
-from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output
+from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output, replace_text
 from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
@@ -68,10 +69,10 @@ class Trainer:
         self.stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
         zero.deepspeed_config(config)
-        make_output(self.output)
         seed, compute = config.run.seed, COMPUTE[config.precision.compute]
 
         self.source = self.open_source(config.data)
+        make_output(self.output)
         self.data_digest = fingerprint(self.source)
         reader, messages = self._find_checkpoint(resume)
         self.step, self.samples, self.skipped, updates = 0, 0, 0, 0
@@ -81,8 +82,11 @@ class Trainer:
             self.skipped, updates = saved["skipped"], saved["updates"]
             if saved["data"] != self.data_digest:
                 messages.append(
-                    "the data set is not the one of the checkpoint: from here on its order differs"
+                    "warning: the data set is not the checkpoint's; from here on its order differs"
                 )
+            changed = differences(saved["config"], config.model_dump(mode="json"))
+            if changed:
+                messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
 
         autoencoder = self.open_autoencoder(config.conditioning.autoencoder, self.device)
         if autoencoder.channels != config.model.in_channels:
@@ -90,7 +94,8 @@ class Trainer:
                 f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
                 f"{autoencoder.channels} channels"
             )
-        check_fits(config, self.stage, distributed.world_size(), autoencoder.factor, self.device)
+        tight = check_fits(config, self.stage, distributed.world_size(), autoencoder.factor, self.device)
+        messages += [tight] if tight else []
         text = config.conditioning.text
         text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
@@ -150,7 +155,8 @@ class Trainer:
         try:
             while self.step < config.run.steps:
                 self.train_step()
-                if config.sampling.every_steps and self.step % config.sampling.every_steps == 0:
+                last, every = self.step == config.run.steps, config.sampling.every_steps
+                if every and (last or self.step % every == 0):
                     self.sample_grid()
                 request = self.stop.poll()
                 if request.stop:
@@ -274,6 +280,7 @@ class Trainer:
             f"step {self.step} skipped, weights unchanged; samples with a loss that is not finite: {among}"
         )
         if self.bad_in_row >= self.config.run.max_bad_steps:
+            self.save()
             raise UserError(
                 f"stopped: {self.bad_in_row} steps in a row up to step {self.step} had no finite loss or "
                 f"gradient (run.max_bad_steps); the last samples: {among}"
@@ -294,7 +301,7 @@ class Trainer:
             "data": self.data_digest,
             "config": self.config.model_dump(mode="json"),
         }
-        save_checkpoint(
+        folder = save_checkpoint(
             self.output / "checkpoints",
             self.step,
             state.state_pieces(self.shards, self.optimizer, self.ema),
@@ -305,6 +312,7 @@ class Trainer:
             all_ok=distributed.all_ranks,
         )
         self.saved_at = self.step
+        self.log.say(f"saved {folder}")
 
     def _find_checkpoint(self, resume: str | None) -> tuple[CheckpointReader | None, list[str]]:
         if resume is None:
@@ -350,13 +358,14 @@ class Trainer:
         pictures = sampler(prompts, size, config.sampling, config.run.seed)
         path = self.output / "samples" / f"step-{self.step:08d}.png"
         save_grid(pictures, path)
+        replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
         self.log.grid(path, self.step)
 
     def _introduce(self, messages: list[str]) -> None:
         """Save the resolved configuration and say what was built."""
         config = self.config
         if distributed.rank() == 0:
-            (self.output / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+            replace_text(self.output / "config.json", config.model_dump_json(indent=2) + "\n")
         parameters = sum(torch.Size(shape).numel() for _, shape in self.named_shapes)
         lines = [
             *messages,

@@ -6,12 +6,15 @@ from torch import Tensor
 
 def expect_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
     """Raise ValueError unless `tensor` has this shape; a string stands for any size and names it."""
+    # Plain loops, and text only on failure: torch.compile traces this with symbolic sizes.
+    if tensor.dim() == len(shape):
+        for want, got in zip(shape, tensor.shape, strict=True):
+            if not isinstance(want, str) and want != got:
+                break
+        else:
+            return
     wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted})")
+    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({wanted})")
 
 
 def expect_offsets(name: str, cu_seqlens: Tensor) -> int:

@@ -102,7 +102,9 @@ class Denoiser(nn.Module):
         vector = self.time_in(sinusoid(t, TIME_FEATURES, TIME_SCALE).to(tokens.dtype))
         if self.resolution_in is not None:
             sizes = layout.sizes.flatten() * config.patch_size
-            vector = vector + self.resolution_in(sinusoid(sizes, TIME_FEATURES // 2).view(len(t), -1))
+            vector = vector + self.resolution_in(
+                sinusoid(sizes, TIME_FEATURES // 2).to(tokens.dtype).view(len(t), -1)
+            )
         vector = F.silu(vector)
         modulation = self.modulation(vector).unflatten(1, (config.depth, 6, config.width)).unbind(1)
         text = self.text_kv(self.txt_in(text))

@@ -27,6 +27,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def ranks_here() -> int:
+    """Number of this job's processes on this machine."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def choose_device(wanted: str) -> torch.device:
     """The device of `run.device`: auto, cpu or cuda."""
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -56,8 +61,7 @@ def initialize(device: torch.device) -> None:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         # DeepSpeed's launcher leaves all cores to every rank, and threads that share a core stall each other.
-        ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
 
     # Imported here because DeepSpeed chooses its accelerator at import.
     import deepspeed

@@ -86,7 +86,7 @@ class RunLog:
             return
         self._started, self._first, self._steps = time.monotonic(), step, config.run.steps
         self._file = _open_until(output_dir / "log.jsonl", step)
-        self._board = self._open_board(config, output_dir)
+        self._board = self._open_board(config, output_dir, step)
         self._wandb = self._open_wandb(config, output_dir)
         self._bar = None
         if sys.stderr.isatty():
@@ -95,13 +95,13 @@ class RunLog:
             )
 
     @staticmethod
-    def _open_board(config: Config, output_dir: Path) -> Any:
+    def _open_board(config: Config, output_dir: Path, step: int) -> Any:
         if not config.logging.tensorboard:
             return None
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(output_dir / "tensorboard"))
+        return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
 
     @staticmethod
     def _open_wandb(config: Config, output_dir: Path) -> Any:
@@ -187,6 +187,13 @@ def make_output(path: Path) -> None:
         ) from None
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
 def _open_until(path: Path, step: int) -> Any:
     """log.jsonl for appending, without the records after `step` and without a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,9 +206,7 @@ def _open_until(path: Path, step: int) -> Any:
                 break
             if record["step"] <= step:
                 kept.append(line + "\n")
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(kept))
-    fresh.replace(path)
+    replace_text(path, "".join(kept))
     return path.open("a")
 
 

@@ -1,13 +1,12 @@
 """Whether a run fits, before anything is allocated."""
 
-import os
-
 import psutil
 import torch
 
 from millrace.engine.config import Config
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.runtime.distributed import ranks_here
 
 GIB = 2**30
 
@@ -20,9 +19,9 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
         ranks: processes that ZeRO shards over.
         factor: pixels per latent position of the autoencoder.
 
-    Weights, gradients and optimizer state are exact up to DeepSpeed's buffers. Activations are counted per
-    image token and block, 16 C + 5 F numbers with everything kept, C with full recomputation; frozen
-    towers are not counted.
+    Weights, gradients, optimizer state, and the FP32 copy that draws sample grids are exact up to DeepSpeed's
+    buffers. Activations are a rough count per image token and block: 16 C + 5 F numbers with everything kept,
+    6 C + 2 F with the products kept, C with full recomputation. Frozen towers are not counted.
     """
     model, data = config.model, config.data
     with torch.device("meta"):
@@ -33,31 +32,39 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
     number = 2 if config.precision.compute == "bfloat16" else 4
     per_token = (16 * model.width + 5 * model.mlp_width) * number
     recompute = config.run.activation_checkpointing
-    if recompute.policy == "full":
-        per_token = per_token * (1 - 1 / recompute.every) + model.width * number / recompute.every
+    kept = {"full": model.width, "selective": 6 * model.width + 2 * model.mlp_width}.get(recompute.policy)
+    if kept is not None:
+        per_token = per_token * (1 - 1 / recompute.every) + kept * number / recompute.every
     return {
         "weights": stored * parameters / (ranks if stage == 3 else 1),
         "gradients": stored * parameters / (ranks if stage >= 2 else 1),
         "master weights": 4 * parameters / share if stage in (1, 2) else 0.0,
         "Adam moments": 2 * stored * parameters / share,
         "EMA": stored * parameters / share if config.ema.enabled else 0.0,
+        "sample grids": 4 * parameters if config.sampling.every_steps else 0.0,
         "activations": tokens * model.depth * per_token,
     }
 
 
-def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torch.device) -> None:
-    """Raise UserError, with the estimate, if the run cannot fit the memory of its device."""
+def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torch.device) -> str | None:
+    """Raise UserError, with the estimate, if the run's state alone does not fit the memory of its device.
+
+    Activations are too rough a count to refuse for: if only they go beyond, the returned line says so.
+    """
     parts = estimate_bytes(config, stage, ranks, factor)
     need = sum(parts.values())
     if device.type == "cuda":
         have, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
     else:
-        sharing = int(os.environ.get("LOCAL_SIZE", 1))
-        have, where = psutil.virtual_memory().available / sharing, "this machine (per process)"
+        have, where = psutil.virtual_memory().available / ranks_here(), "this machine (per process)"
     if need > have:
         table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > need / 100)
-        raise UserError(
+        line = (
             f"the run needs about {need / GIB:.1f} GiB per process ({table}), {where} has {have / GIB:.1f} "
             "GiB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more processes, or "
             "run.activation_checkpointing"
         )
+        if need - parts["activations"] > have:
+            raise UserError(line)
+        return f"warning: {line}"
+    return None

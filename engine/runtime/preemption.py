@@ -76,7 +76,8 @@ def _launchers() -> list[int]:
             status = Path(f"/proc/{process}/stat").read_text()
         except OSError:
             break
-        if b"deepspeed" not in command:
+        names = {os.path.basename(part) for part in command.split(b"\0")[:5]}
+        if not names & {b"deepspeed", b"deepspeed.launcher.launch", b"deepspeed.launcher.runner"}:
             break
         found.append(process)
         process = int(status.rpartition(")")[2].split()[1])

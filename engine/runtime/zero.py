@@ -97,6 +97,14 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "run.activation_checkpointing.policy selective does not work at ZeRO stage 3, which frees "
             "weights between forward and backward; use full, or stage 2"
         )
+    if config.run.activation_checkpointing.policy == "selective" and config.run.compile:
+        raise UserError(
+            "run.activation_checkpointing.policy selective does not see into compiled blocks (run.compile) "
+            "and would recompute everything; use full, or switch one of the two off"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if key in config.deepspeed.get("zero_optimization", {}):
+            raise UserError(f"deepspeed.zero_optimization.{key} is not supported by this engine; remove it")
     if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
         raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")
     values: dict[str, Any] = {

@@ -1,10 +1,15 @@
 """Configuration files that extend files, and overrides on the command line."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from millrace.engine.config import Config
 from millrace.engine.config_file import (
     dict_from_overrides,
+    differences,
+    json_schema,
     load_config,
     merge,
     parse_config,
@@ -153,3 +158,16 @@ class TestUnusableFiles:
     def test_a_folder(self, write, tmp_path):
         with pytest.raises(UserError, match="cannot be read as a configuration file: Is a directory"):
             read_json(write("folder.json", {"extends": "."}))
+
+
+def test_differences_are_named():
+    old = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": [1]}
+    new = {"a": 1, "b": {"c": 5, "d": {"e": 3}, "g": None}, "f": [2], "h": 0}
+    assert differences(old, old) == []
+    assert differences(old, new) == ["b.c", "f", "h"]
+
+
+def test_committed_schema_is_current():
+    """`make schema` writes it."""
+    committed = Path(__file__).resolve().parents[2] / "configs" / "schema.json"
+    assert json.loads(committed.read_text()) == json_schema()

@@ -4,10 +4,12 @@ import json
 import subprocess
 
 import pytest
+import torch
 
 from millrace.engine.config import Config
 from millrace.engine.config_file import load_config
 from millrace.engine.runtime.checkpoint import list_checkpoints
+from millrace.engine.runtime.weights import checkpoint_state
 
 pytestmark = pytest.mark.slow
 
@@ -66,3 +68,31 @@ def test_print_schema_is_json(runs):
     done = runs.finish([*runs.command_without_config(), "--print-schema"])
     assert done.returncode == 0
     assert set(Config.model_fields) < set(json.loads(done.stdout)["properties"])
+
+
+def test_a_run_starts_from_the_weights_of_another(runs, tmp_path):
+    """`run.init_from`: a run's folder, whose own config.json is not a diffusers one."""
+    assert runs.here(tmp_path / "first", {"run": {"steps": 2}}).error is None
+    weights, _ = checkpoint_state(tmp_path / "first")
+    changes = {"run": {"steps": 1, "init_from": str(tmp_path / "first")}, "optimizer": {"lr": 1e-30}}
+    assert runs.here(tmp_path / "second", changes, {"ema": {"enabled": False}}).error is None
+    found, _ = checkpoint_state(tmp_path / "second")
+    # One update of 1e-30 shows only where a weight is zero.
+    assert all(torch.allclose(found[name], weights[name], rtol=0, atol=1e-29) for name in weights)
+
+
+def test_what_changed_since_the_checkpoint_is_said(runs, tmp_path):
+    first = runs.finish(runs.command(tmp_path / "run", arguments=("--set", "run.steps=1")))
+    assert first.returncode == 0
+    more = ("--resume", "auto", "--set", "run.steps=2", "--set", "objective.time_uniform=0.5")
+    done = runs.finish(runs.command(tmp_path / "run", arguments=more))
+    assert done.returncode == 0
+    assert "warning: changed since the checkpoint: objective.time_uniform, run.steps" in done.stderr
+    assert f"saved {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in done.stderr
+
+
+def test_a_smoke_run_can_be_repeated(runs, tmp_path):
+    for _ in range(2):
+        done = runs.finish(runs.command(tmp_path / "run", arguments=("--smoke",)))
+        assert done.returncode == 0, done.stderr
+        assert "finished: 4 steps" in done.stderr

@@ -257,6 +257,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(runs, tmp_path, number):
     assert "run.max_bad_steps" in result.error
     assert all(key in result.error for key in result.spoiled[-4:])
     assert [record["applied"] for record in runs.log(tmp_path)] == [True, False, True, False, False, False]
+    # The weights are as they were after the last good step, and they are kept.
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [6]
 
 
 def test_compiled_blocks_train_the_same(runs, tmp_path):

@@ -1,6 +1,9 @@
 """The denoiser against diffusers' PRXTransformer2DModel with the same weights, and its own promises."""
 
+import importlib
 import math
+import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from millrace.engine.model.blocks import Block
 from millrace.engine.model.conversion import diffusers_config, diffusers_state
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.packing import patchify
+from millrace.engine.model.routing import Tread
 
 LATENT = Model(width=32, depth=3, heads=2, in_channels=4, patch_size=2, context_dim=12)
 PIXEL = Model(
@@ -286,3 +290,53 @@ def test_untrained_model_predicts_zero():
     denoiser.init_weights(0)
     with torch.no_grad():
         assert not denoiser.predict(*_inputs(PIXEL, (2, 2))).any()
+
+
+def test_sixteen_bit_weights_predict():
+    """All layers follow the dtype of the pictures, the resolution embedding too."""
+    denoiser = _random_denoiser(PIXEL).bfloat16()
+    images = torch.randn(2, 3, 8, 12, dtype=torch.bfloat16)
+    text = torch.randn(2, 5, 12, dtype=torch.bfloat16)
+    out = denoiser.predict(images, torch.tensor([0.2, 0.9]), text)
+    wide = denoiser.float().predict(images.float(), torch.tensor([0.2, 0.9]), text.float())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - wide).norm() < 0.05 * wide.norm()
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_compiled_blocks_take_any_sizes(monkeypatch, routed):
+    """Mixed grids, captions and routes change every size; blocks stay whole graphs, compiled few times."""
+
+    def traceable(image, text, samples, scale):
+        q, k, v = image
+        place = attention.sample_of_row(samples.image, len(q)) + samples.longest + samples.longest_text
+        return q * scale + k + v + sum(x.sum(0) for x in text) + 0 * place[:, None, None]
+
+    # What packed FlashAttention does on CUDA cannot run here; a stand-in with its inputs is traced instead.
+    attention = importlib.import_module("millrace.kernels.rope_attention")
+    monkeypatch.setattr(attention, "_varlen_runs", lambda qkv: True)
+    monkeypatch.setitem(attention._BACKENDS, "varlen", traceable)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    denoiser = _random_denoiser(LATENT)
+    graphs = []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in denoiser.blocks:
+        block.compile(backend=count)
+    numbers = random.Random(0)
+    policy = Tread(1, 1, 0.5)
+    for step in range(8):
+        lengths = [numbers.randint(3, 20) for _ in range(3)]
+        grids = [numbers.choice([(4, 4), (3, 5), (5, 3), (2, 7)]) for _ in range(3)]
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        layout = denoiser.layouts.layout(grids, offsets, max(lengths))
+        span = policy.draw(layout, 0, torch.arange(3) + 3 * step) if routed else None
+        tokens = torch.randn(sum(layout.lengths), 16)
+        (out,) = denoiser(tokens, torch.rand(3), torch.randn(sum(lengths), 12), layout, span)
+        out.sum().backward()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 1 <= len(graphs) <= 5

@@ -124,3 +124,15 @@ def test_global_norm():
     assert float(global_norm(parts)) == pytest.approx(float(flat.square().sum().sqrt()), rel=1e-6)
     assert float(global_norm([torch.zeros(2)])) == 0
     assert not torch.isfinite(global_norm([torch.ones(2), torch.tensor([float("nan")])]))
+
+
+def test_selective_recomputation_of_compiled_blocks_is_refused(runs, tmp_path):
+    both = {"run": {"compile": True, "activation_checkpointing": {"policy": "selective"}}}
+    with pytest.raises(UserError, match="selective does not see into compiled blocks"):
+        deepspeed_config(runs.config(tmp_path, both))
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_offloading_is_refused(runs, tmp_path, key):
+    with pytest.raises(UserError, match=f"{key} is not supported"):
+        deepspeed_config(section(runs, tmp_path, zero_optimization={"stage": 2, key: {"device": "cpu"}}))
