@@ -6,6 +6,8 @@ looking at device memory, whether the batch is uniform: the lengths add up to T 
 `max_seqlen`, so T == B * max_seqlen holds exactly when every sample has that length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,22 @@ def rows_from_samples(
     samples = cu_seqlens.numel() - 1
     if is_uniform(total, samples, max_seqlen):
         return values.unsqueeze(1).expand(samples, max_seqlen, *values.shape[1:]).flatten(0, 1)
-    return values.index_select(0, sample_of_row(cu_seqlens, total))
+    return _RepeatRows.apply(values, cu_seqlens, total)
+
+
+class _RepeatRows(torch.autograd.Function):
+    """`index_select` whose backward sums segment by segment: with atomics, as its own does on CUDA, thousands
+    of rows would add to one address, in another order in every run."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(cu_seqlens)
+        return values.index_select(0, sample_of_row(cu_seqlens, total))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (cu_seqlens,) = ctx.saved_tensors
+        return samples_from_rows(grad, cu_seqlens), None, None
 
 
 def samples_from_rows(values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
@@ -36,9 +53,7 @@ def samples_from_rows(values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
     samples = cu_seqlens.numel() - 1
     if is_uniform(len(values), samples, max_seqlen):
         return values.unflatten(0, (samples, max_seqlen)).sum(1)
-    return values.new_zeros(samples, *values.shape[1:]).index_add(
-        0, sample_of_row(cu_seqlens, len(values)), values
-    )
+    return torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -54,4 +54,10 @@ class Tread:
 def routing_policy(config: Config) -> RoutingPolicy:
     """The policy that the configuration names."""
     routing = config.routing
-    return Dense() if routing.policy == "none" else Tread(routing.start, route_end(config), routing.drop)
+    match routing.policy:
+        case "none":
+            return Dense()
+        case "tread":
+            return Tread(routing.start, route_end(config), routing.drop)
+        case other:
+            raise ValueError(f"no routing policy is built for {other!r}")
