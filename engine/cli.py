@@ -3,11 +3,21 @@
 Exit codes: 0 done (also after SIGTERM or Ctrl-C with a checkpoint saved), 2 bad input, 130 interrupted.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 
 from millrace.engine.errors import UserError
+
+
+def command_parser(doc: str) -> argparse.ArgumentParser:
+    """Parser of a command whose module docstring is a sentence and then its examples."""
+    return argparse.ArgumentParser(
+        description=doc.splitlines()[0],
+        epilog="examples:\n" + doc.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_command(main: Callable[[], int | None]) -> None:

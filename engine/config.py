@@ -88,14 +88,17 @@ class Model(Section):
 
     @property
     def head_dim(self) -> int:
+        """D, features of an attention head."""
         return self.width // self.heads
 
     @property
     def mlp_width(self) -> int:
+        """F, hidden features of the MLP."""
         return int(self.width * self.mlp_ratio)
 
     @property
     def axes(self) -> tuple[int, int]:
+        """Head features that encode the row and the column."""
         return self.rope_axes or (self.head_dim // 2, self.head_dim // 2)
 
     @model_validator(mode="after")

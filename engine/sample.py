@@ -18,7 +18,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from millrace.engine.cli import run_command
+from millrace.engine.cli import command_parser, run_command
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Config
@@ -30,17 +30,14 @@ from millrace.engine.metrics.nearest import recall
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.runtime.distributed import choose_device
+from millrace.engine.runtime.precision import DTYPES
 from millrace.engine.runtime.weights import checkpoint_folder, checkpoint_state
 from millrace.engine.sampling import Sampler, save_grid
 
 
 def parse() -> argparse.Namespace:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="examples:\n" + __doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint", required=True, type=Path, help="run folder, checkpoint folder, or diffusers folder"
     )
@@ -77,7 +74,7 @@ def main() -> int:
     arguments = parse()
     weights, config = _load(arguments)
     device = choose_device(config.run.device)
-    compute = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.precision.compute]
+    compute = DTYPES[config.precision.compute]
     denoiser = Denoiser(config.model)
     denoiser.load_state_dict(weights)
     sampler = Sampler(

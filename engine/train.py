@@ -17,18 +17,14 @@ import argparse
 import json
 import shutil
 
-from millrace.engine.cli import run_command
+from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config_file import json_schema, load_config
 from millrace.engine.smoke import SUFFIX, smoke
 
 
 def parse() -> argparse.Namespace:
     """Arguments of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="examples:\n" + __doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--config", help="JSON configuration file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value"

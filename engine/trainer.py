@@ -37,12 +37,10 @@ from millrace.engine.runtime.checkpoint import (
 )
 from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output, replace_text
 from millrace.engine.runtime.memory import check_fits
-from millrace.engine.runtime.precision import audit, require_masters
+from millrace.engine.runtime.precision import DTYPES, audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
 from millrace.engine.runtime.shards import gather_parameters, local_shards
 from millrace.engine.sampling import Sampler, save_grid
-
-COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Trainer:
@@ -69,7 +67,7 @@ class Trainer:
         self.stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
         zero.deepspeed_config(config)
-        seed, compute = config.run.seed, COMPUTE[config.precision.compute]
+        seed, compute = config.run.seed, DTYPES[config.precision.compute]
 
         self.source = self.open_source(config.data)
         make_output(self.output)
@@ -106,7 +104,7 @@ class Trainer:
             denoiser.init_weights(seed)
             if config.run.init_from:
                 _start_from(denoiser, config.run.init_from)
-        denoiser.to(self.device, COMPUTE[config.precision.master])
+        denoiser.to(self.device, DTYPES[config.precision.master])
         denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.stage == 3)
         if config.run.compile:
             for block in denoiser.blocks:
@@ -349,7 +347,7 @@ class Trainer:
             self.prepare.autoencoder,
             self.prepare.text_tower,
             self.device,
-            COMPUTE[config.precision.compute],
+            DTYPES[config.precision.compute],
         )
         prompts = list(config.sampling.prompts) or [
             self.source.captions(i).long for i in range(min(config.sampling.count, len(self.source)))

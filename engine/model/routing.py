@@ -32,6 +32,7 @@ class Dense:
     """Every token runs through every block."""
 
     def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> None:
+        """No span."""
         return None
 
 
@@ -47,6 +48,7 @@ class Tread:
         self.start, self.end, self.drop = start, end, drop
 
     def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> RoutedSpan:
+        """Each sample's random subset, for the samples `sample_index` (B,) int64."""
         route = sample_route(layout.cu_seqlens, 1 - self.drop, seed, sample_index, lengths=layout.lengths)
         return RoutedSpan(route, self.start, self.end)
 

@@ -42,6 +42,8 @@ class DamagedCheckpoint(UserError):
 
 
 class FileRecord(NamedTuple):
+    """Size and checksum of a file."""
+
     bytes: int
     sha256: str
 
@@ -57,6 +59,8 @@ class PieceRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorRecord:
+    """A logical tensor and where its elements lie."""
+
     shape: tuple[int, ...]
     dtype: str
     """As safetensors spells it: F32, BF16, I64, ..."""
@@ -64,6 +68,7 @@ class TensorRecord:
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor."""
         return math.prod(self.shape)
 
     def to_json(self) -> dict[str, object]:
@@ -96,6 +101,8 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class Manifest:
+    """What a checkpoint folder holds."""
+
     step: int
     world_size: int
     """Ranks that wrote, hence the number of shards."""
@@ -119,6 +126,7 @@ def _one_per_line(values: dict[str, object]) -> str:
 
 
 def shard_name(rank: int, world_size: int) -> str:
+    """File that rank `rank` of `world_size` writes."""
     return f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
 
 

@@ -11,6 +11,9 @@ from millrace.engine.errors import UserError
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.runtime.shards import Shard, masters
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Of the settings in `precision`."""
+
 AuditRow = tuple[str, str]
 
 

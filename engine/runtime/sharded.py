@@ -150,9 +150,11 @@ class CheckpointReader:
         return list(self._manifest.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
         return self._record(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
         return _DTYPES[self._record(name).dtype]
 
     def tensor(self, name: str) -> Tensor:
