@@ -58,7 +58,9 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
     else:
         have, where = psutil.virtual_memory().available / ranks_here(), "this machine (per process)"
     if need > have:
-        table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > need / 100)
+        table = ", ".join(
+            f"{name} {size / GIB:.1f}" for name, size in parts.items() if size > min(need / 100, GIB / 10)
+        )
         line = (
             f"the run needs about {need / GIB:.1f} GiB per process ({table}), {where} has {have / GIB:.1f} "
             "GiB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more processes, or "
