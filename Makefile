@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 
 .PHONY: install train test lint schema clean
 install: $(VENV)/.installed
@@ -14,7 +15,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/pip install --quiet "$(TORCH)" numpy
+	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" numpy
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation deepspeed==0.19.8
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
@@ -23,8 +24,10 @@ train: install
 	$(BIN)/python engine/train.py --config configs/quickstart.json --resume auto
 	$(BIN)/python engine/sample.py --checkpoint runs/quickstart --recall --grid runs/quickstart/recall.png
 
+# The second run takes the Triton kernels through Triton's interpreter, on the CPU.
 test: install
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 
 lint: install
 	$(BIN)/ruff check .

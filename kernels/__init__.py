@@ -5,8 +5,11 @@ T packed tokens, S packed text tokens, B samples, C width, F MLP width, H heads,
 
 from millrace.kernels.add_noise import add_noise
 from millrace.kernels.flow_loss import flow_loss
-from millrace.kernels.gated_residual import gated_residual, gated_residual_norm_modulate
+from millrace.kernels.gated_residual import gated_residual
+from millrace.kernels.gated_residual_norm_modulate import gated_residual_norm_modulate
+from millrace.kernels.gather_fuse import gather_fuse
 from millrace.kernels.geglu import geglu
+from millrace.kernels.newton_schulz import newton_schulz
 from millrace.kernels.norm_modulate import norm_modulate
 from millrace.kernels.rope_attention import rope_attention
 from millrace.kernels.routing import Route, gather_tokens, sample_route, scatter_tokens
@@ -17,8 +20,10 @@ __all__ = [
     "flow_loss",
     "gated_residual",
     "gated_residual_norm_modulate",
+    "gather_fuse",
     "gather_tokens",
     "geglu",
+    "newton_schulz",
     "norm_modulate",
     "rope_attention",
     "sample_route",

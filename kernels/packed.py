@@ -6,6 +6,7 @@ looking at device memory, whether the batch is uniform: the lengths add up to T 
 `max_seqlen`, so T == B * max_seqlen holds exactly when every sample has that length.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,6 +57,12 @@ def samples_from_rows(values: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
     return torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
 
 
+def sample_slices(cu_seqlens: Tensor) -> list[slice]:
+    """Rows of each sample. Reads the offsets on the host: for CPU tensors."""
+    offsets = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in pairwise(offsets)]
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor without waiting for the device's queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -64,3 +71,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def widen(x: Tensor) -> Tensor:
     """`x` in the precision that statistics and sums are formed in: FP32, or FP64 where x is FP64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied only if neighbours in its last dimension are not neighbours in memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()

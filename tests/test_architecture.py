@@ -135,6 +135,22 @@ def test_kernels_need_only_torch_and_triton(path):
         )
 
 
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=module_name)
+def test_functions_around_kernels_are_typed(path):
+    """Ruff cannot tell a Triton kernel, whose arguments have no types, from the functions around it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and not is_kernel(node):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls")]
+            where = f"{path}:{node.lineno} {node.name}"
+            assert not bare, f"{where}: {bare} have no type"
+            assert node.returns is not None, f"{where}: no return type"
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_nobody_imports_the_training_command(path):
     for found in imports_in(path):

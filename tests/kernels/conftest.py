@@ -9,12 +9,23 @@ every gradient, in the largest error and in the RMS error.
 
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from millrace.kernels.operators import INTERPRETING
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of operations run a second time with the Triton kernels in Triton's interpreter."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.interpreter)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -23,8 +34,16 @@ def device(request) -> str:
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def dtype(request) -> torch.dtype:
+def dtype(request, device) -> torch.dtype:
+    if INTERPRETING and device == "cpu" and request.param == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bf16 wrongly, so operations do not use it there")
     return request.param
+
+
+@pytest.fixture
+def many() -> int:
+    """A number of rows above which nothing new happens; Triton's interpreter takes milliseconds for a row."""
+    return 83 if INTERPRETING else 8191
 
 
 @pytest.fixture
@@ -46,6 +65,53 @@ def spans() -> Callable[..., list[slice]]:
         return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
     return build
+
+
+@pytest.fixture
+def assert_well_registered() -> Callable[..., None]:
+    """`assert_well_registered(function, *inputs)`: what every registered operation promises PyTorch.
+
+    `function` maps the inputs, which require grad, to a tensor. Each operator of ours that runs in its
+    forward or backward pass must pass `opcheck` on the arguments it was called with; compiled as one graph,
+    with sizes fixed and symbolic, the function gives the same value and gradients; a second run gives the
+    same bits.
+    """
+
+    def check(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        def run(callable_: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+            value = callable_(*inputs)
+            return value.detach(), *torch.autograd.grad(value.square().sum(), inputs)
+
+        with _RecordOperators() as recorded:
+            expected = run(function)
+        assert recorded.calls, "no operator of ours ran"
+        for operator, args, kwargs in recorded.calls.values():
+            torch.library.opcheck(operator, args, kwargs)
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            for got, want in zip(run(compiled), expected, strict=True):
+                torch.testing.assert_close(got, want)
+        for got, want in zip(run(function), expected, strict=True):
+            assert torch.equal(got, want), "a second run gave other bits"
+
+    return check
+
+
+class _RecordOperators(TorchDispatchMode):
+    """Keeps the first call of each `millrace::` operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "millrace" and func not in self.calls:
+            copies = torch.utils._pytree.tree_map_only(
+                Tensor, lambda x: x.detach().clone(), (args, kwargs or {})
+            )
+            self.calls[func] = (func, *copies)
+        return func(*args, **kwargs or {})
 
 
 @pytest.fixture

@@ -108,6 +108,53 @@ def test_max_seqlen_only_chooses_the_path(given, offsets, device):
         torch.testing.assert_close(uniform, general, rtol=1e-12, atol=1e-12)
 
 
+def test_many_tokens(offsets, many, monkeypatch):
+    """Thousands of rows in one sample: programs take several rows, and the last of them fewer."""
+    monkeypatch.setattr("millrace.kernels.rows.PROGRAMS", many // 16)
+    start = {name: value.requires_grad_() for name, value in inputs((many,), 8).items()}
+    x, branch, modulation = start.values()
+    _, _, gate, shift, scale, _ = modulation.unbind(1)
+    out, y = gated_residual_norm_modulate(x, branch, gate, shift, scale, offsets(many), max_seqlen=many)
+    again = gated_residual(x, branch, gate, offsets(many), max_seqlen=many)
+    exact = fused_formula([slice(0, many)])(x.double(), branch.double(), modulation.double())
+    for got, want in zip((out, y, again), (*exact, exact[0]), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    grad = torch.autograd.grad((out + y + again).sin().sum(), (x, branch, modulation))
+    exact_grad = torch.autograd.grad((2 * exact[0] + exact[1]).sin().sum(), (x, branch, modulation))
+    for got, want in zip(grad, exact_grad, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_is_well_registered(offsets, device, assert_well_registered):
+    cu_seqlens = offsets(3, 0, 2)
+
+    def function(x, branch, modulation):
+        _, _, gate, shift, scale, again = modulation.unbind(1)
+        x, y = gated_residual_norm_modulate(x, branch, gate, shift, scale, cu_seqlens, max_seqlen=3)
+        return gated_residual(x, y, again, cu_seqlens, max_seqlen=3)
+
+    values = inputs((3, 0, 2), 24)
+    assert_well_registered(function, *(value.to(device).requires_grad_() for value in values.values()))
+
+
+def test_reference_is_another_backend(offsets, device):
+    """The plain formula that the registered operator is compared with in benchmarks."""
+    start = {name: value.to(device) for name, value in inputs((3, 2), 24).items()}
+    _, _, gate, shift, scale, _ = start["modulation"].unbind(1)
+    results = [
+        gated_residual_norm_modulate(
+            start["x"], start["branch"], gate, shift, scale, offsets(3, 2), backend=backend
+        )
+        for backend in ("reference", "auto")
+    ]
+    for plain, registered in zip(*results, strict=True):
+        torch.testing.assert_close(plain, registered)
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of: auto, reference"):
+        gated_residual_norm_modulate(
+            start["x"], start["branch"], gate, shift, scale, offsets(3, 2), backend="fast"
+        )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -99,6 +99,28 @@ def test_max_seqlen_only_chooses_the_path(given, offsets, device):
         torch.testing.assert_close(uniform, general, rtol=1e-12, atol=1e-12)
 
 
+def test_many_tokens(offsets, many, monkeypatch):
+    """Thousands of rows in one sample: programs take several rows, and the last of them fewer."""
+    monkeypatch.setattr("millrace.kernels.rows.PROGRAMS", many // 16)
+    x, modulation = torch.randn(many, 8).requires_grad_(), torch.randn(1, 2, 8).requires_grad_()
+    y = norm_modulate(x, *modulation.unbind(1), offsets(many), max_seqlen=many)
+    exact = formula([slice(0, many)])(x.double(), modulation.double())
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    grad, exact_grad = (torch.autograd.grad(out.sin().sum(), (x, modulation)) for out in (y, exact))
+    for got, want in zip(grad, exact_grad, strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_is_well_registered(offsets, device, assert_well_registered):
+    cu_seqlens = offsets(3, 0, 2)
+    modulation = torch.randn(3, 6, 24, device=device, requires_grad=True)
+    assert_well_registered(
+        lambda x, modulation: norm_modulate(x, modulation[:, 0], modulation[:, 1], cu_seqlens, max_seqlen=3),
+        torch.randn(5, 24, device=device, requires_grad=True),
+        modulation,
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
