@@ -131,17 +131,48 @@ class Objective(Section):
     """Lambda of contrastive flow matching (arXiv 2506.05350); 0 is off, 0.05 the post's value."""
 
 
+def _usual_drop(routing: dict[str, Any]) -> float:
+    return 0.75 if routing.get("policy") == "sprint" else 0.5
+
+
 class Routing(Section):
     """Which tokens run through which blocks during training."""
 
-    policy: Literal["none", "tread"] = "none"
-    """`tread` (arXiv 2501.04765) lets a random share of tokens bypass a span of blocks."""
+    policy: Literal["none", "tread", "sprint"] = "none"
+    """`tread` (arXiv 2501.04765) lets a random share of tokens bypass a span of blocks. `sprint` (arXiv
+    2510.21986) lets all tokens bypass it and fuses them with the few that ran, in a layer of its own; the
+    defaults are Photoroom/PRX's, `configs/latent_256_sprint_paper.json` is the paper's form."""
     start: int = Field(2, ge=0)
     """First routed block (0-based)."""
     end: int | None = Field(None, ge=0)
     """Last routed block, inclusive; default depth - 4."""
-    drop: float = Field(0.5, gt=0, lt=1)
-    """Share of tokens that bypass the span."""
+    drop: float = Field(default_factory=_usual_drop, gt=0, lt=1)
+    """Share of tokens that do not run through the span; default 0.5, for `sprint` 0.75."""
+    structured: bool = False
+    """`sprint`: drop the same number of tokens in each square of 2 x 2 or 4 x 4, instead of anywhere."""
+    fuse_order: Literal["dense_deep", "deep_dense"] = "dense_deep"
+    """`sprint`: which stream comes first in the fusion layer's input."""
+    mask_token: Literal["learned", "frozen"] = "learned"
+    """`sprint`: what the fusion layer gets for tokens that did not run, a parameter that starts at zero or a
+    fixed random vector."""
+    path_drop: float = Field(0.0, ge=0, lt=1)
+    """`sprint`: share of samples for which none of the tokens counts as having run."""
+
+    def last(self, depth: int) -> int:
+        """Index of the last routed block of `depth`: as set, or depth - 4 (TREAD's absolute rule)."""
+        return depth - 4 if self.end is None else self.end
+
+    @model_validator(mode="after")
+    def _of_sprint(self) -> "Routing":
+        if self.policy != "sprint":
+            for name in ("structured", "fuse_order", "mask_token", "path_drop"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"{name} belongs to policy sprint, but policy is {self.policy}; remove one of the two"
+                    )
+        if self.structured and not (16 * self.drop).is_integer():
+            raise ValueError(f"structured drops whole sixteenths of the tokens; drop {self.drop} is none")
+        return self
 
 
 class TextTower(Section):
@@ -346,6 +377,8 @@ class Config(Section):
                     f"routing spans blocks {routing.start}..{end} but model.depth is {model.depth}; "
                     "set routing.start and routing.end inside the depth"
                 )
+        if routing.structured and self.data.aspect == "mixed":
+            raise ValueError("routing.structured needs one grid for all pictures; set data.aspect to square")
         if self.sampling.weights == "ema" and not self.ema.enabled:
             raise ValueError("sampling.weights is ema, but ema.enabled is false")
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
@@ -354,5 +387,5 @@ class Config(Section):
 
 
 def route_end(config: Config) -> int:
-    """Index of the last routed block: as set, or depth - 4 (TREAD's absolute rule)."""
-    return config.routing.end if config.routing.end is not None else config.model.depth - 4
+    """Index of the last routed block of the run."""
+    return config.routing.last(config.model.depth)

@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from millrace.engine.cli import run_command
-from millrace.engine.config import Model
+from millrace.engine.config import Model, Routing
 from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import (
     CLASS_NAME,
+    FUSION,
     State,
     denoiser_state,
     diffusers_config,
@@ -76,19 +77,23 @@ def to_diffusers(denoiser: Denoiser) -> "PRXTransformer2DModel":
 def from_diffusers(model_or_folder: "PRXTransformer2DModel | str | Path") -> Denoiser:
     """A Denoiser with copies of the weights of a diffusers model, or with those of anything on disk that
     `load_weights` reads; in the dtype they have there."""
+    routing = None
     if isinstance(model_or_folder, str | Path):
-        state, config = load_weights(model_or_folder)
+        state, config, routing = load_weights(model_or_folder)
     else:
         config = model_config(model_or_folder.config)
         state = denoiser_state(model_or_folder.state_dict(), config)
         state = {name: tensor.clone() for name, tensor in state.items()}
-    denoiser = empty_denoiser(config)
+    denoiser = empty_denoiser(config, routing)
     denoiser.load_state_dict(state, assign=True)
     return denoiser
 
 
-def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[str, Tensor], Model]:
-    """Read weights from disk: parameters by their names in the Denoiser, on the CPU, in their stored dtype.
+def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[str, Tensor], Model, Routing]:
+    """Read weights from disk: (tensors by their names in the Denoiser, its two configurations).
+
+    The tensors are on the CPU in their stored dtype. The routing is that of a Millrace run; weights of other
+    projects come without, so none of theirs is a SPRINT model.
 
     Args:
         path: a diffusers folder (of the transformer, or of a pipeline that has one), a Photoroom/PRX state
@@ -106,20 +111,51 @@ def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[st
     if path.is_file():
         theirs = _read_state_dict(path)
         model = config or infer_model(theirs)
-        return denoiser_state(theirs, model), model
+        return denoiser_state(theirs, model), model, Routing()
     if is_diffusers(folder):
         model = model_config(_read_json(folder / "config.json"), str(folder / "config.json"))
         _expect_model(model, config, path)
-        return denoiser_state(_read_shards(folder), model), config or model
+        return denoiser_state(_read_shards(folder), model), config or model, Routing()
     if path.is_dir():
         state, run = checkpoint_state(path)
         _expect_model(run.model, config, path)
-        expect_state(state, run.model, f"weights of {path}")
-        return state, config or run.model
+        expect_state(state, run.model, run.routing, f"weights of {path}")
+        return state, config or run.model, run.routing
     raise UserError(
         f"{path}: no such file or folder; give a local diffusers folder, a Photoroom/PRX state dict, or a "
         "Millrace run or checkpoint"
     )
+
+
+def start_from(denoiser: Denoiser, path: str | Path) -> list[str]:
+    """Copy weights from disk into a fresh denoiser; returns what there is to say about SPRINT's fusion layer.
+
+    Weights without one leave the denoiser's as it was initialised; a denoiser without one leaves theirs out.
+    Raises UserError as `load_weights` does, and if both have one, but for other blocks or in another order.
+    """
+    weights, _, found = load_weights(path, denoiser.config)
+    wanted, depth = denoiser.routing, denoiser.config.depth
+    own = {name: tensor for name, tensor in denoiser.state_dict().items() if name.startswith(FUSION)}
+    theirs = [name for name in weights if name.startswith(FUSION)]
+    messages = []
+    if own and theirs:
+        has, needs = (
+            {"start": r.start, "end": r.last(depth), "fuse_order": r.fuse_order} for r in (found, wanted)
+        )
+        differing = [f"{key} {has[key]} instead of {needs[key]}" for key in has if has[key] != needs[key]]
+        if differing:
+            raise UserError(f"{path} was trained with other routing: {', '.join(differing)}")
+    elif own:
+        weights |= own
+        messages.append(f"warning: {path} has no SPRINT fusion layer; this run's starts from random weights")
+    elif theirs:
+        weights = {name: tensor for name, tensor in weights.items() if name not in theirs}
+        messages.append(
+            f"warning: {path} is a SPRINT model; its fusion layer is left out (routing.policy is "
+            f"{wanted.policy}), and its blocks never ran without it"
+        )
+    denoiser.load_state_dict(weights)
+    return messages
 
 
 def is_diffusers(folder: Path) -> bool:

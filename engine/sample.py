@@ -27,6 +27,7 @@ from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.errors import UserError
 from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.metrics.nearest import recall
+from millrace.engine.model.conversion import expect_state
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.runtime.distributed import choose_device
@@ -75,7 +76,8 @@ def main() -> int:
     weights, config = _load(arguments)
     device = choose_device(config.run.device)
     compute = DTYPES[config.precision.compute]
-    denoiser = Denoiser(config.model)
+    expect_state(weights, config.model, config.routing, f"weights of {arguments.checkpoint}")
+    denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)
     sampler = Sampler(
         denoiser.to(device).eval().requires_grad_(False),
@@ -111,10 +113,12 @@ def _load(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
                 f"{arguments.checkpoint} holds weights only; add --config FILE for towers and objective"
             )
         wanted = load_config(arguments.config)
-        weights, model = load_weights(
+        weights, model, routing = load_weights(
             arguments.checkpoint, wanted.model if _is_state_dict(arguments.checkpoint) else None
         )
-        values = wanted.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
+        # Such weights are of no SPRINT model, whatever the run was that the configuration is for.
+        found = {"model": model.model_dump(mode="json"), "routing": routing.model_dump(mode="json")}
+        values = wanted.model_dump(mode="json") | found
         return weights, parse_config(merge(values, changes), arguments.config)
     weights, config = checkpoint_state(checkpoint_folder(arguments.checkpoint), arguments.weights)
     return weights, parse_config(merge(config.model_dump(mode="json"), changes), str(arguments.checkpoint))

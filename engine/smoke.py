@@ -16,8 +16,8 @@ from millrace.engine.config_file import dict_from_overrides, merge, parse_config
 
 SUFFIX = "-smoke"
 """Added to the run's folder, so that trying a configuration never touches its runs."""
-_GRID = 6
-"""Tokens along the edge of a smoke picture."""
+_GRID = 8
+"""Tokens along the edge of a smoke picture; structured routes need a multiple of 4."""
 
 
 def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config:

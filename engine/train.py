@@ -4,6 +4,7 @@ deepspeed engine/train.py --config configs/latent_256.json
 deepspeed --num_gpus 2 engine/train.py --config configs/quickstart.json --resume auto
 python engine/train.py --config configs/jit_1024_tread.json --smoke
 python engine/train.py --config configs/quickstart.json --set run.steps=20 --print-config
+python engine/train.py --config configs/jit_1024_sprint.json --plan 8
 """
 
 import sys
@@ -41,12 +42,22 @@ def parse() -> argparse.Namespace:
         "--print-config", action="store_true", help="print the resolved configuration and exit"
     )
     parser.add_argument(
+        "--plan",
+        nargs="?",
+        const=1,
+        type=int,
+        metavar="PROCESSES",
+        help="print parameters, FLOPs, the routing's expected gain and memory per process, and exit",
+    )
+    parser.add_argument(
         "--print-schema", action="store_true", help="print the JSON Schema of configurations and exit"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.config and not arguments.print_schema:
         parser.error("--config FILE is needed; the folder configs/ has one per kind of run")
+    if arguments.plan is not None and arguments.plan < 1:
+        parser.error(f"--plan {arguments.plan}: the number of processes is 1 or more")
     return arguments
 
 
@@ -64,6 +75,11 @@ def main() -> int:
             shutil.rmtree(Path(config.run.output_dir) / "checkpoints", ignore_errors=True)
     if arguments.print_config:
         print(config.model_dump_json(indent=2))
+        return 0
+    if arguments.plan is not None:
+        from millrace.engine.plan import plan
+
+        print("\n".join(plan(config, arguments.plan)))
         return 0
 
     from millrace.engine.runtime.distributed import wait_for_all

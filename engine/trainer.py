@@ -15,14 +15,14 @@ from torch import Tensor
 
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
-from millrace.engine.config import Config, route_end
+from millrace.engine.config import Config
 from millrace.engine.config_file import differences
 from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.errors import UserError
-from millrace.engine.export import load_weights
+from millrace.engine.export import start_from
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
-from millrace.engine.model.routing import routing_policy
+from millrace.engine.model.routing import describe, require_grid, routing_policy
 from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.optim.adamw import build_optimizer
 from millrace.engine.optim.ema import EmaWeights
@@ -94,16 +94,17 @@ class Trainer:
             )
         tight = check_fits(config, self.stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
+        require_grid(config, autoencoder.factor * config.model.patch_size)
         text = config.conditioning.text
         text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
-        denoiser = Denoiser(config.model)
+        denoiser = Denoiser(config.model, config.routing)
         if reader is not None:
             state.load_weights(denoiser, reader, str(reader.folder))
         else:
             denoiser.init_weights(seed)
             if config.run.init_from:
-                _start_from(denoiser, config.run.init_from)
+                messages += start_from(denoiser, config.run.init_from)
         denoiser.to(self.device, DTYPES[config.precision.master])
         denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.stage == 3)
         if config.run.compile:
@@ -214,8 +215,7 @@ class Trainer:
         """Losses (B,) of the batch's samples, and their times (B,)."""
         layout, index = batch.layout, batch.sample_index
         t = self.flow.time(index)
-        noise = self.flow.noise(index, layout, batch.clean.shape[1])
-        noisy = self.flow.noisy(batch.clean, noise, t, layout)
+        noisy, noise = self.flow.noisy(batch.clean, index, t, layout)
         span = self.routing.draw(layout, self.config.run.seed, index)
         (prediction,) = self.engine(noisy, t, batch.text, layout, span)
         return self.flow.loss(prediction, batch.clean, noise, t, layout), t
@@ -302,7 +302,7 @@ class Trainer:
         folder = save_checkpoint(
             self.output / "checkpoints",
             self.step,
-            state.state_pieces(self.shards, self.optimizer, self.ema),
+            state.state_pieces(self.shards, self.optimizer, self.ema, self.denoiser.named_buffers()),
             meta,
             keep=self.config.checkpoint.keep,
             rank=distributed.rank(),
@@ -339,8 +339,8 @@ class Trainer:
                 pass
             return
         with torch.device(self.device):
-            copy = Denoiser(config.model)
-        copy.load_state_dict(dict(weights))
+            copy = Denoiser(config.model, config.routing)
+        copy.load_state_dict(dict(weights) | dict(self.denoiser.named_buffers()))
         sampler = Sampler(
             copy.eval().requires_grad_(False),
             self.flow,
@@ -372,10 +372,8 @@ class Trainer:
             f"text: {self.prepare.text_tower.identity}; pictures as {self.prepare.autoencoder.identity}",
             f"job: {distributed.world_size()} process(es) on {self.device.type}, ZeRO {self.stage}, "
             f"{self.accumulate} x {config.data.micro_batch} samples per process and step",
+            describe(config),
         ]
-        if config.routing.policy != "none":
-            span = f"{config.routing.start}..{route_end(config)}"
-            lines.append(f"routing: {config.routing.policy}, {config.routing.drop:.0%} bypass blocks {span}")
         lines.append("precision audit:")
         rows = audit(self.denoiser, self.shards, self.optimizer.state, self.ema, config.precision)
         lines += [f"  {what:<32} {dtypes}" for what, dtypes in rows]
@@ -383,12 +381,6 @@ class Trainer:
             lines.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in lines:
             self.log.say(line)
-
-
-def _start_from(denoiser: Denoiser, path: str) -> None:
-    """Copy the weights of `run.init_from` into a fresh denoiser."""
-    weights, _ = load_weights(path, denoiser.config)
-    denoiser.load_state_dict(weights)
 
 
 def _itself(master: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The sum is formed in FP32 and rounded once to the dtype of x. Backward: dx = dx'
 dgate_b = sum over the rows of b of dx' * branch. x itself is not needed for it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.checks import expect_offsets, expect_shape
+from millrace.kernels.compilation import Launch
 from millrace.kernels.operators import HAS_TRITON, register
 from millrace.kernels.packed import rows_from_samples, sample_slices, unit_stride, widen
-from millrace.kernels.rows import add_partial_sums, partial_sums, row_launch
+from millrace.kernels.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 if HAS_TRITON:
     import triton
@@ -223,3 +225,10 @@ def gated_residual(
     expect_shape("branch", branch, *x.shape)
     expect_shape("gate", gate, samples, x.shape[1])
     return _GatedResidual.apply(x, branch, gate, cu_seqlens, max_seqlen)
+
+
+def configurations() -> Iterator[Launch]:
+    """Launches compiled ahead of time."""
+    for name, x, vectors, offsets, _, tokens in launch_shapes():
+        yield Launch(f"forward {name}", _forward_triton, (x, x, vectors, offsets, tokens))
+        yield Launch(f"backward {name}", _backward_triton, (x, x, vectors, offsets, tokens))

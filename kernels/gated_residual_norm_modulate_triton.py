@@ -1,11 +1,14 @@
 """The Triton kernels of `gated_residual_norm_modulate`: what they compute stands there."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from millrace.kernels.compilation import Launch
 from millrace.kernels.operators import HAS_TRITON
 from millrace.kernels.packed import unit_stride
-from millrace.kernels.rows import add_partial_sums, partial_sums, row_launch
+from millrace.kernels.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 if HAS_TRITON:
     import triton
@@ -219,3 +222,12 @@ def backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     return torch.empty_like(out), grad_branch, mean.new_empty(3, *gate.shape)
+
+
+def configurations() -> Iterator[Launch]:
+    """Launches compiled ahead of time."""
+    for name, x, vectors, offsets, statistics, tokens in launch_shapes():
+        three = (vectors, vectors, vectors)
+        yield Launch(f"forward {name}", forward_triton, (x, x, *three, offsets, 1e-6, tokens))
+        saved = (x, x, vectors, vectors, offsets, statistics, statistics)
+        yield Launch(f"backward {name}", backward_triton, (x, x, *saved, tokens))

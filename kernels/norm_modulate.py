@@ -7,6 +7,7 @@ Mean, variance and the modulation are FP32 whatever the dtype of x. With n = (x 
     dshift_b = sum over the rows of b of dy,  dscale_b = the same of dy * n
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.checks import expect_offsets, expect_shape
+from millrace.kernels.compilation import Launch
 from millrace.kernels.operators import HAS_TRITON, register
 from millrace.kernels.packed import rows_from_samples, sample_slices, unit_stride, widen
-from millrace.kernels.rows import add_partial_sums, partial_sums, row_launch
+from millrace.kernels.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 if HAS_TRITON:
     import triton
@@ -302,3 +304,11 @@ def norm_modulate(
     expect_shape("shift", shift, samples, x.shape[1])
     expect_shape("scale", scale, samples, x.shape[1])
     return _NormModulate.apply(x, shift, scale, cu_seqlens, eps, max_seqlen)
+
+
+def configurations() -> Iterator[Launch]:
+    """Launches compiled ahead of time."""
+    for name, x, vectors, offsets, statistics, tokens in launch_shapes():
+        yield Launch(f"forward {name}", _forward_triton, (x, vectors, vectors, offsets, 1e-6, tokens))
+        saved = (x, vectors, offsets, statistics, statistics)
+        yield Launch(f"backward {name}", _backward_triton, (x, *saved, tokens))

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from millrace.kernels.checks import expect_offsets, expect_shape
+from millrace.kernels.operators import HAS_TRITON
 from millrace.kernels.packed import rows_from_samples
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
 
 _MASK = 0xFFFFFFFF
 _KEYS = (0x9E3779B9, 0xBB67AE85)
@@ -32,6 +37,7 @@ def hash_key(value: int) -> int:
     return z ^ (z >> 31)
 
 
+@torch.compiler.assume_constant_result
 def stream_key(seed: int, purpose: str) -> int:
     """64-bit key of one purpose ("noise", "time", ...) of one run."""
     return hash_key(hash_key(seed & _MASK64) ^ zlib.crc32(purpose.encode()))
@@ -110,3 +116,33 @@ def normal(
         angle = _unit(second) * (2.0 * math.pi)
         lanes += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(lanes, dim=-1).flatten(1)[:, :features]
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _unit_of_word(word):
+        """`_unit` of a uint32, to the bit."""
+        signed = word.to(tl.int32, bitcast=True)
+        return tl.where(signed < 0, -signed - 1, signed).to(tl.float32) * 4.6566127342e-10
+
+    @triton.jit
+    def uniform_at(key, place):
+        """`uniform` of an int64 key at the places int32 >= 0, to the bit."""
+        a, b, c, d = tl.philox(key, (place // 4).to(tl.uint32), 0, 0, 0)
+        lane = place % 4
+        return _unit_of_word(tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)))
+
+    @triton.jit
+    def _box_muller(first, second):
+        radius = tl.sqrt(-2.0 * tl.log(tl.maximum(_unit_of_word(first), 1e-7)))
+        angle = _unit_of_word(second) * 6.283185307179586
+        return radius * tl.cos(angle), radius * tl.sin(angle)
+
+    @triton.jit
+    def normal_four(key, counter):
+        """The four numbers of `normal` for each counter int32 >= 0 (N,): (N, 4) FP32, to a few roundings."""
+        a, b, c, d = tl.philox(key, counter.to(tl.uint32), 0, 0, 0)
+        first, second = _box_muller(a, b)
+        third, fourth = _box_muller(c, d)
+        return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (counter.shape[0], 4))

@@ -8,31 +8,26 @@ RMSNorm: Zhang & Sennrich, arXiv 1910.07467, applied to queries and keys as in a
 al., arXiv 2104.09864, interleaved pairs (2i, 2i+1). Text keys carry no position, so their order, and
 where padding was, do not matter: padded rows are simply absent and no mask exists. Norms, RoPE and softmax
 are FP32.
+
+Two designs stand behind one function. `attention/prologue.py` writes normalised, rotated and joined q, k, v
+in one pass, and a library's attention reads them: the fastest where cuDNN or FlashAttention-3 runs.
+`attention/fused.py` normalises and rotates inside the attention kernels, so that nothing but the output and
+one number a row is written or saved: the least memory, about q, k and v of every block less.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from millrace.kernels.attention import backends
+from millrace.kernels.attention.backends import Inputs
+from millrace.kernels.attention.fused import fused_attention
 from millrace.kernels.checks import expect_offsets, expect_shape
-from millrace.kernels.packed import is_uniform, sample_of_row, widen
+from millrace.kernels.choice import measured_choices
+from millrace.kernels.packed import is_uniform, sample_slices, widen
 
-Backend = Literal["auto", "reference", "sdpa", "varlen"]
-Packed = tuple[Tensor, ...]
-"""(q, k, v) of the image tokens or (k, v) of the text tokens, each (rows, H, D), normed and rotated."""
-
-
-class Offsets(NamedTuple):
-    """Where the samples lie in the packed rows."""
-
-    image: Tensor
-    text: Tensor
-    longest: int
-    longest_text: int
+Backend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
 
 
 def rope_attention(
@@ -64,10 +59,10 @@ def rope_attention(
         max_seqlen, max_seqlen_text: upper bounds of the sample lengths.
         eps: of the RMS norms.
         scale: of the logits, default 1 / sqrt(D).
-        backend: `reference` spells the equations out; `sdpa` is torch's scaled_dot_product_attention, dense
-            where the batch is uniform and sample by sample elsewhere; `varlen` is torch's packed
-            FlashAttention (CUDA, 16 bit). `auto` takes dense `sdpa` for uniform batches, else `varlen` where
-            it runs, else `sdpa`.
+        backend: `reference` spells the equations out; `triton` is the fused kernels; the others run the
+            prologue, then `sdpa` torch's scaled_dot_product_attention (cuDNN first), `varlen` torch's packed
+            FlashAttention (CUDA, 16 bit), `flash_attn` and `xformers` those packages. `auto` takes what
+            `chosen_backend` says.
 
     Returns:
         (T, H, D) in the dtype of qkv.
@@ -84,23 +79,71 @@ def rope_attention(
     expect_shape("sin", sin, "P", dim // 2)
     expect_shape("positions", positions, total)
 
-    dense = is_uniform(total, samples, max_seqlen) and is_uniform(len(text_kv), samples, max_seqlen_text)
     if backend == "auto":
-        backend = "sdpa" if dense or not _varlen_runs(qkv) else "varlen"
+        backend = chosen_backend(qkv, text_kv, cu_seqlens, max_seqlen, max_seqlen_text)
     if backend not in _BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of: auto, {', '.join(_BACKENDS)}")
+    inputs = Inputs(
+        qkv,
+        text_kv.to(qkv.dtype),
+        q_weight,
+        k_weight,
+        text_k_weight,
+        cos,
+        sin,
+        positions,
+        cu_seqlens,
+        cu_seqlens_text,
+        max_seqlen,
+        max_seqlen_text,
+    )
+    return _BACKENDS[backend](inputs, eps, dim**-0.5 if scale is None else scale)
 
-    rotation = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
-    q = _rotate(_rms_norm(qkv[:, 0], q_weight, eps), *rotation).to(qkv.dtype)
-    k = _rotate(_rms_norm(qkv[:, 1], k_weight, eps), *rotation).to(qkv.dtype)
-    text_k = _rms_norm(text_kv[:, 0], text_k_weight, eps).to(qkv.dtype)
-    text_v = text_kv[:, 1].to(qkv.dtype)
-    scale = dim**-0.5 if scale is None else scale
-    image, text = (q, k, qkv[:, 2]), (text_k, text_v)
-    if backend == "sdpa" and dense:
-        return _dense_sdpa(image, text, samples, scale)
-    offsets = Offsets(cu_seqlens, cu_seqlens_text, max_seqlen, max_seqlen_text)
-    return _BACKENDS[backend](image, text, offsets, scale)
+
+def chosen_backend(
+    qkv: Tensor, text_kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, max_seqlen_text: int
+) -> str:
+    """What `auto` takes for these arguments of `rope_attention`.
+
+    The fastest measured on this GPU for the shape class (`rope_attention_uniform` where all samples have as
+    many image and as many text tokens, else `rope_attention_ragged`), where `measured.json` names one.
+    Unmeasured: `varlen` for ragged batches in 16 bit on CUDA, which skips all padding, else `sdpa`.
+    """
+    samples = cu_seqlens.shape[0] - 1
+    images = is_uniform(qkv.shape[0], samples, max_seqlen)
+    uniform = images and is_uniform(text_kv.shape[0], samples, max_seqlen_text)
+    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    measured = _measured("rope_attention_uniform" if uniform else "rope_attention_ragged", qkv.get_device())
+    return measured or ("sdpa" if uniform else "varlen")
+
+
+@torch.compiler.assume_constant_result
+def _measured(shape_class: str, device: int) -> str | None:
+    return measured_choices().get(torch.cuda.get_device_name(device), {}).get(shape_class)
+
+
+def reference(inputs: Inputs, eps: float, scale: float) -> Tensor:
+    """The equations in plain PyTorch, sample by sample; reads the lengths, so it waits for a CUDA device."""
+    dtype = inputs.qkv.dtype
+    angles = (table.index_select(0, inputs.positions)[:, None] for table in (inputs.cos, inputs.sin))
+    cos, sin = (x.to(torch.promote_types(dtype, torch.float32)) for x in angles)
+    q, k = (
+        _rotate(_rms_norm(inputs.qkv[:, i], weight, eps), cos, sin).to(dtype)
+        for i, weight in enumerate((inputs.q_weight, inputs.k_weight))
+    )
+    text_k = _rms_norm(inputs.text_kv[:, 0], inputs.text_k_weight, eps).to(dtype)
+    rows = zip(sample_slices(inputs.cu_seqlens), sample_slices(inputs.cu_seqlens_text), strict=True)
+    outputs = [
+        _attend(
+            q[image],
+            torch.cat((k[image], text_k[text])),
+            torch.cat((inputs.qkv[image, 2], inputs.text_kv[text, 1])),
+            scale,
+        )
+        for image, text in rows
+    ]
+    return torch.cat(outputs)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -117,71 +160,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Softmax attention of one sample, (N, H, D) over (M, H, D), written out in FP32 (FP64 stays FP64)."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = torch.einsum("nhd,mhd->hnm", q.to(wide), k.to(wide)) * scale
-    return torch.einsum("hnm,mhd->nhd", logits.softmax(-1), v.to(wide)).to(q.dtype)
+    logits = torch.einsum("nhd,mhd->hnm", widen(q), widen(k)) * scale
+    return torch.einsum("hnm,mhd->nhd", logits.softmax(-1), widen(v)).to(q.dtype)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """torch's attention of one sample, (N, H, D) over (M, H, D)."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
-
-
-def _sample_by_sample(
-    attend: Callable[..., Tensor], image: Packed, text: Packed, samples: Offsets, scale: float
-) -> Tensor:
-    """Run `attend` on each sample's slice; reads the lengths on the host, so it waits for a CUDA device."""
-    lengths, text_lengths = samples.image.diff().tolist(), samples.text.diff().tolist()
-    parts = zip(*(x.split(lengths) for x in image), *(x.split(text_lengths) for x in text), strict=True)
-    outputs = [
-        attend(q, torch.cat((k, text_k)), torch.cat((v, text_v)), scale) for q, k, v, text_k, text_v in parts
-    ]
-    return torch.cat(outputs)
-
-
-def _dense_sdpa(image: Packed, text: Packed, samples: int, scale: float) -> Tensor:
-    q, k, v, text_k, text_v = (
-        x.reshape(samples, len(x) // samples, *x.shape[1:]).transpose(1, 2) for x in (*image, *text)
-    )
-    keys, values = torch.cat((k, text_k), 2), torch.cat((v, text_v), 2)
-    return F.scaled_dot_product_attention(q, keys, values, scale=scale).transpose(1, 2).flatten(0, 1)
-
-
-def _varlen(image: Packed, text: Packed, samples: Offsets, scale: float) -> Tensor:
-    """Packed FlashAttention. The keys of a sample must be adjacent: its image rows, then its text rows."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = image
-    text_k, text_v = text
-    if scale != q.shape[-1] ** -0.5:  # torch 2.11's varlen_attn has no scale argument
-        q = q * (scale * q.shape[-1] ** 0.5)
-    image_sample = sample_of_row(samples.image, len(k))
-    text_sample = sample_of_row(samples.text, len(text_k))
-    place = torch.cat(
-        (
-            torch.arange(len(k), device=k.device) + samples.text[image_sample],
-            torch.arange(len(text_k), device=k.device) + samples.image[1:][text_sample],
-        )
-    )
-    keys, values = torch.cat((k, text_k)), torch.cat((v, text_v))
-    return varlen_attn(
-        q,
-        torch.empty_like(keys).index_copy(0, place, keys),
-        torch.empty_like(values).index_copy(0, place, values),
-        samples.image,
-        samples.image + samples.text,
-        samples.longest,
-        samples.longest + samples.longest_text,
-    )
-
-
-def _varlen_runs(qkv: Tensor) -> bool:
-    return qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
+def _fused(inputs: Inputs, eps: float, scale: float) -> Tensor:
+    return fused_attention(*inputs, eps, scale)
 
 
 _BACKENDS = {
-    "reference": functools.partial(_sample_by_sample, _attend),
-    "sdpa": functools.partial(_sample_by_sample, _sdpa),
-    "varlen": _varlen,
+    "reference": reference,
+    "triton": _fused,
+    "sdpa": backends.sdpa,
+    "varlen": backends.varlen,
+    "flash_attn": backends.flash_attention,
+    "xformers": backends.xformers,
 }

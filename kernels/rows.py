@@ -5,11 +5,13 @@ adds up their gradients in registers. Partial sums of the programs go to memory 
 order afterwards: no atomics, so a backward pass gives the same bits every time.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from millrace.kernels.compilation import meta
 from millrace.kernels.operators import HAS_TRITON
 
 if HAS_TRITON:
@@ -58,6 +60,18 @@ def partial_sums(count: int, launch: RowLaunch, width: int, device: torch.device
 def add_partial_sums(partial: Tensor) -> Tensor:
     """(count, B, chunks, C) to (count, B, C)."""
     return partial.squeeze(2) if partial.shape[2] == 1 else partial.sum(2)
+
+
+def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
+    """What row kernels are compiled for ahead of time: name, rows (T, C), a sample's vectors (B, C) as a slice
+    of the modulation's GEMM, offsets, statistics (T,), longest sample. 32 images of 256 and of 1024 tokens."""
+    for width in (1792, 3584):
+        for tokens in (256, 1024):
+            dtype = torch.bfloat16
+            vectors = meta(32, 16 * 6 * width, dtype=dtype)[:, width : 2 * width]
+            statistics = meta(32 * tokens, dtype=torch.float32)
+            x, offsets = meta(32 * tokens, width, dtype=dtype), meta(33, dtype=torch.int32)
+            yield f"C={width} N={tokens} {dtype}", x, vectors, offsets, statistics, tokens
 
 
 if HAS_TRITON:

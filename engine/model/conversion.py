@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.config import Model
+from millrace.engine.config import Model, Routing
 from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
@@ -27,6 +27,9 @@ from millrace.engine.model.denoiser import Denoiser
 State = Mapping[str, Tensor]
 
 CLASS_NAME = "PRXTransformer2DModel"
+
+FUSION = "fusion."
+"""What the names of SPRINT's fusion layer start with; other projects' files have no such layer."""
 
 _PRX_NAMES = {
     "attention.img_qkv_proj.weight": "img_qkv_proj.weight",
@@ -149,19 +152,21 @@ def _names(config: Model) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def empty_denoiser(config: Model) -> Denoiser:
+def empty_denoiser(config: Model, routing: Routing | None = None) -> Denoiser:
     """A Denoiser on the meta device, to be filled by `load_state_dict(state, assign=True)`."""
     with torch.device("meta"):
-        return Denoiser(config)
+        return Denoiser(config, routing)
 
 
-def expect_state(state: State, config: Model, origin: str = "weights") -> None:
+def expect_state(
+    state: State, config: Model, routing: Routing | None = None, origin: str = "weights"
+) -> None:
     """Raise one UserError that lists what is missing, unexpected or misshapen in weights under our names."""
-    _expect(state, _shapes(config), origin)
+    _expect(state, _shapes(config, routing), origin)
 
 
-def _shapes(config: Model) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in empty_denoiser(config).named_parameters()}
+def _shapes(config: Model, routing: Routing | None = None) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in empty_denoiser(config, routing).state_dict().items()}
 
 
 def _expect(state: State, shapes: Mapping[str, torch.Size], origin: str) -> None:
@@ -183,7 +188,15 @@ def _first(names: list[str], count: int = 3) -> str:
 
 
 def diffusers_state(state: State, config: Model) -> dict[str, Tensor]:
-    """Our weights under diffusers' names; no data is copied, fused tensors become views of their rows."""
+    """Our weights under diffusers' names; no data is copied, fused tensors become views of their rows.
+
+    Raises UserError for weights that do not fit `config`, and for a SPRINT model, which diffusers lacks.
+    """
+    if any(name.startswith(FUSION) for name in state):
+        raise UserError(
+            "these are the weights of a SPRINT model, whose fusion layer has no place in diffusers' or "
+            "Photoroom/PRX's format; sample from the run itself with engine/sample.py"
+        )
     expect_state(state, config)
     return {
         name: part

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from millrace.engine.config import ActivationCheckpointing, Model
+from millrace.engine.config import ActivationCheckpointing, Model, Routing
 from millrace.engine.model.blocks import (
     TIME_FEATURES,
     TIME_SCALE,
@@ -18,6 +18,7 @@ from millrace.engine.model.blocks import (
     VectorEmbedder,
     sinusoid,
 )
+from millrace.engine.model.fusion import Fusion
 from millrace.engine.model.packing import Grid, Layout, LayoutCache, patchify, unpatchify
 from millrace.engine.model.routing import RoutedSpan
 from millrace.kernels import gather_tokens, scatter_tokens
@@ -30,12 +31,17 @@ class Denoiser(nn.Module):
         t (B,) ──time_in──▶ vector (B, C) ──modulation, one GEMM for all blocks──▶ (B, depth, 6, C)
         text (S, E) ──txt_in──▶ (S, C) ──text_kv, one GEMM for all blocks──▶ (S, depth, 2, H, D)
 
-    Within a routed span only the route's rows run; the others bypass it where they lie.
+    Within a routed span only the route's rows run. A model of SPRINT has a fusion layer after its span, which
+    it needs in sampling too; otherwise the model does not depend on the routing.
+
+    Args:
+        config: the network.
+        routing: of its training.
     """
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, routing: Routing | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.routing = config, routing or Routing()
         width, features = config.width, config.in_channels * config.patch_size**2
         if config.bottleneck:
             self.img_in = nn.Sequential(
@@ -50,6 +56,7 @@ class Denoiser(nn.Module):
         self.text_kv = nn.Linear(width, config.depth * 2 * width, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, features)
+        self.fusion = Fusion(width, self.routing) if self.routing.policy == "sprint" else None
         self.layouts = LayoutCache(config.axes, config.rope_theta)
         self.run_block = _call
 
@@ -70,6 +77,8 @@ class Denoiser(nn.Module):
                 for parameter in module.parameters():
                     drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                     parameter.copy_(drawn)
+            elif isinstance(module, Fusion):
+                module.init_weights(generator)
 
     def checkpoint_activations(self, config: ActivationCheckpointing, reentrant: bool = False) -> None:
         """Recompute in backward what the policy drops. ZeRO-3, which frees weights, needs `reentrant`."""
@@ -92,7 +101,7 @@ class Denoiser(nn.Module):
             t: (B,), 0 is data and 1 noise.
             text: (S, E) packed text embeddings.
             layout: of this batch, from `self.layouts`.
-            span: the route and the blocks it applies to, or None.
+            span: the route and the blocks it applies to; None for all tokens through all blocks.
             taps: blocks whose output is wanted too.
 
         Returns:
@@ -110,15 +119,17 @@ class Denoiser(nn.Module):
         text = self.text_kv(self.txt_in(text))
         text_kv = text.unflatten(1, (config.depth, 2, config.heads, config.head_dim)).unbind(1)
 
-        x = self.img_in(tokens)
-        where = (layout.positions, layout.cu_seqlens, layout.max_seqlen)
+        if span is None and self.fusion is not None:
+            span = RoutedSpan(None, self.routing.start, self.routing.last(config.depth))
+        x = dense = self.img_in(tokens)
+        everywhere = where = (layout.positions, layout.cu_seqlens, layout.max_seqlen)
         tapped: dict[int, Tensor] = {}
-        dense = x
         for i, block in enumerate(self.blocks):
             if span is not None and i == span.start:
-                route = span.route
-                dense, x = x, gather_tokens(x, route.index)
-                where = (layout.positions[route.index], route.cu_seqlens, route.max_seqlen)
+                dense = x
+                if span.route is not None:
+                    index, *lengths = span.route
+                    x, where = gather_tokens(dense, index), (layout.positions[index], *lengths)
             positions, cu_seqlens, max_seqlen = where
             x = self.run_block(
                 i,
@@ -137,8 +148,13 @@ class Denoiser(nn.Module):
             if i in taps:
                 tapped[i] = x
             if span is not None and i == span.end:
-                x = scatter_tokens(dense, x, route.index)
-                where = (layout.positions, layout.cu_seqlens, layout.max_seqlen)
+                if self.fusion is not None:
+                    x = self.fusion(dense, x, span)
+                else:
+                    # Rows that bypass stay where they are, unless a tap promises them as they were before.
+                    inplace = span.start - 1 not in taps
+                    x = scatter_tokens(dense, x, span.route.index, inplace=inplace)
+                where = everywhere
         prediction = self.final_layer(x, vector, layout.cu_seqlens, layout.max_seqlen)
         return (prediction, *(tapped[i] for i in taps))
 

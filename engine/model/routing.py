@@ -1,24 +1,34 @@
 """Routing policies: which tokens run through which blocks during training.
 
-A policy is a small class with `start`, `end` (inclusive) and `draw`. It touches no module and keeps no state;
-the denoiser gathers the route's rows before block `start` and puts them back after block `end`.
+A policy is a small class with `draw`. It touches no module and keeps no state; the denoiser gathers the
+route's rows before block `start` and joins them with the others after block `end` (inclusive):
+
+    TREAD     bypassing rows stay where they are, the route's rows are put back between them
+    SPRINT    all rows bypass; a linear layer fuses them with the route's rows, a mask token where there are
+              none (`fusion.py`). The layer is part of the model, so it also runs where nothing is routed.
 """
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from millrace.engine.config import Config, route_end
+from millrace.engine.errors import UserError
 from millrace.engine.model.packing import Layout
 from millrace.kernels import Route, sample_route
+from millrace.kernels.random import sample_keys, uniform
 
 
 class RoutedSpan(NamedTuple):
     """A route and the blocks start .. end (inclusive) that it applies to."""
 
-    route: Route
+    route: Route | None
+    """None where every row runs: a SPRINT model in sampling."""
     start: int
     end: int
+    dropped: Tensor | None = None
+    """(B,) bool, samples whose rows of the route count as not run (SPRINT's path drop)."""
 
 
 class RoutingPolicy(Protocol):
@@ -53,6 +63,40 @@ class Tread:
         return RoutedSpan(route, self.start, self.end)
 
 
+class Sprint:
+    """SPRINT (Park et al., arXiv 2510.21986): few tokens run through the span, then are fused with all.
+
+    Args:
+        start, end, drop: as of `Tread`; the paper's are 2, depth - 3 and 0.75.
+        structured: keep as many tokens in each small square of the grid, instead of anywhere.
+        path_drop: share of samples that are trained without what the span computes.
+    """
+
+    def __init__(
+        self, start: int, end: int, drop: float, structured: bool = False, path_drop: float = 0.0
+    ) -> None:
+        self.start, self.end, self.drop = start, end, drop
+        self.structured, self.path_drop = structured, path_drop
+
+    def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> RoutedSpan:
+        """Each sample's random subset, and which samples lose theirs; `sample_index` (B,) int64."""
+        if self.structured and len(set(layout.grids)) > 1:
+            raise ValueError(f"structured routes need one grid, the batch has {sorted(set(layout.grids))}")
+        route = sample_route(
+            layout.cu_seqlens,
+            1 - self.drop,
+            seed,
+            sample_index,
+            grid=layout.grids[0],
+            structured=self.structured,
+            lengths=layout.lengths,
+        )
+        dropped = None
+        if self.path_drop:
+            dropped = uniform(sample_keys(seed, sample_index, "path drop"))[:, 0] < self.path_drop
+        return RoutedSpan(route, self.start, self.end, dropped)
+
+
 def routing_policy(config: Config) -> RoutingPolicy:
     """The policy that the configuration names."""
     routing = config.routing
@@ -61,5 +105,41 @@ def routing_policy(config: Config) -> RoutingPolicy:
             return Dense()
         case "tread":
             return Tread(routing.start, route_end(config), routing.drop)
+        case "sprint":
+            return Sprint(
+                routing.start,
+                route_end(config),
+                routing.drop,
+                routing.structured,
+                routing.path_drop,
+            )
         case other:
             raise ValueError(f"no routing policy is built for {other!r}")
+
+
+def require_grid(config: Config, edge: int) -> None:
+    """Raise UserError if `routing.structured` cannot cut the grid of a picture's tokens of `edge` pixels."""
+    if not config.routing.structured:
+        return
+    side = config.data.resolution // edge
+    one = torch.tensor([0, side * side], dtype=torch.int32)
+    try:
+        sample_route(one, 1 - config.routing.drop, 0, torch.tensor([0]), grid=(side, side), structured=True)
+    except ValueError as error:
+        raise UserError(
+            f"routing.structured does not fit pictures of {config.data.resolution} pixels: {error}; change "
+            "data.resolution or routing.drop"
+        ) from None
+
+
+def describe(config: Config) -> str:
+    """The routing in one line for people."""
+    routing = config.routing
+    if routing.policy == "none":
+        return "routing: none"
+    span = f"{routing.start}..{route_end(config)}"
+    line = f"routing: {routing.policy}, {routing.drop:.4g} of the tokens bypass blocks {span}"
+    if routing.policy == "sprint":
+        kind = "structured" if routing.structured else "unstructured"
+        line += f"; {kind}, {routing.mask_token} mask token, path drop {routing.path_drop:.4g}"
+    return line

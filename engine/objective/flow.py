@@ -8,7 +8,7 @@ from torch import Tensor
 from millrace.engine.config import Objective
 from millrace.engine.model.packing import Layout
 from millrace.kernels import add_noise, flow_loss
-from millrace.kernels.random import normal, sample_keys, uniform
+from millrace.kernels.random import sample_keys, uniform
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -39,15 +39,17 @@ class FlowMatching:
         t = torch.where(draws[:, 1] < self.config.time_uniform, floor + (1 - floor) * draws[:, 2], t)
         return t.clamp_min(floor).float()
 
-    def noise(self, sample_index: Tensor, layout: Layout, features: int) -> Tensor:
-        """Noise (T, P) FP32 of standard deviation `noise_scale`."""
-        keys = sample_keys(self.seed, sample_index, "noise")
-        noise = normal(keys, layout.cu_seqlens, sum(layout.lengths), features, layout.max_seqlen)
-        return noise if self.config.noise_scale == 1.0 else noise * self.config.noise_scale
-
-    def noisy(self, clean: Tensor, noise: Tensor, t: Tensor, layout: Layout) -> Tensor:
-        """x_t (T, P) of each sample at its time (B,)."""
-        return add_noise(clean, noise, t, layout.cu_seqlens, layout.max_seqlen)
+    def noisy(self, clean: Tensor, sample_index: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """x_t (T, P) of each sample at its time (B,), and the noise (T, P) FP32 that is in it."""
+        return add_noise(
+            clean,
+            sample_keys(self.seed, sample_index, "noise"),
+            t,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            noise_scale=self.config.noise_scale,
+            return_noise=True,
+        )
 
     def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor, layout: Layout) -> Tensor:
         """Loss of each sample (B,) FP32. Their mean is the training loss.

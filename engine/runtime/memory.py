@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from millrace.engine.config import Config
+from millrace.engine.config import Config, route_end
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.runtime.distributed import ranks_here
@@ -21,11 +21,12 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
 
     Weights, gradients, optimizer state, and the FP32 copy that draws sample grids are exact up to DeepSpeed's
     buffers. Activations are a rough count per image token and block: 16 C + 5 F numbers with everything kept,
-    6 C + 2 F with the products kept, C with full recomputation. Frozen towers are not counted.
+    6 C + 2 F with the products kept, C with full recomputation; routed blocks hold the tokens that run in
+    them. Frozen towers are not counted.
     """
-    model, data = config.model, config.data
+    model, data, routing = config.model, config.data, config.routing
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Denoiser(model).parameters())
+        parameters = sum(p.numel() for p in Denoiser(model, routing).parameters())
     stored = 4 if config.precision.master == "float32" else 2
     share = ranks if stage > 0 else 1
     tokens = data.micro_batch * (data.resolution / (factor * model.patch_size)) ** 2
@@ -35,6 +36,9 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
     kept = {"full": model.width, "selective": 6 * model.width + 2 * model.mlp_width}.get(recompute.policy)
     if kept is not None:
         per_token = per_token * (1 - 1 / recompute.every) + kept * number / recompute.every
+    blocks = float(model.depth)
+    if routing.policy != "none":
+        blocks -= routing.drop * (route_end(config) + 1 - routing.start)
     return {
         "weights": stored * parameters / (ranks if stage == 3 else 1),
         "gradients": stored * parameters / (ranks if stage >= 2 else 1),
@@ -42,7 +46,7 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
         "Adam moments": 2 * stored * parameters / share,
         "EMA": stored * parameters / share if config.ema.enabled else 0.0,
         "sample grids": 4 * parameters if config.sampling.every_steps else 0.0,
-        "activations": tokens * model.depth * per_token,
+        "activations": tokens * blocks * per_token,
     }
 
 

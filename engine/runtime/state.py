@@ -1,14 +1,14 @@
 """The training state as named tensors: from the optimizer's shards to a checkpoint and back.
 
     master/<parameter>   FP32 weights          exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments
-    ema/<parameter>      FP32 average
+    ema/<parameter>      FP32 average          buffer/<buffer>   fixed (SPRINT's frozen mask token)
 
 Each rank writes the elements that it holds and reads those that it will hold, so the stage and the number of
 processes may change in between. Together with the counters in the checkpoint's meta data this is everything:
 learning rate and randomness are functions of the step and the sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,19 @@ from millrace.engine.errors import UserError
 from millrace.engine.optim.adamw import SkippableAdamW
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.runtime.checkpoint import CheckpointReader, Piece
+from millrace.engine.runtime.distributed import rank
 from millrace.engine.runtime.shards import Shard, masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def state_pieces(shards: list[Shard], optimizer: SkippableAdamW, ema: EmaWeights | None) -> Iterator[Piece]:
-    """This rank's part of the training state."""
+def state_pieces(
+    shards: list[Shard],
+    optimizer: SkippableAdamW,
+    ema: EmaWeights | None,
+    buffers: Iterable[tuple[str, Tensor]] = (),
+) -> Iterator[Piece]:
+    """This rank's part of the training state. `buffers` are whole on every rank; the first writes them."""
     for shard in shards:
         if not shard.writes:
             continue
@@ -34,6 +40,9 @@ def state_pieces(shards: list[Shard], optimizer: SkippableAdamW, ema: EmaWeights
                 yield _piece(moment, shard, state[moment])
         if ema is not None:
             yield _piece("ema", shard, ema.of(shard.master))
+    if rank() == 0:
+        for name, buffer in buffers:
+            yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
 
 
 def _piece(kind: str, shard: Shard, like_master: Tensor) -> Piece:
@@ -48,26 +57,26 @@ def optimizer_steps(shards: list[Shard], optimizer: SkippableAdamW) -> int:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, reader: CheckpointReader, folder: str) -> None:
-    """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over."""
-    check_names(
-        module,
-        {name.removeprefix("master/") for name in reader.names() if name.startswith("master/")},
-        folder,
-    )
-    for name, parameter in module.named_parameters():
-        stored = reader.tensor(f"master/{name}")
-        if stored.shape != parameter.shape:
+    """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over, and the buffers."""
+    wanted = {f"master/{name}": parameter for name, parameter in module.named_parameters()}
+    wanted |= {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
+    stored = {name for name in reader.names() if name.startswith(("master/", "buffer/"))}
+    check_names(wanted.keys(), stored, folder)
+    for key, tensor in wanted.items():
+        stored = reader.tensor(key)
+        if stored.shape != tensor.shape:
             raise UserError(
-                f"{folder}: {name} is {tuple(stored.shape)} there and {tuple(parameter.shape)} in this "
-                "configuration; resume with the configuration of the run"
+                f"{folder}: {key.partition('/')[2]} is {tuple(stored.shape)} there and {tuple(tensor.shape)} "
+                "in this configuration; resume with the configuration of the run"
             )
-        parameter.copy_(stored)
+        tensor.copy_(stored)
 
 
-def check_names(module: nn.Module, stored: set[str], origin: str) -> None:
-    """Raise UserError unless `stored` are exactly the module's parameter names."""
-    wanted = {name for name, _ in module.named_parameters()}
-    missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+def check_names(wanted: Set[str], stored: Set[str], origin: str) -> None:
+    """Raise UserError unless the two are equal; parameters are listed without "master/"."""
+    missing, unknown = (
+        sorted(name.removeprefix("master/") for name in names) for names in (wanted - stored, stored - wanted)
+    )
     if missing or unknown:
         raise UserError(
             f"{origin}: not the weights of this model: {len(missing)} missing ({', '.join(missing[:3])}), "

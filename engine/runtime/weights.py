@@ -42,10 +42,10 @@ def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Liter
 
 
 def read_weights(reader: CheckpointReader, weights: Literal["model", "ema"]) -> dict[str, Tensor]:
-    """Parameters on the CPU by their names in the Denoiser, in the dtype they are stored in."""
-    prefix = _PREFIX[weights]
+    """Parameters and buffers on the CPU by their names in the Denoiser, in the dtype they are stored in."""
+    prefixes = (_PREFIX[weights], "buffer/")
     return {
-        name.removeprefix(prefix): reader.tensor(name) for name in reader.names() if name.startswith(prefix)
+        name.partition("/")[2]: reader.tensor(name) for name in reader.names() if name.startswith(prefixes)
     }
 
 

@@ -68,7 +68,7 @@ def test_configurations_are_those_of_the_published_rows(table, row):
     in_pixels = table["resolution"] == 1024
     assert config.conditioning.autoencoder.kind == ("pixels" if in_pixels else "flux1")
     assert config.objective.prediction == ("sample" if in_pixels else "velocity")
-    assert config.routing.policy == ("tread" if row["method"] == "TREAD" else "none")
+    assert config.routing.policy == {"TREAD": "tread", "SPRINT": "sprint"}.get(row["method"], "none")
     assert config.precision.master == ("bfloat16" if "BF16" in row["method"] else "float32")
 
 
@@ -121,7 +121,14 @@ def test_published_speed_belongs_to_the_file_as_it_stands(path, overrides, speed
 
 def test_default_configurations_are_those_with_a_speed():
     names = [Path(path).stem for path in report.published_configs()]
-    assert names == ["latent_256", "jit_1024", "jit_1024_tread"]
+    assert names == [
+        "latent_256",
+        "latent_256_tread",
+        "latent_256_sprint",
+        "jit_1024",
+        "jit_1024_tread",
+        "jit_1024_sprint",
+    ]
     assert all(Path(path).exists() for path in report.published_configs())
 
 

@@ -132,6 +132,28 @@ class TestRefusals:
             ),
             (["data.source=folder"], "data: source folder needs data.path"),
             (
+                ["routing.policy=tread", "routing.path_drop=0.1"],
+                "routing: path_drop belongs to policy sprint, but policy is tread; remove one of the two",
+            ),
+            (
+                ["routing.mask_token=frozen"],
+                "routing: mask_token belongs to policy sprint, but policy is none; remove one of the two",
+            ),
+            (
+                ["routing.policy=sprint", "model.depth=5"],
+                "configuration: routing spans blocks 2..1 but model.depth is 5; "
+                "set routing.start and routing.end inside the depth",
+            ),
+            (
+                ["routing.policy=sprint", "routing.structured=true", "data.aspect=mixed"],
+                "configuration: routing.structured needs one grid for all pictures; "
+                "set data.aspect to square",
+            ),
+            (
+                ["routing.policy=sprint", "routing.structured=true", "routing.drop=0.7"],
+                "routing: structured drops whole sixteenths of the tokens; drop 0.7 is none",
+            ),
+            (
                 ["precision.master=bfloat16", "precision.compute=float32"],
                 "configuration: precision.master bfloat16 needs precision.compute bfloat16",
             ),
@@ -169,6 +191,11 @@ class TestRouting:
     def test_no_span_outside(self, span):
         refused("routing.policy=tread", f"routing.start={span[0]}", f"routing.end={span[1]}")
 
+    def test_the_usual_share_follows_the_policy(self):
+        assert parse("routing.policy=tread").routing.drop == 0.5
+        assert parse("routing.policy=sprint").routing.drop == 0.75
+        assert parse("routing.policy=sprint", "routing.drop=0.5").routing.drop == 0.5
+
     def test_bounds_do_not_matter_without_routing(self):
         assert parse("model.depth=1").routing.policy == "none"
 
@@ -195,6 +222,7 @@ class TestConfig:
                 "model.bottleneck=64",
                 "optimizer.eps=1e-15",
             ],
+            ["routing.policy=sprint", "routing.structured=true", "routing.mask_token=frozen"],
             ["routing.policy=tread", "deepspeed.zero_optimization.stage=3", "precision.master=bfloat16"],
         ],
     )

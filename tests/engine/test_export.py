@@ -11,7 +11,7 @@ from diffusers import PRXTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import millrace.engine.export as export
-from millrace.engine.config import Config, Model
+from millrace.engine.config import Config, Model, Routing
 from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import diffusers_config, diffusers_state, prx_state
 from millrace.engine.model.denoiser import Denoiser
@@ -37,11 +37,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 WHOLE = "diffusion_pytorch_model.safetensors"
 
 
-def _random_denoiser(config, dtype=torch.float32):
+def _random_denoiser(config, routing=None, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    denoiser = Denoiser(config)
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    denoiser = Denoiser(config, routing)
+    for tensor in denoiser.state_dict().values():
+        torch.nn.init.normal_(tensor, std=0.3, generator=generator)
     return denoiser.to(dtype)
 
 
@@ -55,7 +55,7 @@ def _assert_equal(found, wanted):
 @MODELS
 @DTYPES
 def test_through_a_diffusers_model_and_back(config, dtype):
-    denoiser = _random_denoiser(config, dtype)
+    denoiser = _random_denoiser(config, dtype=dtype)
     theirs = export.to_diffusers(denoiser)
     assert theirs.dtype == dtype
     found = export.from_diffusers(theirs)
@@ -131,7 +131,7 @@ def test_reads_what_diffusers_saves_also_inside_a_pipeline(shard_bytes, tmp_path
     denoiser = _random_denoiser(PIXEL)
     export.to_diffusers(denoiser).save_pretrained(tmp_path / "transformer", max_shard_size=shard_bytes)
     for folder in (tmp_path, tmp_path / "transformer"):
-        state, config = export.load_weights(folder)
+        state, config, _ = export.load_weights(folder)
         assert config == PIXEL
         _assert_equal(state, denoiser.state_dict())
 
@@ -146,12 +146,12 @@ def test_photoroom_state_dict(suffix, under, tmp_path):
         save_file(theirs, path)
     else:
         torch.save({under: theirs} if under else theirs, path)
-    found, config = export.load_weights(path)
+    found, config, _ = export.load_weights(path)
     assert config == LATENT.model_copy(update={"rope_axes": None})
     _assert_equal(found, state)
     # What shapes cannot tell is the caller's to decide.
     folded = LATENT.model_copy(update={"in_channels": 4, "patch_size": 4, "rope_theta": 7.0})
-    found, config = export.load_weights(path, folded)
+    found, config, _ = export.load_weights(path, folded)
     assert config == folded
     _assert_equal(found, state)
 
@@ -161,7 +161,7 @@ def test_save_prx_round_trip(dtype, tmp_path):
     state = dict(_random_denoiser(PIXEL).state_dict())
     export.save_prx(state, PIXEL, tmp_path / "out", dtype)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["denoiser.safetensors"]
-    found, _ = export.load_weights(tmp_path / "out" / "denoiser.safetensors", PIXEL)
+    found, *_ = export.load_weights(tmp_path / "out" / "denoiser.safetensors", PIXEL)
     _assert_equal(found, {name: tensor.to(dtype) for name, tensor in state.items()})
 
 
@@ -225,27 +225,91 @@ def test_missing_diffusers_names_the_remedy(monkeypatch):
         export.to_diffusers(_random_denoiser(LATENT))
 
 
-def _save_run(run, model, *, ema=True):
-    """A run whose EMA is the weights plus one; returns both."""
-    master = dict(_random_denoiser(model).state_dict())
+def _save_run(run, model, *, ema=True, routing=None):
+    """A run whose EMA is the weights plus one; returns both. Buffers are in both as they are."""
+    denoiser = _random_denoiser(model, routing)
+    buffers = dict(denoiser.named_buffers())
+    master = {name: tensor.detach() for name, tensor in denoiser.named_parameters()}
     average = {name: tensor + 1 for name, tensor in master.items()}
     tensors = {f"master/{name}": tensor for name, tensor in master.items()}
+    tensors |= {f"buffer/{name}": tensor for name, tensor in buffers.items()}
     if ema:
         tensors |= {f"ema/{name}": tensor for name, tensor in average.items()}
     pieces = [Piece(name, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in tensors.items()]
-    config = Config.model_validate({"model": model.model_dump()})
+    values = {"model": model.model_dump(), "routing": (routing or Routing()).model_dump()}
+    config = Config.model_validate(values)
     save_checkpoint(run / "checkpoints", 7, pieces, {"config": config.model_dump(mode="json")}, keep=1)
-    return master, average
+    return master | buffers, average | buffers
 
 
 def test_load_weights_of_a_run(tmp_path):
     _, average = _save_run(tmp_path, LATENT)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-00000007"):
-        state, config = export.load_weights(path, LATENT)
+        state, config, _ = export.load_weights(path, LATENT)
         assert config == LATENT
         _assert_equal(state, average)
     with pytest.raises(UserError, match=r"is another model: .*hidden_size 32 instead of 48"):
         export.load_weights(tmp_path, PIXEL)
+
+
+SPRINT = Routing(policy="sprint", start=0, end=1)
+FROZEN = SPRINT.model_copy(update={"mask_token": "frozen"})
+
+
+@pytest.mark.parametrize("routing", [SPRINT, FROZEN], ids=["learned", "frozen"])
+def test_sprint_round_trip(routing, tmp_path):
+    _, average = _save_run(tmp_path, LATENT, routing=routing)
+    assert "fusion.mask_token" in average
+    state, config, found = export.load_weights(tmp_path)
+    assert (config, found) == (LATENT, routing)
+    _assert_equal(state, average)
+    denoiser = export.from_diffusers(tmp_path)
+    _assert_equal(denoiser.state_dict(), average)
+    other = Denoiser(LATENT, routing)
+    assert export.start_from(other, tmp_path) == []
+    _assert_equal(other.state_dict(), average)
+    for refused in (
+        lambda: export.to_diffusers(denoiser),
+        lambda: export.save_diffusers(state, config, tmp_path / "out"),
+        lambda: export.save_prx(state, config, tmp_path / "out"),
+        lambda: export.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]),
+    ):
+        with pytest.raises(UserError, match=r"SPRINT model, whose fusion layer has no place in diffusers'"):
+            refused()
+    assert not (tmp_path / "out").exists()
+
+
+def test_starting_sprint_from_weights_without_it(tmp_path):
+    master, _ = _save_run(tmp_path, LATENT, ema=False)
+    denoiser = Denoiser(LATENT, FROZEN)
+    denoiser.init_weights(5)
+    fresh = {name: tensor.clone() for name, tensor in denoiser.state_dict().items() if "fusion" in name}
+    (message,) = export.start_from(denoiser, tmp_path)
+    assert message == (
+        f"warning: {tmp_path} has no SPRINT fusion layer; this run's starts from random weights"
+    )
+    assert len(fresh) == 3
+    _assert_equal(denoiser.state_dict(), master | fresh)
+
+
+def test_starting_without_sprint_from_its_weights(tmp_path):
+    master, _ = _save_run(tmp_path, LATENT, ema=False, routing=FROZEN)
+    denoiser = Denoiser(LATENT, Routing(policy="tread"))
+    (message,) = export.start_from(denoiser, tmp_path)
+    assert message.startswith(f"warning: {tmp_path} is a SPRINT model; its fusion layer is left out")
+    assert "routing.policy is tread" in message
+    _assert_equal(denoiser.state_dict(), {n: tensor for n, tensor in master.items() if "fusion" not in n})
+
+
+def test_sprint_of_other_blocks_or_order_is_refused(tmp_path):
+    _save_run(tmp_path, LATENT, routing=SPRINT)
+    other = SPRINT.model_copy(update={"end": 2, "fuse_order": "deep_dense"})
+    with pytest.raises(
+        UserError, match=r"routing: end 1 instead of 2, fuse_order dense_deep instead of deep_d"
+    ):
+        export.start_from(Denoiser(LATENT, other), tmp_path)
+    learned = Denoiser(LATENT, FROZEN)  # the other kind of mask token holds the same numbers
+    assert export.start_from(learned, tmp_path) == []
 
 
 @pytest.mark.parametrize("choice", ["auto", "ema", "model"])

@@ -39,7 +39,8 @@ def assert_same_run(runs, run, whole):
     assert runs.log(run) == runs.log(whole)
     (counters, tensors), (wanted_counters, wanted) = state_of(run), state_of(whole)
     assert counters == wanted_counters
-    assert {name.partition("/")[0] for name in wanted} == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    kinds = {name.partition("/")[0] for name in wanted}
+    assert kinds - {"buffer"} == {"master", "exp_avg", "exp_avg_sq", "ema"}
     assert tensors.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(tensors[name], wanted[name])] == []
 
@@ -113,6 +114,20 @@ def test_another_stage_continues_the_run(runs, killed, tmp_path, before, after):
     run = copy_until(root / f"whole-{before}", 6, tmp_path / "run")
     assert runs.here(run, CHANGES, stage(after), resume="auto").error is None
     assert_similar_run(runs, run, root / f"whole-{before}")
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_sprint_continues_bit_identically(runs, tmp_path, number):
+    """With the paper's routing, whose frozen mask token is no parameter and still the run's own."""
+    sprint = {"policy": "sprint", "structured": True, "mask_token": "frozen", "path_drop": 0.4}
+    changes = (CHANGES, {"routing": sprint, "run": {"steps": 6}}, stage(number))
+    assert runs.here(tmp_path / "whole", *changes).error is None
+    run = copy_until(tmp_path / "whole", 2, tmp_path / "run")
+    first = CheckpointReader(list_checkpoints(run / "checkpoints")[-1][1]).tensor("buffer/fusion.mask_token")
+    assert first.any()
+    assert runs.here(run, *changes, resume="auto").error is None
+    assert_same_run(runs, run, tmp_path / "whole")
+    assert torch.equal(state_of(run)[1]["buffer/fusion.mask_token"], first)
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,12 @@ def variants():
     plain = {f"zero{number}": [PARITY, stage(number)] for number in range(4)}
     mixed = {"data": {"aspect": "mixed", "resolution": 24}}
     tread = {"model": {"depth": 3}, "routing": {"policy": "tread", "start": 1, "end": 1}}
+    sprint = {"model": {"depth": 3}, "routing": {"policy": "sprint", "start": 1, "end": 1, "path_drop": 0.3}}
     full = {"run": {"activation_checkpointing": {"policy": "full"}}}
     return plain | {
         "mixed": [PARITY, stage(2), mixed],
         "tread": [PARITY, stage(3), tread],
+        "sprint": [PARITY, stage(3), sprint],
         "recomputed": [PARITY, stage(3), full],
     }
 
@@ -91,7 +93,7 @@ def plain(runs, tmp_path_factory):
 
     def get(name):
         changes = variants()[name]
-        key = name if name in ("mixed", "tread") else "dense"
+        key = name if name in ("mixed", "tread", "sprint") else "dense"
         if key not in known:
             known[key] = plain_run(runs.config(root, *changes))
         return known[key]
@@ -102,7 +104,7 @@ def plain(runs, tmp_path_factory):
 def plain_run(config):
     """The same training without DeepSpeed, written out."""
     cpu, seed = torch.device("cpu"), config.run.seed
-    denoiser = Denoiser(config.model)
+    denoiser = Denoiser(config.model, config.routing)
     denoiser.init_weights(seed)
     averages = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
     settings = config.optimizer
@@ -129,7 +131,7 @@ def plain_run(config):
         for _ in range(config.data.global_batch // config.data.micro_batch):
             batch = prepare(next(stream))
             t = flow.time(batch.sample_index)
-            noise = flow.noise(batch.sample_index, batch.layout, batch.clean.shape[1])
+            _, noise = flow.noisy(batch.clean, batch.sample_index, t, batch.layout)
             time = t.repeat_interleave(torch.tensor(batch.layout.lengths))[:, None]
             noisy = (1 - time) * batch.clean + time * noise
             span = routing.draw(batch.layout, seed, batch.sample_index)
@@ -177,7 +179,8 @@ def test_training_equals_a_plain_loop(runs, trained, plain, name):
     assert largest_difference(checkpoint_state(root / name, "model")[0], weights) < 1e-5
     assert largest_difference(checkpoint_state(root / name, "ema")[0], averages) < 1e-5
     # The comparison is worth something: the run moved the weights a thousand times the tolerance.
-    start = Denoiser(runs.config(root, *variants()[name]).model)
+    config = runs.config(root, *variants()[name])
+    start = Denoiser(config.model, config.routing)
     start.init_weights(42)
     assert largest_difference(dict(start.named_parameters()), weights) > 1e-2
 

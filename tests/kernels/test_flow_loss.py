@@ -31,7 +31,8 @@ def formula(rows, prediction_type="velocity", weight=0.0, negative=None, t_min=0
                 targets.append((noisy - clean[s]) / divisor)
         total, per_sample = prediction.sum() * 0, []
         for b, v in enumerate(predicted):
-            other = targets[(b - 1) % len(rows) if negative is None else negative[b]]
+            partner = (b - 1) % len(rows) if negative is None else negative[b]
+            other = targets[partner] if partner >= 0 else ()
             error = prediction.sum() * 0
             for r in range(len(v)):
                 error = error + ((v[r] - targets[b][r]) ** 2).sum()
@@ -69,6 +70,180 @@ def test_matches_the_equations(lengths, features, prediction_type, weight, offse
         formula(spans(*lengths), prediction_type, weight),
         **inputs(lengths, features),
     )
+
+
+@pytest.fixture
+def assert_fused(assert_accurate, dtype, device):
+    """`assert_accurate` as in training: the prediction alone asks for a gradient, the rest are constants."""
+
+    def check(operation, evaluate, prediction, **constants):
+        rounded = {name: value.to(device, dtype) for name, value in constants.items()}
+        assert_accurate(
+            lambda prediction: operation(prediction, **rounded),
+            lambda prediction: evaluate(
+                prediction, **{name: value.to(prediction.dtype) for name, value in rounded.items()}
+            ),
+            prediction=prediction,
+        )
+
+    return check
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.05])
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+@pytest.mark.parametrize(
+    ("lengths", "features"),
+    [*CASES.values(), ((6, 2), 1500), ((1, 40), 200)],
+    ids=[*CASES, "chunks", "turns"],
+)
+def test_the_gradient_of_the_prediction(
+    lengths, features, prediction_type, weight, offsets, spans, assert_fused
+):
+    """Samples of several programs, and a sample that meets a negative of one row over and over."""
+    cu_seqlens = offsets(*lengths)
+    assert_fused(
+        lambda prediction, **rest: flow_loss(
+            prediction,
+            **rest,
+            cu_seqlens=cu_seqlens,
+            contrastive_weight=weight,
+            prediction_type=prediction_type,
+        ),
+        formula(spans(*lengths), prediction_type, weight),
+        **inputs(lengths, features),
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+@pytest.mark.parametrize(
+    ("lengths", "negative"),
+    [((4, 4, 4), (2, 0, 0)), ((2, 5, 3), (0, 1, 2)), ((3, 0, 5), (2, 2, 0)), ((2, 5, 3), (-1, 2, -1))],
+    ids=["uniform", "themselves", "empty in the middle", "none"],
+)
+def test_the_gradient_with_explicit_negatives(
+    lengths, negative, prediction_type, offsets, spans, assert_fused, device
+):
+    cu_seqlens, chosen = offsets(*lengths), torch.tensor(negative, device=device)
+    assert_fused(
+        lambda prediction, **rest: flow_loss(
+            prediction,
+            **rest,
+            cu_seqlens=cu_seqlens,
+            contrastive_weight=0.3,
+            negative=chosen,
+            prediction_type=prediction_type,
+        ),
+        formula(spans(*lengths), prediction_type, 0.3, negative),
+        **inputs(lengths, 16),
+    )
+
+
+def nearest_eligible(eligible):
+    """The negative of each sample by walking back around the batch; -1 for none."""
+    samples = len(eligible)
+    found = []
+    for i in range(samples):
+        before = [(i - step) % samples for step in range(1, samples)]
+        candidates = [j for j in before if eligible[j]] if eligible[i] else []
+        found.append(candidates[0] if candidates else -1)
+    return found
+
+
+@pytest.mark.parametrize("eligible", itertools.product((False, True), repeat=4), ids=str)
+def test_samples_that_are_not_eligible_take_no_part(eligible, offsets, spans, device):
+    """All 16 masks of four samples: losses and gradients of the formula with the negatives that are left."""
+    lengths = (2, 4, 3, 2)
+    data = {name: value.double() for name, value in inputs(lengths, 4).items()}
+    expected = data["prediction"].clone().requires_grad_()
+    evaluate = formula(spans(*lengths), weight=0.4, negative=nearest_eligible(eligible))
+    _, wanted = evaluate(**data | {"prediction": expected})
+    given = data["prediction"].to(device).float().requires_grad_()
+    rest = {name: data[name].to(device).float() for name in ("clean", "noise", "t")}
+    mask = torch.tensor(eligible, device=device)
+    _, got = flow_loss(given, **rest, cu_seqlens=offsets(*lengths), contrastive_weight=0.4, eligible=mask)
+    towards = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    (got * towards.to(device)).sum().backward()
+    (wanted * towards).sum().backward()
+    torch.testing.assert_close(got.cpu().double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(given.grad.cpu().double(), expected.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_explicit_negatives_that_are_not_eligible_drop_the_term(offsets, device):
+    data = {name: value.to(device) for name, value in inputs((2, 2, 2), 4).items()}
+    shared = {"cu_seqlens": offsets(2, 2, 2), "contrastive_weight": 0.4}
+    eligible = torch.tensor([True, True, False], device=device)
+    _, got = flow_loss(**data, **shared, negative=torch.tensor([2, 0, 1], device=device), eligible=eligible)
+    _, wanted = flow_loss(**data, **shared, negative=torch.tensor([-1, 0, -1], device=device))
+    assert torch.equal(got, wanted)
+
+
+def test_half_precision_gradients_do_not_sink_below_the_smallest_number(offsets, device):
+    """1 / elements of a picture is subnormal in FP16: what forward keeps must not be divided by them."""
+    data = torch.randn(3, 32, 3072, device=device).half()
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        prediction, clean, noise = data.to(dtype, copy=True)
+        _, per_sample = flow_loss(
+            prediction.requires_grad_(),
+            clean,
+            noise,
+            torch.ones(1, device=device),
+            offsets(32),
+            max_seqlen=32,
+        )
+        (grad,) = torch.autograd.grad(per_sample.sum() * 2.0**14, prediction)
+        grads.append(grad.double())
+    # Two roundings of FP16, of the residual and of its product.
+    assert (grads[0] - grads[1]).abs().max() <= 2**-10 * grads[1].abs().max()
+    assert (grads[0] - grads[1]).square().mean().sqrt() <= 2**-11 * grads[1].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("wanted", ["loss", "per_sample", "mean"])
+def test_each_output_alone(wanted, offsets, device):
+    """An output that nobody uses gives no gradient; the mean's comes with stride zero."""
+    data = {name: value.to(device) for name, value in inputs((2, 5), 4).items()}
+    prediction = data["prediction"].clone().requires_grad_()
+    loss, per_sample = flow_loss(**data | {"prediction": prediction}, cu_seqlens=offsets(2, 5))
+    output, share = {
+        "loss": (loss, [1 / 28] * 7),
+        "per_sample": (per_sample[1], [0.0] * 2 + [1 / 20] * 5),
+        "mean": (per_sample.mean(), [1 / 16] * 2 + [1 / 40] * 5),
+    }[wanted]
+    output.backward()
+    residual = data["prediction"] - (data["noise"] - data["clean"])
+    expected = 2 * residual * torch.tensor(share, device=device)[:, None]
+    torch.testing.assert_close(prediction.grad, expected)
+
+
+def test_strided_inputs(offsets, device):
+    """Columns of wider tensors, as a caller may cut them."""
+    wide = {name: torch.randn(5, 12, device=device) for name in ("prediction", "clean", "noise")}
+    t = torch.rand(2, 3, device=device)[:, 1]
+    narrow = {name: value[:, 2:10] for name, value in wide.items()} | {"t": t}
+    whole = {name: value.contiguous() for name, value in narrow.items()}
+    shared = {"cu_seqlens": offsets(2, 3), "contrastive_weight": 0.1}
+    assert torch.equal(flow_loss(**narrow, **shared)[1], flow_loss(**whole, **shared)[1])
+
+
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+def test_registration(prediction_type, offsets, device, assert_well_registered):
+    data = {name: value.to(device) for name, value in inputs((3, 0, 5), 8).items()}
+    prediction = data.pop("prediction").requires_grad_()
+    cu_seqlens, eligible = offsets(3, 0, 5), torch.tensor([True, False, True], device=device)
+
+    def function(prediction):
+        loss, per_sample = flow_loss(
+            prediction,
+            **data,
+            cu_seqlens=cu_seqlens,
+            contrastive_weight=0.1,
+            prediction_type=prediction_type,
+            max_seqlen=5,
+            eligible=eligible,
+        )
+        return per_sample + loss
+
+    assert_well_registered(function, prediction)
 
 
 @pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
@@ -179,6 +354,8 @@ def test_max_seqlen_only_chooses_the_path(prediction_type, given, offsets, devic
             r"cu_seqlens is \(3,\) torch.int64, expected .* torch.int32",
         ),
         ({"negative": torch.zeros(3, dtype=torch.int64)}, r"negative has shape \(3,\), expected \(2,\)"),
+        ({"eligible": torch.ones(3, dtype=torch.bool)}, r"eligible has shape \(3,\), expected \(2,\)"),
+        ({"backend": "fast"}, "backend is 'fast', expected one of: auto, reference, triton, cuda"),
         ({"prediction_type": "noise"}, "prediction_type is 'noise', expected 'velocity' or 'sample'"),
     ],
 )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from millrace.kernels import rope_attention
+from millrace.kernels import rope_attention, sample_route
+from millrace.kernels.rope_attention import chosen_backend
 
 HEADS, SIDE = 2, 6  # heads of every case; positions come from a table of SIDE^2 rows
 CASES = {
@@ -14,8 +15,11 @@ CASES = {
     "head_dim 128": ((3, 5), (4, 2), 128),
     "uniform": ((4, 4), (3, 3), 64),
     "uniform, head_dim 128": ((4, 4), (3, 3), 128),
+    "uniform images, ragged text": ((4, 4), (1, 3), 64),
+    "about a tile": ((15, 17), (16, 0), 64),
+    "several tiles": ((33, 1), (2, 35), 64),
 }
-BACKENDS = ["auto", "reference", "sdpa"]
+BACKENDS = ["auto", "reference", "sdpa", "triton"]
 
 
 def table(dim, device):
@@ -26,8 +30,11 @@ def table(dim, device):
     return angle.cos().to(device), angle.sin().to(device)
 
 
-def formula(rows, text_rows, cos, sin, positions, scale=None, eps=1e-6):
-    """The docstring's equations. Rotation as x * cos + partner(x) * sin, partner (a, b) -> (-b, a)."""
+def formula(rows, text_rows, cos, sin, positions, scale=None, eps=1e-6, queries=slice(None)):
+    """The docstring's equations, for these queries of each sample.
+
+    Rotation as x * cos + partner(x) * sin, partner (a, b) -> (-b, a).
+    """
 
     def norm(x, weight):
         return x / torch.sqrt((x * x).sum(1, keepdim=True) / x.shape[1] + eps) * weight
@@ -44,7 +51,7 @@ def formula(rows, text_rows, cos, sin, positions, scale=None, eps=1e-6):
         for s, u in zip(rows, text_rows, strict=True):
             heads = []
             for h in range(qkv.shape[2]):
-                q = rotate(norm(qkv[s, 0, h], weights[0]), positions[s])
+                q = rotate(norm(qkv[s, 0, h], weights[0]), positions[s])[queries]
                 k = rotate(norm(qkv[s, 1, h], weights[1]), positions[s])
                 text_k = norm(text_kv[u, 0, h], weights[2])
                 logits = torch.cat((q @ k.T, q @ text_k.T), 1)
@@ -280,6 +287,119 @@ def test_text_of_an_empty_sample_gets_zero_gradient(case):
     assert text.grad[:2].abs().min() > 0
 
 
+def check_layout(backend, layout, positions, offsets, spans, device, assert_accurate, lengths):
+    """The equations hold for `layout(x)`, the packed qkv that a projection (T, 6 D) makes; one head."""
+    text_lengths = (9,) * len(lengths)
+    cos, sin = table(64, device)
+    compute = formula(spans(*lengths), spans(*text_lengths), cos, sin, positions)
+    bounds = offsets(*lengths), offsets(*text_lengths), max(lengths), 9
+    assert_accurate(
+        lambda x, text_kv, weights: rope_attention(
+            layout(x), text_kv, *weights.unbind(0), cos, sin, positions, *bounds, backend=backend
+        ),
+        lambda x, text_kv, weights: compute(layout(x), text_kv, weights),
+        x=torch.randn(sum(lengths), 6 * 64),
+        text_kv=torch.randn(sum(text_lengths), 2, 1, 64),
+        weights=torch.rand(3, 64) + 0.5,
+    )
+
+
+LAYOUTS = {
+    "part of a wider projection": lambda x: x.unflatten(1, (6, 1, 64))[:, 2:5],
+    "parts innermost": lambda x: x.unflatten(1, (2, 3, 64)).transpose(1, 2)[:, :, :1],
+    "features apart": lambda x: x.unflatten(1, (3, 64, 2)).transpose(2, 3)[:, :, :1],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_strides(layout, backend, offsets, spans, device, assert_accurate):
+    positions = torch.randint(SIDE**2, (37,), device=device)
+    check_layout(backend, layout, positions, offsets, spans, device, assert_accurate, (20, 17))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_aspect_ratios(backend, offsets, spans, device, assert_accurate):
+    """A wide, a tall and a square image index one table."""
+    grids = (2, 6), (5, 1), (4, 4)
+    positions = torch.cat(
+        [(torch.arange(h)[:, None] * SIDE + torch.arange(w)).flatten() for h, w in grids]
+    ).to(device)
+    layout = LAYOUTS["part of a wider projection"]
+    check_layout(backend, layout, positions, offsets, spans, device, assert_accurate, (12, 5, 16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
+def test_route_keeps_the_positions_of_its_tokens(keep, backend, case, spans, device):
+    """Attention among a route's rows: the gathered rows with their own places in the table."""
+    arguments = case((8, 8), (2, 3))
+    samples = torch.arange(2, device=device)
+    route = sample_route(arguments["cu_seqlens"], keep, 0, samples, lengths=[8, 8])
+    routed = arguments | {
+        "qkv": arguments["qkv"][route.index],
+        "positions": arguments["positions"][route.index],
+        "cu_seqlens": route.cu_seqlens,
+        "max_seqlen": route.max_seqlen,
+    }
+    kept = round(8 * keep)
+    assert route.cu_seqlens.tolist() == [0, kept, 2 * kept]
+    exact = evaluate_formula(routed, spans(kept, kept), spans(2, 3))
+    got = rope_attention(**routed, backend=backend)
+    torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_many_tokens(backend, many, offsets, spans, device):
+    """A length that is no multiple of any tile. The loss reads few queries, the gradients reach all keys."""
+    cos, sin = table(64, device)
+    positions = torch.randint(SIDE**2, (many,), device=device)
+    inputs = [torch.randn(*shape) for shape in ((many, 3, 1, 64), (5, 2, 1, 64), (3, 64))]
+    inputs = [x.to(device).requires_grad_() for x in inputs]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    chosen = torch.tensor([0, 1, many // 2, many - 1], device=device)
+    out = rope_attention(
+        *inputs[:2],
+        *inputs[2].unbind(0),
+        cos,
+        sin,
+        positions,
+        offsets(many),
+        offsets(5),
+        many,
+        5,
+        backend=backend,
+    )[chosen]
+    exact = formula(spans(many), spans(5), cos, sin, positions, queries=chosen)(*exact_inputs)
+    towards = torch.randn(4, 1, 64, device=device)
+    gradients = torch.autograd.grad(out, inputs, towards)
+    exact_gradients = torch.autograd.grad(exact, exact_inputs, towards.double())
+    for got, want in zip((out, *gradients), (exact, *exact_gradients), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_is_well_registered(backend, case, assert_well_registered):
+    """Compiled, `sdpa` cannot read lengths on the host: it pads where it otherwise goes by the sample."""
+    arguments = case((3, 2), (0, 2))
+    for name in ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight"):
+        arguments[name] = arguments[name].float().requires_grad_()
+    learned = [name for name, value in arguments.items() if torch.is_tensor(value) and value.requires_grad]
+
+    def function(*inputs):
+        return rope_attention(**arguments | dict(zip(learned, inputs, strict=True)), backend=backend)
+
+    assert_well_registered(function, *(arguments[name] for name in learned))
+
+
+def test_says_what_auto_takes(case):
+    arguments = case((3, 2), (2, 2))
+    names = ("qkv", "text_kv", "cu_seqlens", "max_seqlen", "max_seqlen_text")
+    backend = chosen_backend(*(arguments[name] for name in names))
+    assert backend == "sdpa"  # FP64
+    assert torch.equal(rope_attention(**arguments), rope_attention(**arguments, backend=backend))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -324,7 +444,7 @@ INT32 = torch.int32
             r"cu_seqlens_text is \(2,\) torch.int64, expected .*int32",
         ),
         ({"cu_seqlens_text": torch.tensor([0, 4], dtype=INT32)}, "cu_seqlens_text has 2 entries, expected 3"),
-        ({"backend": "quick"}, "backend is 'quick', expected one of: auto, reference, sdpa"),
+        ({"backend": "quick"}, "backend is 'quick', expected one of: auto, reference, triton, sdpa"),
     ],
 )
 def test_says_which_argument_is_wrong(wrong, message):

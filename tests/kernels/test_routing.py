@@ -1,165 +1,9 @@
-"""Routes: what is kept, that it belongs to the sample, and the way out and back."""
-
-import math
+"""The way out of the routed rows and back."""
 
 import pytest
 import torch
 
-from millrace.kernels import Route, gather_tokens, sample_route, scatter_tokens
-from millrace.kernels import routing as routing_module
-
-MIXED = (16, 1, 0, 9, 30)
-
-
-def kept_of(route: Route, rows: list[slice]) -> list[list[int]]:
-    """The kept positions of each sample, counted from its own start."""
-    ends = route.cu_seqlens.tolist()
-    return [
-        [row - s.start for row in route.index[a:b].tolist()]
-        for s, a, b in zip(rows, ends[:-1], ends[1:], strict=True)
-    ]
-
-
-def indices(count, device, start=0):
-    return torch.arange(start, start + count, device=device)
-
-
-@pytest.mark.parametrize("keep_ratio", [0.1, 0.25, 0.5, 0.75, 0.99])
-@pytest.mark.parametrize("lengths", [MIXED, (16, 16, 16), (1,), (1, 1)], ids=str)
-def test_counts_and_order(lengths, keep_ratio, offsets, spans, device):
-    """length - round(length * (1 - ratio)) stay, at least one stays and one goes; ascending and unique."""
-    route = sample_route(offsets(*lengths), keep_ratio, 0, indices(len(lengths), device))
-    kept = kept_of(route, spans(*lengths))
-    for positions, length in zip(kept, lengths, strict=True):
-        expected = length - round(length * (1 - keep_ratio))
-        assert len(positions) == (length if length < 2 else min(max(expected, 1), length - 1))
-        assert positions == sorted(set(positions))
-        assert all(0 <= place < length for place in positions)
-    assert route.cu_seqlens.dtype == torch.int32
-    assert route.index.dtype == torch.int64
-    assert len(route.index) == route.cu_seqlens[-1] == sum(len(positions) for positions in kept)
-    assert route.max_seqlen == max(len(positions) for positions in kept)
-
-
-def test_a_sample_keeps_its_route_in_any_batch(offsets, spans, device):
-    """Alone, between others, with lengths told or read, on the uniform and the mixed path."""
-    lengths, samples = (16, 30, 16), [5, 901, 7]
-    sample_index = torch.tensor(samples, device=device)
-    together = kept_of(sample_route(offsets(*lengths), 0.5, 3, sample_index), spans(*lengths))
-    told = sample_route(offsets(*lengths), 0.5, 3, sample_index, lengths=lengths)
-    assert kept_of(told, spans(*lengths)) == together
-    for place, (length, index) in enumerate(zip(lengths, samples, strict=True)):
-        alone = sample_route(offsets(length), 0.5, 3, torch.tensor([index], device=device))
-        assert kept_of(alone, spans(length))[0] == together[place]
-    uniform = sample_route(offsets(16, 16), 0.5, 3, torch.tensor([7, 5], device=device))
-    assert kept_of(uniform, spans(16, 16)) == [together[2], together[0]]
-
-
-def test_routes_differ_by_seed_and_sample(offsets, spans, device):
-    lengths = (32,) * 50
-    first = kept_of(sample_route(offsets(*lengths), 0.5, 0, indices(50, device)), spans(*lengths))
-    second = kept_of(sample_route(offsets(*lengths), 0.5, 1, indices(50, device)), spans(*lengths))
-    assert len({tuple(kept) for kept in first + second}) == 100
-
-
-@pytest.mark.parametrize("keep_ratio", [0.25, 0.5])
-def test_every_subset_is_as_likely_as_any_other(keep_ratio, offsets, device):
-    """Inclusion of each token, and of each pair, over 4000 samples; five standard deviations."""
-    samples, length = 4000, 8
-    route = sample_route(offsets(*[length] * samples), keep_ratio, 0, indices(samples, device))
-    chosen = torch.zeros(samples * length, device=device)
-    chosen[route.index] = 1
-    chosen = chosen.view(samples, length)
-    kept = route.max_seqlen
-    single, pair = kept / length, kept * (kept - 1) / (length * (length - 1))
-    frequency = chosen.T @ chosen / samples
-    for i in range(length):
-        for j in range(length):
-            share = single if i == j else pair
-            assert abs(frequency[i, j].item() - share) < 5 * math.sqrt(share * (1 - share) / samples)
-
-
-def test_equal_scores_keep_the_earlier_token(offsets, spans, device, monkeypatch):
-    """Scores have 24 bits, so ties happen; how they break must not depend on device or batch."""
-    monkeypatch.setattr(
-        routing_module, "uniform", lambda keys, count: torch.zeros(len(keys), count).to(keys.device)
-    )
-    for lengths in ((500, 500), (500, 300)):
-        route = sample_route(offsets(*lengths), 0.5, 0, indices(2, device))
-        assert kept_of(route, spans(*lengths)) == [list(range(n // 2)) for n in lengths]
-
-
-@pytest.mark.parametrize(
-    ("grid", "keep_ratio", "edge", "per_group"),
-    [
-        ((4, 8), 0.25, 2, 1),
-        ((8, 4), 0.5, 2, 2),
-        ((8, 8), 0.75, 2, 3),
-        ((8, 4), 0.125, 4, 2),
-        ((4, 12), 0.3, 4, 5),
-    ],
-)
-def test_structured_routes_keep_as_many_in_each_group(
-    grid, keep_ratio, edge, per_group, offsets, spans, device
-):
-    rows, columns = grid
-    lengths = (rows * columns,) * 20
-    route = sample_route(offsets(*lengths), keep_ratio, 0, indices(20, device), grid, structured=True)
-    for positions in kept_of(route, spans(*lengths)):
-        assert positions == sorted(set(positions))
-        groups = [(place // columns // edge, place % columns // edge) for place in positions]
-        every = [(r, c) for r in range(rows // edge) for c in range(columns // edge)]
-        assert {group: groups.count(group) for group in every} == dict.fromkeys(every, per_group)
-    assert route.max_seqlen == per_group * rows * columns // edge**2
-    assert route.cu_seqlens.tolist() == [route.max_seqlen * b for b in range(21)]
-
-
-def test_structured_routes_choose_evenly_within_a_group(offsets, device):
-    samples, length = 2000, 16
-    route = sample_route(
-        offsets(*[length] * samples), 0.25, 0, indices(samples, device), (4, 4), structured=True
-    )
-    share = torch.bincount(route.index % length, minlength=length) / samples
-    assert (share - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / samples)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"keep_ratio": 0.0}, "keep_ratio is 0.0, expected a number between 0 and 1"),
-        ({"keep_ratio": 1.0}, "keep_ratio is 1.0, expected a number between 0 and 1"),
-        ({"sample_index": torch.arange(3)}, r"sample_index has shape \(3,\), expected \(2,\)"),
-        (
-            {"cu_seqlens": torch.tensor([0, 16, 32])},
-            r"cu_seqlens is \(3,\) torch.int64, expected .* torch.int32",
-        ),
-        ({"lengths": [16]}, "lengths has 1 entries, expected 2"),
-        ({"structured": True}, "grid is None, expected rows and columns of 16 tokens divisible by 2"),
-        ({"structured": True, "grid": (2, 4)}, r"grid is \(2, 4\), expected rows and columns of 16 tokens"),
-        ({"structured": True, "grid": (1, 16)}, r"grid is \(1, 16\), expected .* divisible by 2"),
-        (
-            {"structured": True, "grid": (8, 2), "keep_ratio": 0.3},
-            r"grid is \(8, 2\), expected .* divisible by 4",
-        ),
-        (
-            {"structured": True, "grid": (4, 4), "keep_ratio": 0.01},
-            "keep_ratio is 0.01, which keeps no or all tokens of a 4 x 4 group",
-        ),
-        (
-            {"structured": True, "grid": (4, 4), "cu_seqlens": torch.tensor([0, 16, 20], dtype=torch.int32)},
-            r"lengths are \[16, 4\], expected equal ones",
-        ),
-    ],
-)
-def test_says_which_argument_of_a_route_is_wrong(wrong, message):
-    right = {
-        "cu_seqlens": torch.tensor([0, 16, 32], dtype=torch.int32),
-        "keep_ratio": 0.5,
-        "seed": 0,
-        "sample_index": torch.arange(2),
-    }
-    with pytest.raises(ValueError, match=message):
-        sample_route(**right | wrong)
+from millrace.kernels import gather_tokens, scatter_tokens
 
 
 def gather_formula(rows):
@@ -212,6 +56,102 @@ def test_strided_rows(assert_accurate, device):
         lambda wide: torch.stack((wide[0, 4:8], wide[2, 4:8])),
         wide=torch.randn(3, 12),
     )
+    assert_accurate(
+        lambda wide: scatter_tokens(wide[:, 4:8], wide[:2, 8:], index),
+        lambda wide: torch.stack((wide[0, 8:], wide[1, 4:8], wide[1, 8:])),
+        wide=torch.randn(3, 12),
+    )
+
+
+def test_columns_that_are_not_neighbours(device):
+    """A transposed matrix has its columns apart, on the way out and in place on the way back."""
+    base = torch.randn(6, 5, device=device).T
+    index = torch.tensor([1, 4], device=device)
+    assert torch.equal(gather_tokens(base, index), base[[1, 4]])
+    update, rest = torch.randn(6, 2, device=device).T, base[[0, 2, 3]]
+    assert scatter_tokens(base, update, index, inplace=True) is base
+    assert torch.equal(base[[1, 4]], update)
+    assert torch.equal(base[[0, 2, 3]], rest)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_long_sequences(share, device):
+    """8191 rows, a prime that no tile divides; integers below 2048 are exact in FP16."""
+    rows = torch.arange(8191, device=device)
+    kept = rows * 37 % 100 < 100 * share
+    x = torch.randint(1, 256, (8191, 40), device=device).half().requires_grad_()
+    taken = gather_tokens(x, rows[kept])
+    assert torch.equal(taken, x[kept])
+    back = scatter_tokens(-x, taken, rows[kept])
+    sign = torch.where(kept, 1, -1)[:, None]
+    assert torch.equal(back, sign * x)
+    (grad,) = torch.autograd.grad(back.sum(), x)
+    assert torch.equal(grad, sign.expand(8191, 40).half())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_out_through_a_layer_and_back(inplace, assert_accurate, device):
+    """The engine's use: a layer before, rows out, a layer for them, rows back, and a layer after."""
+    index = torch.tensor([0, 3, 4, 8], device=device)
+    rows = [0, 3, 4, 8]
+
+    def operation(x, before, inside, after):
+        x = x @ before
+        deep = torch.sin(gather_tokens(x, index) @ inside)
+        return torch.sin(scatter_tokens(x, deep, index, inplace=inplace) @ after)
+
+    def formula(x, before, inside, after):
+        x = list(x @ before)
+        for row in rows:
+            x[row] = torch.sin(x[row] @ inside)
+        return torch.sin(torch.stack(x) @ after)
+
+    assert_accurate(
+        operation,
+        formula,
+        x=torch.randn(9, 8),
+        before=torch.randn(8, 8) / 3,
+        inside=torch.randn(8, 8) / 3,
+        after=torch.randn(8, 8) / 3,
+    )
+
+
+def test_in_place_writes_the_rows_and_nothing_else(dtype, device):
+    base, update = torch.randn(5, 16, device=device).to(dtype), torch.randn(2, 16, device=device).to(dtype)
+    before, index = base.clone(), torch.tensor([0, 3], device=device)
+    out = scatter_tokens(base, update, index, inplace=True)
+    assert out is base
+    assert torch.equal(out[[0, 3]], update)
+    assert torch.equal(out[[1, 2, 4]], before[[1, 2, 4]])
+
+
+def test_in_place_over_rows_that_backward_needs_is_noticed(device):
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    base = x.exp()  # its derivative is its value
+    out = scatter_tokens(
+        base, torch.zeros(1, 4, device=device), torch.tensor([2], device=device), inplace=True
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_in_place_over_a_parameter_is_refused(device):
+    leaf = torch.zeros(3, 4, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        scatter_tokens(leaf, torch.ones(1, 4, device=device), torch.tensor([1], device=device), inplace=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_registration(inplace, device, assert_well_registered):
+    index = torch.tensor([0, 2, 5], device=device)
+
+    def function(x, update):
+        doubled = x * 2
+        taken = gather_tokens(doubled, index)
+        return scatter_tokens(doubled, taken * update, index, inplace=inplace)
+
+    inputs = (torch.randn(6, 8, device=device), torch.randn(3, 8, device=device))
+    assert_well_registered(function, *(x.requires_grad_() for x in inputs))
 
 
 @pytest.mark.parametrize(
@@ -234,3 +174,8 @@ def test_says_which_argument_of_gather_is_wrong():
         gather_tokens(torch.zeros(6), torch.tensor([1]))
     with pytest.raises(ValueError, match=r"index has shape \(1, 1\), expected \(K,\)"):
         gather_tokens(torch.zeros(6, 4), torch.tensor([[1]]))
+
+
+def test_says_which_backend_is_unknown():
+    with pytest.raises(ValueError, match="backend is 'fast', expected one of: auto, reference, triton, cuda"):
+        gather_tokens(torch.zeros(6, 4), torch.tensor([1]), backend="fast")

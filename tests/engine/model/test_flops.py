@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine.config import Config, Model, Routing
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.flops import forward_flops, peak_flops, training_flops
-from millrace.engine.model.routing import Tread
+from millrace.engine.model.flops import dense_training_flops, forward_flops, peak_flops, training_flops
+from millrace.engine.model.routing import Sprint, Tread
 
 LATENT = Model(width=64, depth=6, heads=4, in_channels=4, context_dim=24)
 BOTTLENECK = Model(width=48, depth=5, heads=2, patch_size=4, in_channels=3, bottleneck=10, context_dim=20)
@@ -25,15 +25,15 @@ PRX = Model(width=1792, depth=16, heads=28, in_channels=16, patch_size=2, contex
 PRX_JIT = PRX.model_copy(update={"in_channels": 3, "patch_size": 32, "bottleneck": 256})
 
 
-def counted(config, grids, text_lengths, tread=None):
+def counted(config, grids, text_lengths, policy=None, routing=None):
     """FLOPs of (forward, backward) that PyTorch counts while the denoiser runs a packed batch."""
-    denoiser = Denoiser(config)
+    denoiser = Denoiser(config, routing)
     offsets = torch.tensor([0, *text_lengths]).cumsum(0).int()
     layout = denoiser.layouts.layout(grids, offsets, max(text_lengths))
     features = config.in_channels * config.patch_size**2
     tokens, t = torch.randn(sum(layout.lengths), features), torch.rand(len(grids))
     text = torch.randn(sum(text_lengths), config.context_dim)
-    span = tread.draw(layout, 0, torch.arange(len(grids))) if tread else None
+    span = policy.draw(layout, 0, torch.arange(len(grids))) if policy else None
     with FlopCounterMode(display=False) as forward:
         (prediction,) = denoiser(tokens, t, text, layout, span)
     with FlopCounterMode(display=False) as backward:
@@ -81,6 +81,22 @@ def test_formula_is_what_pytorch_counts(backend, name, grids, text_lengths, trea
     assert backward == 2 * forward - gradients_of_inputs(config, grids, text_lengths)
 
 
+@pytest.mark.parametrize("grids", [SQUARE, MIXED], ids=["uniform", "mixed"])
+def test_sprint_is_counted_as_defined_and_computed_with_less(grids):
+    """PyTorch counts what `gather_fuse` multiplies: the deep half of the layer meets K rows instead of T."""
+    routing = Routing(policy="sprint", start=1, end=3)
+    config = LATENT.model_copy(update={"attention_backend": "reference"})
+    forward, backward = counted(config, grids, RAGGED, Sprint(1, 3, 0.75), routing)
+    images = [rows * columns for rows, columns in grids]
+    kept = [n - round(0.75 * n) for n in images]
+    defined = sum(
+        forward_flops(config, n, text, range(1, 4), k, fused=True)
+        for n, text, k in zip(images, RAGGED, kept, strict=True)
+    )
+    assert forward == defined - 2 * (sum(images) - sum(kept)) * 64 * 64
+    assert backward == 2 * forward - gradients_of_inputs(config, grids, RAGGED)
+
+
 def test_bottleneck_and_resolution_are_counted():
     """The cases above would not notice a term that is missing on both sides."""
     plain = RESOLUTION.model_copy(update={"resolution_embedding": False})
@@ -98,21 +114,29 @@ def test_mean_text_length_is_exact_for_equal_images():
 
 
 @pytest.mark.parametrize(
-    ("model", "tokens", "gmac", "tread"),
+    ("model", "tokens", "gmac", "tread", "sprint", "longer"),
     [
-        (PRX, 256, 226.0, 0.696),
-        (PRX_JIT, 256, 227.6, 0.698),
-        (PRX_JIT, 1024, 872.6, 0.658),
-        (PRX, 4096, 4102, 0.618),
+        (PRX, 256, 226.0, 0.696, 0.553, 0.613),
+        (PRX_JIT, 256, 227.6, 0.698, 0.556, 0.615),
+        (PRX_JIT, 1024, 872.6, 0.658, 0.503, 0.565),
+        (PRX, 4096, 4102, 0.618, 0.464, 0.514),
     ],
     ids=["latents-256px", "pixels-512px", "pixels-1024px", "latents-1024px"],
 )
-def test_sizes_of_prx(model, tokens, gmac, tread):
-    """Multiply-adds of PRX-1.2B with 256 text tokens, and the share left by TREAD: 50 % in blocks 2..12."""
+def test_sizes_of_prx(model, tokens, gmac, tread, sprint, longer):
+    """Multiply-adds of PRX-1.2B with 256 text tokens, and the shares that routing leaves of them.
+
+    TREAD drops 50 % and SPRINT 75 % in blocks 2..12; the last figure is of TREAD in blocks 1..14.
+    """
     dense = forward_flops(model, tokens, 256, range(0), tokens)
     assert dense / 2e9 == pytest.approx(gmac, rel=3e-4)
     routed = forward_flops(model, tokens, 256, range(2, 13), tokens // 2)
     assert routed / dense == pytest.approx(tread, abs=5e-4)
+    routed = forward_flops(model, tokens, 256, range(1, 15), tokens // 2)
+    assert routed / dense == pytest.approx(longer, abs=5e-4)
+    config = Config(model=model, routing=Routing(policy="sprint"))
+    share = training_flops(config, tokens, 256) / dense_training_flops(config, tokens, 256)
+    assert share == pytest.approx(sprint, abs=5e-4)
 
 
 def test_training_is_three_forward_passes_of_the_route():

@@ -1,11 +1,21 @@
-"""TREAD: rows that bypass a span are untouched, rows that run see only each other."""
+"""What policies draw, and TREAD: rows that bypass a span are untouched, others see only each other."""
 
 import pytest
 import torch
 
 from millrace.engine.config import Config, Model
+from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.routing import Dense, RoutedSpan, Tread, routing_policy
+from millrace.engine.model.packing import LayoutCache
+from millrace.engine.model.routing import (
+    Dense,
+    RoutedSpan,
+    Sprint,
+    Tread,
+    describe,
+    require_grid,
+    routing_policy,
+)
 
 CONFIG = Model(width=32, depth=5, heads=2, in_channels=4, context_dim=12)
 UNIFORM, MIXED = [(4, 4)] * 3, [(4, 4), (2, 5), (3, 3)]
@@ -114,6 +124,17 @@ def test_taps_inside_the_span_have_the_kept_rows():
     assert torch.equal(inside, after[span.route.index])
 
 
+@pytest.mark.parametrize("start", [1, 3])
+def test_taps_before_the_span_are_what_went_into_it(start):
+    """Also where rows are put back in place: the tapped tensor is the one that bypasses."""
+    denoiser, inputs = _batch(MIXED)
+    span = Tread(start, 3, drop=0.5).draw(inputs[3], 42, INDEX)
+    with torch.no_grad():
+        _, tapped = denoiser(*inputs, span=span, taps=(start - 1,))
+        _, wanted = denoiser(*inputs, taps=(start - 1,))
+    assert torch.equal(tapped, wanted)
+
+
 def test_route_belongs_to_the_sample():
     denoiser, (_, _, _, mixed) = _batch(MIXED)
     policy = Tread(1, 2, drop=0.25)
@@ -140,3 +161,91 @@ def test_policy_follows_the_configuration():
     values = {"model": {"depth": 9}, "routing": {"policy": "tread", "start": 1, "end": 6}}
     tread = routing_policy(Config.model_validate(values))
     assert (tread.start, tread.end) == (1, 6)
+    sprint = routing_policy(Config.model_validate({"routing": {"policy": "sprint"}}))
+    assert isinstance(sprint, Sprint)
+    assert vars(sprint) == {"start": 2, "end": 12, "drop": 0.75, "structured": False, "path_drop": 0.0}
+    values = {"policy": "sprint", "drop": 0.625, "end": 13, "structured": True, "path_drop": 0.1}
+    sprint = routing_policy(Config.model_validate({"routing": values}))
+    assert vars(sprint) == {"start": 2, "end": 13, "drop": 0.625, "structured": True, "path_drop": 0.1}
+
+
+def _layout(grids):
+    offsets = torch.arange(len(grids) + 1, dtype=torch.int32)
+    return LayoutCache((8, 8), 1e4).layout(grids, offsets, 1)
+
+
+def test_sprint_draws_a_quarter_anywhere():
+    """TREAD's route at its own share: the same keys, hence comparable runs."""
+    layout = _layout(MIXED)
+    span = Sprint(1, 3, 0.75).draw(layout, 42, INDEX)
+    assert (span.start, span.end, span.dropped) == (1, 3, None)
+    # 16, 10 and 9 tokens, of which 12, 8 (7.5, half to even) and 7 do not run.
+    assert span.route.cu_seqlens.tolist() == [0, 4, 6, 8]
+    assert torch.equal(span.route.index, Tread(1, 3, 0.75).draw(layout, 42, INDEX).route.index)
+
+
+@pytest.mark.parametrize(("drop", "edge", "kept"), [(0.75, 2, 1), (0.5, 2, 2), (0.625, 4, 6), (0.875, 4, 2)])
+def test_structured_routes_keep_the_same_number_in_each_square(drop, edge, kept):
+    layout = _layout([(8, 4)] * 3)
+    route = Sprint(1, 3, drop, structured=True).draw(layout, 42, INDEX).route
+    assert route.cu_seqlens.tolist() == [b * round(32 * (1 - drop)) for b in range(4)]
+    for b in range(3):
+        counts = torch.zeros(8 // edge, 4 // edge, dtype=torch.int64)
+        rows = route.index[route.cu_seqlens[b] : route.cu_seqlens[b + 1]]
+        assert (rows.diff() > 0).all()
+        for row in (rows - 32 * b).tolist():
+            counts[row // 4 // edge, row % 4 // edge] += 1
+        assert (counts == kept).all()
+
+
+def test_structured_routes_share_one_grid():
+    with pytest.raises(ValueError, match=r"need one grid, the batch has \[\(2, 8\), \(4, 4\)\]"):
+        Sprint(1, 3, 0.75, structured=True).draw(_layout([(4, 4), (2, 8), (4, 4)]), 42, INDEX)
+
+
+def test_path_drop_belongs_to_the_sample_and_has_its_share():
+    policy = Sprint(1, 3, 0.75, path_drop=0.1)
+    index = torch.arange(4000)
+    dropped = policy.draw(_layout([(2, 2)] * 4000), 42, index).dropped
+    assert dropped.dtype == torch.bool
+    assert abs(int(dropped.sum()) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5
+    for chosen in ([17], [3999, 5, 170], [8, 9, 10, 11]):
+        layout = _layout([(2, 2 + b) for b in range(len(chosen))])
+        assert torch.equal(policy.draw(layout, 42, torch.tensor(chosen)).dropped, dropped[chosen])
+    assert not torch.equal(policy.draw(_layout([(2, 2)] * 4000), 43, index).dropped, dropped)
+    # Not the draw that decides the route: kept rows are spread evenly over both kinds of samples.
+    route = policy.draw(_layout([(2, 2)] * 4000), 42, index).route
+    first = (route.index - 4 * index == 0)[dropped].float().mean()
+    assert abs(float(first) - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("drop", "resolution", "message"),
+    [
+        (0.75, 288, None),
+        (0.75, 272, r"pictures of 272 pixels: grid is \(17, 17\), expected .* divisible by 2"),
+        (0.625, 288, r"pictures of 288 pixels: grid is \(18, 18\), expected .* divisible by 4"),
+        (0.625, 256, None),
+    ],
+)
+def test_structured_needs_a_grid_that_divides(drop, resolution, message):
+    routing = {"policy": "sprint", "structured": True, "drop": drop}
+    config = Config.model_validate({"routing": routing, "data": {"resolution": resolution}})
+    if message is None:
+        require_grid(config, 16)
+    else:
+        with pytest.raises(UserError, match=message):
+            require_grid(config, 16)
+    require_grid(Config.model_validate({"data": {"resolution": 272}}), 16)
+
+
+def test_descriptions():
+    def said(**routing):
+        return describe(Config.model_validate({"routing": routing}))
+
+    assert said() == "routing: none"
+    assert said(policy="tread") == "routing: tread, 0.5 of the tokens bypass blocks 2..12"
+    assert said(policy="sprint", drop=0.875, structured=True, path_drop=0.1) == (
+        "routing: sprint, 0.875 of the tokens bypass blocks 2..12; "
+        "structured, learned mask token, path drop 0.1"
+    )

@@ -72,10 +72,17 @@ def test_a_time_belongs_to_its_sample():
     assert len(flow.time(10**12 + torch.arange(1000)).unique()) > 990
 
 
+def draw(flow, sample_index, grids, features):
+    """x_t and noise of samples whose data are zero, at time 1."""
+    layout = layout_of(grids)
+    clean = torch.zeros(sum(layout.lengths), features)
+    return flow.noisy(clean, torch.as_tensor(sample_index), torch.ones(len(grids)), layout)
+
+
 def test_noise_belongs_to_its_sample():
     flow = FlowMatching(Objective(), 7)
-    whole = flow.noise(torch.tensor([5, 9]), layout_of([(2, 2), (3, 2)]), 12)
-    alone = flow.noise(torch.tensor([9]), layout_of([(3, 2)]), 12)
+    _, whole = draw(flow, [5, 9], [(2, 2), (3, 2)], 12)
+    _, alone = draw(flow, [9], [(3, 2)], 12)
     assert whole.shape == (10, 12)
     assert torch.equal(whole[4:], alone)
     assert not torch.equal(whole[:4], alone[:4])
@@ -83,13 +90,12 @@ def test_noise_belongs_to_its_sample():
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_noise_is_normal_with_the_scale_as_deviation(scale):
-    noise = FlowMatching(Objective(noise_scale=scale), 7).noise(
-        torch.arange(16), layout_of([(8, 8)] * 16), 48
-    )
+    noisy, noise = draw(FlowMatching(Objective(noise_scale=scale), 7), range(16), [(8, 8)] * 16, 48)
     n = noise.numel()
     assert noise.dtype == torch.float32
     assert abs(float(noise.mean())) < 4 * scale / n**0.5
     assert float(noise.std()) == pytest.approx(scale, rel=4 / (2 * n) ** 0.5)
+    assert torch.equal(noisy, noise)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -137,10 +143,12 @@ def test_perfect_predictions_have_no_loss():
         assert float(flow.loss(guess, clean, noise, t, layout).abs().max()) == 0
 
 
-def test_the_path_runs_from_data_to_noise():
-    flow, layout = FlowMatching(Objective(), 0), layout_of([(2, 2)] * 3)
-    clean, noise = torch.randn(12, 6), torch.randn(12, 6)
-    noisy = flow.noisy(clean, noise, torch.tensor([0.0, 1.0, 0.25]), layout)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_path_runs_from_data_to_noise(scale):
+    """The noise that comes back is the noise that went in."""
+    flow, layout = FlowMatching(Objective(noise_scale=scale), 0), layout_of([(2, 2)] * 3)
+    clean = torch.randn(12, 6)
+    noisy, noise = flow.noisy(clean, torch.arange(3), torch.tensor([0.0, 1.0, 0.25]), layout)
     torch.testing.assert_close(noisy[:4], clean[:4])
     torch.testing.assert_close(noisy[4:8], noise[4:8])
     torch.testing.assert_close(noisy[8:], 0.75 * clean[8:] + 0.25 * noise[8:])

@@ -6,6 +6,7 @@ import torch
 from millrace.engine.config import Config
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.routing import routing_policy
 from millrace.engine.optim.adamw import build_optimizer
 from millrace.engine.runtime import memory
 from millrace.engine.runtime.memory import check_fits, estimate_bytes
@@ -22,7 +23,7 @@ class Counted:
     """Bytes of one training step of the denoiser, counted in PyTorch."""
 
     def __init__(self, config: Config) -> None:
-        denoiser = Denoiser(config.model)
+        denoiser = Denoiser(config.model, config.routing)
         denoiser.init_weights(0)
         denoiser.checkpoint_activations(config.run.activation_checkpointing)
         own = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
@@ -32,6 +33,7 @@ class Counted:
         layout = denoiser.layouts.layout(
             [(edge, edge)] * batch, torch.arange(batch + 1, dtype=torch.int32), 1
         )
+        span = routing_policy(config).draw(layout, 0, torch.arange(batch))
         saved = {}
 
         def pack(tensor):
@@ -42,7 +44,7 @@ class Counted:
 
         tokens = torch.randn(batch * edge * edge, 3 * config.model.patch_size**2)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            (out,) = denoiser(tokens, torch.rand(batch), text, layout)
+            (out,) = denoiser(tokens, torch.rand(batch), text, layout, span)
         self.activations = sum(size for size, _ in saved.values())
         out.square().mean().backward()
         optimizer = build_optimizer(denoiser.parameters(), config.optimizer, CPU)
@@ -63,6 +65,18 @@ def test_stage_0_is_what_pytorch_holds(runs, tmp_path):
     assert estimate["Adam moments"] == counted.moments
     assert estimate["master weights"] == 0
     assert counted.activations / 2 < estimate["activations"] < counted.activations * 2
+
+
+@pytest.mark.parametrize("policy", ["tread", "sprint"])
+def test_routing_is_counted(runs, tmp_path, policy):
+    deep = {"model": {"depth": 8}}
+    routing = {"routing": {"policy": policy, "start": 1, "end": 6}}
+    dense, routed = small(runs, tmp_path, deep), small(runs, tmp_path, deep, routing)
+    counted, estimate = Counted(routed), estimate_bytes(routed, 0, 1, 1)
+    assert estimate["weights"] == counted.weights
+    assert counted.activations / 2 < estimate["activations"] < counted.activations * 2
+    saving = estimate["activations"] / estimate_bytes(dense, 0, 1, 1)["activations"]
+    assert saving == pytest.approx(counted.activations / Counted(dense).activations, rel=0.1)
 
 
 @pytest.mark.parametrize("every", [1, 3])

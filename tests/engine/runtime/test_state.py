@@ -11,6 +11,7 @@ from millrace.engine.runtime import state
 from millrace.engine.runtime.checkpoint import save_checkpoint
 from millrace.engine.runtime.sharded import CheckpointReader
 from millrace.engine.runtime.shards import local_shards
+from millrace.engine.runtime.weights import read_weights
 
 
 def parts(seed):
@@ -68,6 +69,26 @@ def test_before_the_first_update_there_are_no_moments(tmp_path):
     before = average.of(held[0].master).clone()
     state.load_ema(held, average, reader)
     assert torch.equal(average.of(held[0].master), before)
+
+
+def test_buffers_are_restored(tmp_path):
+    """Only the first rank writes them; a checkpoint without one is refused by name."""
+    module, optimizer, shards, ema = parts(1)
+    module.register_buffer("fixed", torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    pieces = state.state_pieces(shards, optimizer, ema, module.named_buffers())
+    reader = CheckpointReader(save_checkpoint(tmp_path / "a", 1, pieces, {}, keep=1))
+    other, *_ = parts(2)
+    other.register_buffer("fixed", torch.zeros(2, 2))
+    state.load_weights(other, reader, "run")
+    assert torch.equal(other.fixed, module.fixed)
+    for weights in ("model", "ema"):
+        found = read_weights(reader, weights)
+        assert found.keys() == {"weight", "bias", "fixed"}
+        assert torch.equal(found["fixed"], module.fixed)
+    with pytest.raises(
+        UserError, match=r"run: not the weights of this model: 1 missing \(buffer/fixed\), 0 unknown"
+    ):
+        state.load_weights(other, saved(tmp_path / "b", shards, optimizer, ema), "run")
 
 
 def test_another_model_is_refused(tmp_path):

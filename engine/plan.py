@@ -1,0 +1,45 @@
+"""What a configuration amounts to, computed before anything is opened, allocated or trained."""
+
+import torch
+
+from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
+from millrace.engine.config import Config
+from millrace.engine.data.crop import check_resolution
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.flops import dense_training_flops, training_flops
+from millrace.engine.model.routing import describe, require_grid
+from millrace.engine.runtime.memory import GIB, estimate_bytes
+from millrace.engine.runtime.zero import zero_stage
+
+
+def plan(config: Config, processes: int = 1) -> list[str]:
+    """Size, work, expected gain of the routing, and memory of a run, as lines for people.
+
+    Pictures count as squares of `data.resolution`, captions as `conditioning.text.max_tokens` long, and the
+    autoencoder as the published one of its kind. Raises UserError for what the start of the run would refuse
+    on these grounds.
+    """
+    model, data = config.model, config.data
+    factor = PUBLISHED_FACTOR[config.conditioning.autoencoder.kind]
+    edge = factor * model.patch_size
+    check_resolution(data, edge)
+    require_grid(config, edge)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Denoiser(model, config.routing).parameters())
+    image, text = (data.resolution // edge) ** 2, config.conditioning.text.max_tokens
+    dense, trained = dense_training_flops(config, image, text), training_flops(config, image, text)
+    work = f"training FLOPs per image: {dense:.4g} dense"
+    if config.routing.policy != "none":
+        work += f", {trained:.4g} with {config.routing.policy} ({trained / dense:.1%}); expected gain: "
+        work += f"steps up to {dense / trained:.2f} times as fast"
+    stage = zero_stage(config)
+    parts = estimate_bytes(config, stage, processes, factor)
+    table = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return [
+        f"model: {parameters:,} parameters, width {model.width}, depth {model.depth}",
+        f"tokens: {image} of an image, {text} of a caption",
+        describe(config),
+        work,
+        f"memory of each of {processes} process(es), ZeRO {stage}: about {sum(parts.values()) / GIB:.1f} GiB "
+        f"({table}) and the frozen networks",
+    ]

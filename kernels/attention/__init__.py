@@ -1,0 +1,1 @@
+"""The parts of `rope_attention`: the prologue, the attentions that follow it, and the fused kernels."""

@@ -1,0 +1,172 @@
+"""Attention after the prologue: torch's SDPA and varlen attention, flash-attn, xformers.
+
+Each function takes the inputs of `rope_attention` as `Inputs`, runs the prologue in the layout that its
+library reads, and returns (T, H, D). None waits for a CUDA device.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from millrace.kernels.attention.layout import key_mask
+from millrace.kernels.attention.prologue import prologue
+from millrace.kernels.packed import is_uniform, sample_of_row, sample_slices, widen
+
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""torch's own order puts FlashAttention-2 first on Hopper, where cuDNN is about twice as fast."""
+
+
+class Inputs(NamedTuple):
+    """Arguments of `rope_attention`, in its order."""
+
+    qkv: Tensor
+    text_kv: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    text_k_weight: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    cu_seqlens_text: Tensor
+    max_seqlen: int
+    max_seqlen_text: int
+
+    @property
+    def uniform_image(self) -> bool:
+        """Whether every sample has max_seqlen image tokens."""
+        return is_uniform(self.qkv.shape[0], self.cu_seqlens.shape[0] - 1, self.max_seqlen)
+
+    @property
+    def uniform_text(self) -> bool:
+        """Whether every sample has max_seqlen_text text tokens."""
+        return is_uniform(self.text_kv.shape[0], self.cu_seqlens.shape[0] - 1, self.max_seqlen_text)
+
+
+def sdpa(inputs: Inputs, eps: float, scale: float) -> Tensor:
+    """torch's scaled_dot_product_attention.
+
+    Uniform batches need no mask. Else the padded layout and a (B, 1, 1, keys) mask, never expanded; on the
+    CPU, where skipping the padding saves more than one large call does, sample by sample.
+    """
+    if inputs.uniform_image and inputs.uniform_text:
+        return _attend(*prologue(*inputs, padded=True, eps=eps), None, scale).flatten(0, 1)
+    if inputs.qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _sample_by_sample(*prologue(*inputs, padded=False, eps=eps), inputs, scale)
+    q, k, v = prologue(*inputs, padded=True, eps=eps)
+    mask = key_mask(inputs.cu_seqlens, inputs.cu_seqlens_text, k.shape[1])
+    out = _attend(q, k, v, mask, scale).flatten(0, 1)
+    return out if inputs.uniform_image else out.index_select(0, _padded_rows(inputs))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, N, H, D) of queries (B, N, H, D) over keys and values (B, M, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    with sdpa_kernel(SDPA_ORDER, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _sample_by_sample(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, scale: float) -> Tensor:
+    """One call a sample, on views of the packed rows; reads the lengths on the host."""
+    offsets, joint = inputs.cu_seqlens, inputs.cu_seqlens + inputs.cu_seqlens_text
+    lengths, joint_lengths = ([s.stop - s.start for s in sample_slices(x)] for x in (offsets, joint))
+    parts = zip(q.split(lengths), k.split(joint_lengths), v.split(joint_lengths), strict=True)
+    return torch.cat([_attend(*(x[None] for x in part), None, scale)[0] for part in parts if len(part[0])])
+
+
+def _padded_rows(inputs: Inputs) -> Tensor:
+    """(T,) row of each image token among the (B * max_seqlen) padded ones."""
+    total = inputs.qkv.shape[0]
+    sample = sample_of_row(inputs.cu_seqlens, total)
+    free = sample * inputs.max_seqlen - inputs.cu_seqlens[sample]
+    return torch.arange(total, device=free.device) + free
+
+
+def varlen(inputs: Inputs, eps: float, scale: float) -> Tensor:
+    """torch's packed FlashAttention: CUDA, BF16 or FP16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Not every torch from 2.11 on takes a scale; a factor of the queries' weight is the same.
+    factor = scale * inputs.qkv.shape[3] ** 0.5
+    if factor != 1:
+        inputs = inputs._replace(q_weight=widen(inputs.q_weight) * factor)
+    joint = prologue(*inputs, padded=False, eps=eps)
+    return varlen_attn(*joint, **_offsets(inputs, "cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+
+
+def _offsets(inputs: Inputs, *names: str) -> dict[str, Any]:
+    """Offsets of queries and keys, and their longest, under the names that a library gives them."""
+    keys = inputs.cu_seqlens + inputs.cu_seqlens_text
+    longest = inputs.max_seqlen, inputs.max_seqlen + inputs.max_seqlen_text
+    return dict(zip(names, (inputs.cu_seqlens, keys, *longest), strict=True))
+
+
+def flash_attention(inputs: Inputs, eps: float, scale: float) -> Tensor:
+    """The newest installed flash-attn: 4 (`flash_attn.cute`) or 3 on Hopper and later, else 2."""
+    attend = _flash_attention(inputs.qkv.device)
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    out = attend(
+        *prologue(*inputs, padded=False, eps=eps),
+        **_offsets(inputs, *names),
+        softmax_scale=scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+@functools.cache
+def _flash_attention(device: torch.device) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    newest = ("flash_attn.cute", "flash_attn_interface") if hopper else ()
+    module = _first_installed(*newest, "flash_attn")
+    if module is None:
+        raise ImportError(
+            "attention backend 'flash_attn' needs flash-attn: pip install flash-attn --no-build-isolation "
+            "(or, for Hopper and later: pip install --pre flash-attn-4)"
+        )
+    return module.flash_attn_varlen_func
+
+
+def xformers(inputs: Inputs, eps: float, scale: float) -> Tensor:
+    """xformers' memory-efficient attention over blocks of unequal length."""
+    library = _first_installed("xformers.ops.fmha")
+    if library is None:
+        raise ImportError("attention backend 'xformers' needs xformers: pip install xformers")
+    offsets = _offsets(inputs, "q", "k", "longest_q", "longest_k")
+    q, k, v = prologue(*inputs, padded=False, eps=eps)
+    blocks = [
+        _xformers_blocks(library, offsets[name], offsets[f"longest_{name}"], len(rows))
+        for name, rows in (("q", q), ("k", k))
+    ]
+    bias = library.attn_bias.BlockDiagonalMask(*blocks)
+    return library.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
+
+
+def _xformers_blocks(library: ModuleType, offsets: Tensor, longest: int, total: int) -> Any:
+    """Lengths as xformers wants them, without the list of them on the host, which its kernels do not read."""
+    return library.attn_bias._SeqLenInfo(
+        seqstart=offsets, max_seqlen=longest, min_seqlen=0, seqstart_py=[0, total]
+    )
+
+
+def _first_installed(*names: str) -> ModuleType | None:
+    for name in names:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    return None
