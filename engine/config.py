@@ -58,6 +58,9 @@ class Run(Section):
     """Stop after this many steps in a row were skipped because a loss or gradient was not finite."""
 
 
+AttentionBackend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
+
+
 class Model(Section):
     """The PRX denoiser (a single-stream DiT with static text keys)."""
 
@@ -83,8 +86,9 @@ class Model(Section):
     """Base of the RoPE frequencies."""
     resolution_embedding: bool = False
     """Add an embedding of (height, width) to the time vector (PRX's 7 B pixel model)."""
-    attention_backend: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
-    """How `rope_attention` computes: plain PyTorch, SDPA or torch's varlen attention; `auto` chooses."""
+    attention_backend: AttentionBackend = "auto"
+    """How `rope_attention` computes: plain PyTorch, own fused kernels, or own prologue and then torch's SDPA,
+    torch's varlen attention, flash-attn or xformers; `auto` takes the fastest measured on this GPU."""
 
     @property
     def head_dim(self) -> int:

@@ -82,7 +82,7 @@ if HAS_TRITON:
                     drawn = tl.load(noise + other_start + place, mask=inside, other=0.0).to(tl.float32)
                 else:
                     turn = place % tl.maximum(other_size, 1)
-                    reads = inside & (other_size > 0)
+                    reads = place < tl.where(other_size > 0, size, 0)
                     data = tl.load(clean + other_start + turn, mask=reads, other=0.0).to(tl.float32)
                     drawn = tl.load(noise + other_start + turn, mask=reads, other=0.0).to(tl.float32)
                 away = miss + target - other_ratio * (drawn - data)

@@ -53,18 +53,19 @@ def kept_tokens(length: int, keep_ratio: float) -> int:
 if HAS_TRITON:
 
     @triton.jit
-    def _lowest_of_sample(score, token, length, count):
-        """Which tokens have the `count` lowest scores."""
-        # An infinite score beyond the end is above every limit that is tried.
-        bits = tl.where(token < length, score, float("inf")).to(tl.int32, bitcast=True)
+    def _score_bits(key, token, length):
+        """Scores as integers of the same order; beyond the end above all others."""
+        return tl.where(token < length, uniform_at(key, token).to(tl.int32, bitcast=True), 1 << 30)
+
+    @triton.jit
+    def _highest_kept(key, length, count, BLOCK: tl.constexpr):
+        """The `count`-th lowest score as an integer, and how many of those equal to it stay."""
+        bits = _score_bits(key, tl.arange(0, BLOCK), length)
         limit = 0
         for step in range(30):
             tried = limit | (1 << (29 - step))
             limit = tl.where(tl.sum((bits < tried).to(tl.int32), 0) < count, tried, limit)
-        lower = bits < limit
-        equal = bits == limit
-        wanted = count - tl.sum(lower.to(tl.int32), 0)
-        return lower | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= wanted))
+        return limit, count - tl.sum((bits < limit).to(tl.int32), 0)
 
     @triton.jit
     def _lowest_of_group(key, token, columns, count, EDGE: tl.constexpr):
@@ -81,17 +82,32 @@ if HAS_TRITON:
         return rank < count
 
     @triton.jit
-    def _route_kernel(keys, cu_seqlens, kept_offsets, index, BLOCK: tl.constexpr):
+    def _route_kernel(
+        keys,
+        cu_seqlens,
+        kept_offsets,
+        index,
+        BLOCK: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
         sample = tl.program_id(0)
         start = tl.load(cu_seqlens + sample)
         length = tl.load(cu_seqlens + sample + 1) - start
-        kept_start = tl.load(kept_offsets + sample)
-        count = tl.load(kept_offsets + sample + 1) - kept_start
-        token = tl.arange(0, BLOCK)
-        score = uniform_at(tl.load(keys + sample), token)
-        keep = _lowest_of_sample(score, token, length, count) & (token < length)
-        place = kept_start + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(index + place, (start + token).to(tl.int64), mask=keep)
+        place = tl.load(kept_offsets + sample)
+        count = tl.load(kept_offsets + sample + 1) - place
+        key = tl.load(keys + sample)
+        limit, equal_wanted = _highest_kept(key, length, count, BLOCK)
+        # Scores are drawn again, tile by tile: cheaper than registers to keep them in.
+        equal_seen = 0
+        for begin in range(0, length, TILE):
+            token = begin + tl.arange(0, TILE)
+            bits = _score_bits(key, token, length)
+            equal = (bits == limit).to(tl.int32)
+            keep = (bits < limit) | ((equal != 0) & (equal_seen + tl.cumsum(equal, 0) <= equal_wanted))
+            at = place + tl.cumsum(keep.to(tl.int32), 0) - 1
+            tl.store(index + at, (start + token).to(tl.int64), mask=keep)
+            equal_seen += tl.sum(equal, 0)
+            place += tl.sum(keep.to(tl.int32), 0)
 
     @triton.jit
     def _group_route_kernel(
@@ -136,7 +152,7 @@ def _route_triton(
         arguments, constants = (columns, per_group), {"EDGE": edge, "BLOCK": block}
         kernel = _group_route_kernel
     else:
-        kernel, arguments, constants = _route_kernel, (), {"BLOCK": block}
+        kernel, arguments, constants = _route_kernel, (), {"BLOCK": block, "TILE": min(block, 2048)}
     warps = min(max(block // 512, 1), 16)
     kernel[(len(lengths),)](keys, cu_seqlens, kept_offsets, index, *arguments, **constants, num_warps=warps)
     return index

@@ -49,7 +49,7 @@ _CONFIGURATIONS = {
     (64, 80): Configuration(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 1)),
     (128, 80): Configuration(Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1)),
 }
-_SINGLE = Configuration(*(Tiles(32, 32, 4, 1),) * 3)
+_SINGLE = Configuration(*(Tiles(16, 16, 8, 1),) * 3)
 """FP32: products without tensor cores."""
 _INTERPRETED = Configuration(*(Tiles(16, 16, 1, 1),) * 3)
 

@@ -112,6 +112,9 @@ def backward_eager(
     for rows in sample_rows(cu_seqlens, cu_seqlens_text, padded):
         image, text, turn = qkv[rows.image], text_kv[rows.text], rotation[rows.image]
         to_image, to_text = grad_qkv[rows.image], grad_text[rows.text]
+        if not len(image):
+            to_text.zero_()  # no query has read the text of an empty sample
+            continue
         q, k, text_k = grad_q[rows.q], grad_k[rows.keys], grad_k[rows.text_keys]
         grad_weights[0] += _norm_backward(image[:, 0], q, q_weight, eps, to_image[:, 0], turn)
         grad_weights[1] += _norm_backward(image[:, 1], k, k_weight, eps, to_image[:, 1], turn)
@@ -133,10 +136,10 @@ def _norm_backward(
     grad = grad.to(factor.dtype, copy=True, memory_format=torch.contiguous_format)
     if rotation is not None:
         _turn_(grad, rotation)
-    product = (grad * x).view(-1, dim)
+    product = (grad * x).mul_(factor).view(-1, dim)
+    grad_weight = product.sum(0)  # pairwise, where a matrix product would add rows one by one
     weight = weight.to(factor.dtype)
-    grad_weight = factor.view(-1) @ product
-    slope = (product @ weight).view_as(factor).mul_(factor.pow(3)).div_(-dim)
+    slope = (product @ weight).view_as(factor).mul_(factor.square()).div_(-dim)
     grad.mul_(weight).mul_(factor)
     torch.addcmul(grad, x.to(factor.dtype), slope, out=out if out.dtype == factor.dtype else grad)
     if out.dtype != factor.dtype:
@@ -209,7 +212,8 @@ def prologue(
     """Normalise, rotate and join.
 
     Arguments are those of `rope_attention`, which checks them. Returns queries, keys and values in the dtype
-    of qkv. Rows of the padded layout that no token owns are zero, and their gradients are not read.
+    of qkv. Rows of the padded layout that no token owns are zero; their gradients are not read, nor
+    are those of the text of a sample without image, which no query can have read.
     """
     return _Prologue.apply(
         qkv,

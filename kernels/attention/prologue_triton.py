@@ -199,7 +199,7 @@ def _backward_kernel(
     else:
         slot = (block - image_blocks) * ROWS + tl.arange(0, ROWS)
         owned = (slot < length_text)[:, None] & inside[None, :]
-        attended = owned & (length > 0)  # no query reads the text of an empty sample
+        attended = owned & (length > 0)  # no query has read the text of an empty sample
         gain = tl.load(text_k_weight + d, mask=inside, other=0.0).to(tl.float32)
         source = text_kv + (first_text + slot)[:, None] * text_row_stride + d[None, :]
         target = grad_text + (first_text + slot)[:, None] * (2 * NUM_HEADS * DIM) + d[None, :]
@@ -326,7 +326,7 @@ def backward_triton(
         PADDED=padded,
         **ends,
     )
-    sums = partial.sum(1).unbind(0)
+    sums = [part.sum(0) for part in partial]
     return grad_qkv, grad_text, *(g.to(w.dtype) for g, w in zip(sums, weights, strict=True))
 
 

@@ -2,10 +2,8 @@
 there is a GPU, the kernels against torch."""
 
 import ctypes
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +12,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "csrc" / "include"
-CXX = shutil.which(os.environ.get("CXX", "g++"))
-NVCC = shutil.which("nvcc")
-GENERATOR = ["-G", "Ninja"] if shutil.which("ninja") else []
-CMAKE = shutil.which("cmake") if shutil.which("ninja") or shutil.which("make") else None
-
 SUCCESS, INVALID_ARGUMENT, INDEX_OUT_OF_RANGE, INDEX_REPEATED = 0, 1, -1, -2
 GUARD = 64  # bytes before and after an array that must stay as they were
 
 # (elements, bytes an element): the two widths of PRX in bf16 and fp32, a row of 8 mod 16 bytes, odd ones.
 WIDTHS = [(1792, 2), (3584, 2), (1792, 4), (1796, 2), (33, 2), (3, 4), (3585, 1), (17, 1), (1, 1)]
-
-needs_cxx = pytest.mark.skipif(CXX is None, reason="no C++ compiler found (g++, or what $CXX names)")
-needs_nvcc = pytest.mark.skipif(
-    NVCC is None or CMAKE is None, reason="needs nvcc, and cmake with ninja or make"
-)
-
-
-def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
 class Library:
@@ -54,37 +36,9 @@ class Library:
         return self._scatter(table, rows, moved, index, index_bytes, count, row_bytes, stream)
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory) -> Library:
-    if CXX is None:
-        pytest.skip("no C++ compiler found (g++, or what $CXX names)")
-    build = tmp_path_factory.mktemp("host")
-    if CMAKE is not None:
-        run(CMAKE, "-S", ROOT, "-B", build, *GENERATOR, "-DMILLRACE_CUDA=OFF")
-        run(CMAKE, "--build", build)
-    else:
-        source = ROOT / "csrc" / "row_copy_host.cpp"
-        run(
-            CXX,
-            "-std=c++17",
-            "-O2",
-            "-fPIC",
-            "-shared",
-            "-I",
-            INCLUDE,
-            source,
-            "-o",
-            build / "libmillrace_host.so",
-        )
-    return Library(build / "libmillrace_host.so")
-
-
-@pytest.fixture(scope="module")
-def cuda_build(tmp_path_factory) -> tuple[Path, str]:
-    """The path of libmillrace_cuda.so and what its build printed."""
-    build = tmp_path_factory.mktemp("cuda")
-    run(CMAKE, "-S", ROOT, "-B", build, *GENERATOR, "-DMILLRACE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}")
-    return build / "libmillrace_cuda.so", run(CMAKE, "--build", build)
+@pytest.fixture(scope="session")
+def host(host_library) -> Library:
+    return Library(host_library)
 
 
 class Rows:
@@ -238,73 +192,59 @@ def test_host_library_refuses_bad_arguments(host):
     assert_refuses_bad_arguments(host)
 
 
-@needs_cxx
-def test_lanes_cover_every_byte_once_and_aligned(tmp_path):
+def test_lanes_cover_every_byte_once_and_aligned(tmp_path, run, cxx):
     program = tmp_path / "row_copy_lanes"
     source = Path(__file__).with_name("row_copy_lanes.cpp")
     checks = ["-Wall", "-Wextra", "-Werror", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    run(CXX, "-std=c++17", "-O2", *checks, "-I", INCLUDE, source, "-o", program)
+    run(cxx, "-std=c++17", "-O2", *checks, "-I", INCLUDE, source, "-o", program)
     assert run(program) == f"{16 * 16 * 78} cases\n"
 
 
-@needs_nvcc
-def test_kernels_use_no_local_memory(cuda_build):
+def test_kernels_use_no_local_memory(build_log):
     """And at most the 48 registers that row_copy.h counts on for its bytes in flight."""
-    _, log = cuda_build
     kernels = re.findall(
         r"Compiling entry function '(\w*copy_rows\w*)' for '(\w+)'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        log,
+        build_log,
         flags=re.DOTALL,
     )
-    assert sorted(arch for _, arch, *_ in kernels) == ["sm_80", "sm_80", "sm_90a", "sm_90a"], log
+    assert sorted(arch for _, arch, *_ in kernels) == ["sm_80", "sm_80", "sm_90a", "sm_90a"], build_log
     for name, arch, *memory, registers in kernels:
         assert [int(each) for each in memory] == [0, 0, 0], (name, arch)
         assert int(registers) <= 48, (name, arch)
 
 
-def ptx_of_kernels(directory: Path, arch: str, *flags: str) -> list[str]:
-    ptx = directory / "row_copy.ptx"
-    target = f"arch=compute_{arch},code=compute_{arch}"
-    source = ROOT / "csrc" / "row_copy.cu"
-    run(
-        NVCC,
-        "-std=c++17",
-        "-O3",
-        "-DNDEBUG",
-        *flags,
-        "-I",
-        INCLUDE,
-        "-gencode",
-        target,
-        "-ptx",
-        source,
-        "-o",
-        ptx,
-    )
-    kernels = ptx.read_text().split(".entry")[1:]
-    assert len(kernels) == 2  # int32 and int64 index
-    return kernels
+@pytest.fixture
+def ptx_of_kernels(tmp_path, run, nvcc):
+    def compiled(arch: str, *flags: str) -> list[str]:
+        ptx = tmp_path / "row_copy.ptx"
+        target = f"arch=compute_{arch},code=compute_{arch}"
+        command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", *flags, "-I", INCLUDE, "-gencode", target, "-ptx"]
+        run(*command, ROOT / "csrc" / "row_copy.cu", "-o", ptx)
+        kernels = ptx.read_text().split(".entry")[1:]
+        assert len(kernels) == 2  # int32 and int64 index
+        return kernels
+
+    return compiled
 
 
 BATCHES = re.compile(r"((load ){4}(store ){4})+")  # kBatch loads in flight before the first store
 
 
-@needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_ptx_batches_128_bit_accesses(tmp_path, arch):
+def test_ptx_batches_128_bit_accesses(ptx_of_kernels, arch):
     """And its loads are not `.nc`: those ptxas is free to move down to their stores."""
-    for kernel in ptx_of_kernels(tmp_path, arch):
+    for kernel in ptx_of_kernels(arch):
         wide = re.findall(r"\b(ld|st)\.global\.((?:\w+\.)*)(?:v4\.\w32|v2\.\w64)\b", kernel)
         assert all("nc" not in qualifiers for _, qualifiers in wide)
         order = "".join("load " if operation == "ld" else "store " for operation, _ in wide)
         assert BATCHES.fullmatch(order), order
 
 
-@needs_nvcc
 @pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="cuobjdump not found")
-def test_machine_code_batches_128_bit_accesses(cuda_build):
-    kernels = run("cuobjdump", "-sass", cuda_build[0]).split("Function : ")[1:]
+def test_machine_code_batches_128_bit_accesses(cuda_library_path, run):
+    functions = run("cuobjdump", "-sass", cuda_library_path).split("Function : ")[1:]
+    kernels = [function for function in functions if "copy_rows" in function.partition("\n")[0]]
     assert len(kernels) == 4  # int32 and int64 index, sm_80 and sm_90a
     for kernel in kernels:
         wide = re.findall(r"\b(LDG|STG)\.E\.128\b", kernel)
@@ -312,29 +252,25 @@ def test_machine_code_batches_128_bit_accesses(cuda_build):
         assert BATCHES.fullmatch(order), order
 
 
-@needs_nvcc
 @pytest.mark.parametrize("checked", [False, True])
-def test_index_assertion_is_in_the_debug_build_alone(tmp_path, checked):
+def test_index_assertion_is_in_the_debug_build_alone(ptx_of_kernels, checked):
     flags = ["-DMILLRACE_CHECK_INDICES"] if checked else []
-    for kernel in ptx_of_kernels(tmp_path, "90a", *flags):
+    for kernel in ptx_of_kernels("90a", *flags):
         assert ("__assertfail" in kernel) == checked
 
 
-@needs_nvcc
-def test_cuda_library_refuses_bad_arguments(cuda_build):
-    assert_refuses_bad_arguments(Library(cuda_build[0]))
+def test_cuda_library_refuses_bad_arguments(cuda_library_path):
+    assert_refuses_bad_arguments(Library(cuda_library_path))
 
 
-@needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch succeeds here")
-def test_failed_launch_is_returned(cuda_build):
+def test_failed_launch_is_returned(cuda_library_path):
     index = np.zeros(1, np.int32)
     x, out = np.zeros(64, np.uint8), np.ones(64, np.uint8)
-    code = Library(cuda_build[0]).gather(x.ctypes.data, 1, index.ctypes.data, 4, 1, out.ctypes.data, 64)
+    code = Library(cuda_library_path).gather(x.ctypes.data, 1, index.ctypes.data, 4, 1, out.ctypes.data, 64)
     assert code > INVALID_ARGUMENT  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 
 
-@needs_nvcc
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -342,8 +278,8 @@ def test_failed_launch_is_returned(cuda_build):
 @pytest.mark.parametrize(
     ("rows", "width", "offset"), [(4099, 1792, 0), (513, 3584, 0), (257, 33, 0), (64, 1792, 1)]
 )
-def test_kernels_equal_torch_indexing(cuda_build, rows, width, offset, dtype, index_dtype):
-    library = Library(cuda_build[0])
+def test_kernels_equal_torch_indexing(cuda_library_path, rows, width, offset, dtype, index_dtype):
+    library = Library(cuda_library_path)
     generator = torch.Generator("cuda").manual_seed(0)
     storage = torch.randn(rows * width + offset, device="cuda", generator=generator).to(dtype)
     x = storage[offset:].view(rows, width)  # offset 1: x is not 16-byte aligned, out is

@@ -73,18 +73,3 @@ def test_a_broken_library_is_not_available(installed):
 def test_says_which_argument_it_cannot_take(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.skipif(not cuda_library.available(), reason="needs libmillrace_cuda.so")
-def test_rows_are_moved_on_the_device():
-    x = torch.randn(513, 1792, device="cuda").bfloat16()
-    index = torch.randperm(513, device="cuda")[:200].sort().values
-    kept = cuda_library.gather_rows(x, index)
-    assert torch.equal(kept, x[index])
-    expected = x.index_copy(0, index, -kept)
-    cuda_library.scatter_rows(x, -kept, index)
-    assert torch.equal(x, expected)
-    with pytest.raises(ValueError, match="base is not contiguous"):
-        cuda_library.scatter_rows(x.mT, kept, index)

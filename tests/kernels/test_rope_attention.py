@@ -16,10 +16,9 @@ CASES = {
     "uniform": ((4, 4), (3, 3), 64),
     "uniform, head_dim 128": ((4, 4), (3, 3), 128),
     "uniform images, ragged text": ((4, 4), (1, 3), 64),
-    "about a tile": ((15, 17), (16, 0), 64),
-    "several tiles": ((33, 1), (2, 35), 64),
+    "several tiles": ((17, 1), (0, 33), 64),
 }
-BACKENDS = ["auto", "reference", "sdpa", "triton"]
+BACKENDS = ["reference", "sdpa", "triton"]
 
 
 def table(dim, device):
@@ -90,6 +89,18 @@ def case(offsets, device):
         }
 
     return build
+
+
+LEARNED = ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
+
+
+def in_fp32(arguments):
+    """Kernels do not take FP64, in which `case` builds its arguments."""
+    return arguments | {name: arguments[name].float() for name in LEARNED}
+
+
+def in_fp64(arguments):
+    return arguments | {name: arguments[name].double() for name in LEARNED}
 
 
 def evaluate_formula(arguments, rows, text_rows, **settings):
@@ -287,23 +298,6 @@ def test_text_of_an_empty_sample_gets_zero_gradient(case):
     assert text.grad[:2].abs().min() > 0
 
 
-def check_layout(backend, layout, positions, offsets, spans, device, assert_accurate, lengths):
-    """The equations hold for `layout(x)`, the packed qkv that a projection (T, 6 D) makes; one head."""
-    text_lengths = (9,) * len(lengths)
-    cos, sin = table(64, device)
-    compute = formula(spans(*lengths), spans(*text_lengths), cos, sin, positions)
-    bounds = offsets(*lengths), offsets(*text_lengths), max(lengths), 9
-    assert_accurate(
-        lambda x, text_kv, weights: rope_attention(
-            layout(x), text_kv, *weights.unbind(0), cos, sin, positions, *bounds, backend=backend
-        ),
-        lambda x, text_kv, weights: compute(layout(x), text_kv, weights),
-        x=torch.randn(sum(lengths), 6 * 64),
-        text_kv=torch.randn(sum(text_lengths), 2, 1, 64),
-        weights=torch.rand(3, 64) + 0.5,
-    )
-
-
 LAYOUTS = {
     "part of a wider projection": lambda x: x.unflatten(1, (6, 1, 64))[:, 2:5],
     "parts innermost": lambda x: x.unflatten(1, (2, 3, 64)).transpose(1, 2)[:, :, :1],
@@ -313,27 +307,37 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_any_strides(layout, backend, offsets, spans, device, assert_accurate):
-    positions = torch.randint(SIDE**2, (37,), device=device)
-    check_layout(backend, layout, positions, offsets, spans, device, assert_accurate, (20, 17))
+def test_any_strides(layout, backend, case, device):
+    """A strided qkv gives what its contiguous copy gives."""
+    arguments = in_fp32(case((3, 2), (1, 2)))
+    projection = torch.randn(5, 6 * 64, device=device).requires_grad_()
+    arguments["text_kv"] = arguments["text_kv"][:, :, :1]
+    results = []
+    for qkv in (layout(projection), layout(projection).contiguous()):
+        out = rope_attention(**arguments | {"qkv": qkv}, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), projection)))
+    for strided, contiguous in zip(*results, strict=True):
+        torch.testing.assert_close(strided, contiguous)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mixed_aspect_ratios(backend, offsets, spans, device, assert_accurate):
+def test_mixed_aspect_ratios(backend, case, spans, device):
     """A wide, a tall and a square image index one table."""
     grids = (2, 6), (5, 1), (4, 4)
-    positions = torch.cat(
+    arguments = in_fp32(case((12, 5, 16), (2, 0, 3)))
+    arguments["positions"] = torch.cat(
         [(torch.arange(h)[:, None] * SIDE + torch.arange(w)).flatten() for h, w in grids]
     ).to(device)
-    layout = LAYOUTS["part of a wider projection"]
-    check_layout(backend, layout, positions, offsets, spans, device, assert_accurate, (12, 5, 16))
+    exact = evaluate_formula(in_fp64(arguments), spans(12, 5, 16), spans(2, 0, 3))
+    got = rope_attention(**arguments, backend=backend)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
 def test_route_keeps_the_positions_of_its_tokens(keep, backend, case, spans, device):
     """Attention among a route's rows: the gathered rows with their own places in the table."""
-    arguments = case((8, 8), (2, 3))
+    arguments = in_fp32(case((8, 8), (2, 3)))
     samples = torch.arange(2, device=device)
     route = sample_route(arguments["cu_seqlens"], keep, 0, samples, lengths=[8, 8])
     routed = arguments | {
@@ -344,12 +348,12 @@ def test_route_keeps_the_positions_of_its_tokens(keep, backend, case, spans, dev
     }
     kept = round(8 * keep)
     assert route.cu_seqlens.tolist() == [0, kept, 2 * kept]
-    exact = evaluate_formula(routed, spans(kept, kept), spans(2, 3))
+    exact = evaluate_formula(in_fp64(routed), spans(kept, kept), spans(2, 3))
     got = rope_attention(**routed, backend=backend)
-    torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_many_tokens(backend, many, offsets, spans, device):
     """A length that is no multiple of any tile. The loss reads few queries, the gradients reach all keys."""
     cos, sin = table(64, device)
@@ -381,15 +385,12 @@ def test_many_tokens(backend, many, offsets, spans, device):
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_is_well_registered(backend, case, assert_well_registered):
     """Compiled, `sdpa` cannot read lengths on the host: it pads where it otherwise goes by the sample."""
-    arguments = case((3, 2), (0, 2))
-    for name in ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight"):
-        arguments[name] = arguments[name].float().requires_grad_()
-    learned = [name for name, value in arguments.items() if torch.is_tensor(value) and value.requires_grad]
+    arguments = in_fp32(case((3, 2), (0, 2)))
 
     def function(*inputs):
-        return rope_attention(**arguments | dict(zip(learned, inputs, strict=True)), backend=backend)
+        return rope_attention(**arguments | dict(zip(LEARNED, inputs, strict=True)), backend=backend)
 
-    assert_well_registered(function, *(arguments[name] for name in learned))
+    assert_well_registered(function, *(arguments[name].requires_grad_() for name in LEARNED))
 
 
 def test_says_what_auto_takes(case):

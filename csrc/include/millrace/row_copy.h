@@ -8,38 +8,15 @@
 #include <cstdint>
 
 #include "millrace/api.h"
-
-#ifdef __CUDACC__
-#define MILLRACE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MILLRACE_HOST_DEVICE inline
-#endif
-#ifdef __CUDA_ARCH__  // the device pass alone: nvcc's host pass is g++, which does not know the pragma
-#define MILLRACE_UNROLL _Pragma("unroll")
-#else
-#define MILLRACE_UNROLL
-#endif
+#include "millrace/portable.h"
 
 namespace millrace {
 
-// One warp copies one row.
-constexpr int kLanes = 32;
-
-// Words a lane loads before it stores the first. Bytes in flight are what hides memory latency: four 16-byte
-// words a lane are 2 KiB a warp, and with the 40 warps that fit an SM at 48 registers, 80 KiB. By Little's
-// law an H200 needs about 36 KiB (4.8 TB/s over 132 SMs, latency under load taken as 1 us).
+// One warp copies one row. A lane loads this many words before it stores the first: bytes in flight are what
+// hides memory latency. Four 16-byte words a lane are 2 KiB a warp, and with the 40 warps that fit an SM at
+// 48 registers, 80 KiB. By Little's law an H200 needs about 36 KiB (4.8 TB/s over 132 SMs, latency under load
+// taken as 1 us).
 constexpr int kBatch = 4;
-
-// A word is only moved, never computed with, so it may alias any element type.
-template <typename Part, int kParts>
-struct alignas(sizeof(Part) * kParts) [[gnu::may_alias]] Word {
-    Part part[kParts];
-};
-using Word16 = Word<uint32_t, 4>;
-using Word8 = Word<uint32_t, 2>;
-using Word4 = Word<uint32_t, 1>;
-using Word2 = Word<uint16_t, 1>;
-using Word1 = Word<uint8_t, 1>;
 
 // A row as `head` single bytes, aligned words of `word_bytes`, and `tail` single bytes.
 struct RowSplit {

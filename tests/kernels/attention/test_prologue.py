@@ -35,10 +35,15 @@ def formula(spans, text_spans, cos, sin, positions, padded, bounds):
     def evaluate(qkv, text_kv, weights):
         queries, keys, values = [], [], []
         for s, u in zip(spans, text_spans, strict=True):
+            text = text_kv[u] if s.start < s.stop else text_kv[u].detach()  # no query reads it
             queries.append(rotated(normed(qkv[s, 0], weights[0]), positions[s]))
             image = rotated(normed(qkv[s, 1], weights[1]), positions[s])
-            keys.append(torch.cat((image, normed(text_kv[u, 0], weights[2]))))
-            values.append(torch.cat((qkv[s, 2], text_kv[u, 1])))
+            keys.append(
+                torch.cat(
+                    (image, normed(text[:, 0], weights[2] if s.start < s.stop else weights[2].detach()))
+                )
+            )
+            values.append(torch.cat((qkv[s, 2], text[:, 1])))
         if not padded:
             return torch.cat(queries), torch.cat(keys), torch.cat(values)
         return fill(queries, bounds[0]), fill(keys, sum(bounds)), fill(values, sum(bounds))
