@@ -330,8 +330,10 @@ def gather_fuse(
     if order not in ("dense_deep", "deep_dense"):
         raise ValueError(f"order is {order!r}, expected 'dense_deep' or 'deep_dense'")
     tensors = {"dense": dense, "deep": deep, "mask_token": mask_token, "weight": weight, "bias": bias}
-    if torch.is_autocast_enabled(dense.device.type) and dense.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(dense.device.type)
+    device = dense.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and dense.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     else:
         for name, tensor in tensors.items():

@@ -9,6 +9,7 @@ sigmoid in other words, because 1 + tanh(z) = 2 sigmoid(2 z):
 Forward reads 2F and writes F values a row; backward saves nothing but gate_up, reads 3F and writes 2F.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from millrace.kernels.choice import choose
 from millrace.kernels.compilation import Launch, meta
 from millrace.kernels.operators import HAS_TRITON, register
-from millrace.kernels.packed import unit_stride
+from millrace.kernels.packed import unit_stride, widen
 
 if HAS_TRITON:
     import triton
@@ -110,18 +111,49 @@ def _backward_triton(grad_y: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _forward_eager(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
     y = _forward_fake(gate_up)
-    return torch.ops.aten.gelu.out(gate, approximate="tanh", out=y).mul_(up)
+    for (gate, up), out in zip(_blocks(gate_up), y.split(_rows(y)), strict=True):
+        gate = widen(gate)
+        out.copy_(_argument(gate * gate, gate).sigmoid_().mul_(gate).mul_(up))
+    return y
 
 
 def _backward_eager(grad_y: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=1)
     grad_gate_up = _backward_fake(grad_y, gate_up)
-    grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
-    torch.ops.aten.gelu_backward.grad_input(grad_y * up, gate, approximate="tanh", grad_input=grad_gate)
-    torch.ops.aten.gelu.out(gate, approximate="tanh", out=grad_up).mul_(grad_y)
+    parts = _blocks(gate_up), _blocks(grad_gate_up), grad_y.split(_rows(grad_y))
+    for (gate, up), (grad_gate, grad_up), gradient in zip(*parts, strict=True):
+        gate = widen(gate)
+        square = gate * gate
+        opening = _argument(square.clone(), gate)
+        rest = torch.neg(opening).sigmoid_()  # 1 - opening would lose its digits
+        activation = opening.sigmoid_() * gate
+        derivative = square.mul_(3 * _CUBIC).add_(_LINEAR).mul_(activation).mul_(rest).add_(opening)
+        grad_gate.copy_(derivative.mul_(up).mul_(gradient))
+        grad_up.copy_(activation.mul_(gradient))
     return grad_gate_up
+
+
+# Plain PyTorch computes the same sigmoid form as the kernels, several times as fast as tanh on a CPU, a few
+# rows at a time, so that what one step writes is still in the cache when the next reads it.
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = 0.044715 * _LINEAR
+_CACHED = 1 << 17
+"""Elements of a block."""
+
+
+def _rows(x: Tensor) -> int:
+    return max(_CACHED // max(x.shape[1], 1), 1)
+
+
+def _blocks(gate_up: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gate and up of a few rows at a time."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return zip(gate.split(_rows(gate)), up.split(_rows(up)), strict=True)
+
+
+def _argument(square: Tensor, gate: Tensor) -> Tensor:
+    """2 sqrt(2/pi) (gate + 0.044715 gate^3), written over `square`."""
+    return square.mul_(_CUBIC).add_(_LINEAR).mul_(gate)
 
 
 def _forward_fake(gate_up: Tensor) -> Tensor:

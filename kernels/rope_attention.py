@@ -25,6 +25,7 @@ from millrace.kernels.attention.backends import Inputs
 from millrace.kernels.attention.fused import fused_attention
 from millrace.kernels.checks import expect_offsets, expect_shape
 from millrace.kernels.choice import measured_choices
+from millrace.kernels.operators import INTERPRETING
 from millrace.kernels.packed import is_uniform, sample_slices, widen
 
 Backend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
@@ -59,10 +60,10 @@ def rope_attention(
         max_seqlen, max_seqlen_text: upper bounds of the sample lengths.
         eps: of the RMS norms.
         scale: of the logits, default 1 / sqrt(D).
-        backend: `reference` spells the equations out; `triton` is the fused kernels; the others run the
-            prologue, then `sdpa` torch's scaled_dot_product_attention (cuDNN first), `varlen` torch's packed
-            FlashAttention (CUDA, 16 bit), `flash_attn` and `xformers` those packages. `auto` takes what
-            `chosen_backend` says.
+        backend: `reference` spells the equations out; `triton` is the fused operator (kernels on CUDA, plain
+            PyTorch on the CPU). The others run the prologue, then `sdpa` torch's scaled_dot_product_attention
+            (cuDNN first), `varlen` torch's packed FlashAttention (CUDA, 16 bit), `flash_attn` and `xformers`
+            those packages. `auto` takes what `chosen_backend` says.
 
     Returns:
         (T, H, D) in the dtype of qkv.
@@ -105,15 +106,18 @@ def chosen_backend(
 ) -> str:
     """What `auto` takes for these arguments of `rope_attention`.
 
-    The fastest measured on this GPU for the shape class (`rope_attention_uniform` where all samples have as
-    many image and as many text tokens, else `rope_attention_ragged`), where `measured.json` names one.
-    Unmeasured: `varlen` for ragged batches in 16 bit on CUDA, which skips all padding, else `sdpa`.
+    On CUDA in 16 bit the fastest measured on this GPU for the shape class (`rope_attention_uniform` where all
+    samples have as many image and as many text tokens, else `rope_attention_ragged`), where `measured.json`
+    names one. Unmeasured: `varlen` for ragged batches, which skips all padding, else `sdpa`. On the CPU the
+    fused operator, which keeps less memory for the backward pass; in Triton's interpreter `sdpa`.
     """
+    if qkv.is_cpu and not INTERPRETING:
+        return "sdpa"
+    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
     samples = cu_seqlens.shape[0] - 1
     images = is_uniform(qkv.shape[0], samples, max_seqlen)
     uniform = images and is_uniform(text_kv.shape[0], samples, max_seqlen_text)
-    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa"
     measured = _measured("rope_attention_uniform" if uniform else "rope_attention_ragged", qkv.get_device())
     return measured or ("sdpa" if uniform else "varlen")
 

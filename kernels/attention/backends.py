@@ -5,9 +5,7 @@ library reads, and returns (T, H, D). None waits for a CUDA device.
 """
 
 import functools
-import importlib
-from collections.abc import Callable
-from types import ModuleType
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -117,9 +115,15 @@ def _offsets(inputs: Inputs, *names: str) -> dict[str, Any]:
 
 def flash_attention(inputs: Inputs, eps: float, scale: float) -> Tensor:
     """The newest installed flash-attn: 4 (`flash_attn.cute`) or 3 on Hopper and later, else 2."""
-    attend = _flash_attention(inputs.qkv.device)
+    match _newest_flash_attention(inputs.qkv.get_device()):
+        case "flash_attn.cute":
+            from flash_attn.cute import flash_attn_varlen_func
+        case "flash_attn_interface":
+            from flash_attn_interface import flash_attn_varlen_func
+        case _:
+            from flash_attn import flash_attn_varlen_func
     names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
-    out = attend(
+    out = flash_attn_varlen_func(
         *prologue(*inputs, padded=False, eps=eps),
         **_offsets(inputs, *names),
         softmax_scale=scale,
@@ -128,45 +132,53 @@ def flash_attention(inputs: Inputs, eps: float, scale: float) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-@functools.cache
-def _flash_attention(device: torch.device) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    newest = ("flash_attn.cute", "flash_attn_interface") if hopper else ()
-    module = _first_installed(*newest, "flash_attn")
-    if module is None:
-        raise ImportError(
-            "attention backend 'flash_attn' needs flash-attn: pip install flash-attn --no-build-isolation "
-            "(or, for Hopper and later: pip install --pre flash-attn-4)"
-        )
-    return module.flash_attn_varlen_func
+@torch.compiler.assume_constant_result
+def _newest_flash_attention(device: int) -> str:
+    hopper = device >= 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    # flash-attn 2 may carry a folder `cute` that lacks what version 4 runs on, CUTLASS's Python package.
+    if hopper and _is_installed("flash_attn.cute") and _is_installed("cutlass"):
+        return "flash_attn.cute"
+    if hopper and _is_installed("flash_attn_interface"):
+        return "flash_attn_interface"
+    if _is_installed("flash_attn.flash_attn_interface"):
+        return "flash_attn"
+    raise ImportError(
+        "attention backend 'flash_attn' needs flash-attn: pip install flash-attn --no-build-isolation "
+        "(or, for Hopper and later: pip install --pre flash-attn-4)"
+    )
 
 
 def xformers(inputs: Inputs, eps: float, scale: float) -> Tensor:
     """xformers' memory-efficient attention over blocks of unequal length."""
-    library = _first_installed("xformers.ops.fmha")
-    if library is None:
-        raise ImportError("attention backend 'xformers' needs xformers: pip install xformers")
+    _require_xformers()
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
     offsets = _offsets(inputs, "q", "k", "longest_q", "longest_k")
     q, k, v = prologue(*inputs, padded=False, eps=eps)
+    # Built by hand: xformers makes these from lists of lengths on the host, which its kernels do not read.
     blocks = [
-        _xformers_blocks(library, offsets[name], offsets[f"longest_{name}"], len(rows))
+        _SeqLenInfo(
+            seqstart=offsets[name],
+            max_seqlen=offsets[f"longest_{name}"],
+            min_seqlen=0,
+            seqstart_py=[0, rows.shape[0]],
+        )
         for name, rows in (("q", q), ("k", k))
     ]
-    bias = library.attn_bias.BlockDiagonalMask(*blocks)
-    return library.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
+    bias = BlockDiagonalMask(*blocks)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
 
 
-def _xformers_blocks(library: ModuleType, offsets: Tensor, longest: int, total: int) -> Any:
-    """Lengths as xformers wants them, without the list of them on the host, which its kernels do not read."""
-    return library.attn_bias._SeqLenInfo(
-        seqstart=offsets, max_seqlen=longest, min_seqlen=0, seqstart_py=[0, total]
-    )
+@torch.compiler.assume_constant_result
+def _require_xformers() -> None:
+    if not _is_installed("xformers"):
+        raise ImportError("attention backend 'xformers' needs xformers: pip install xformers")
 
 
-def _first_installed(*names: str) -> ModuleType | None:
-    for name in names:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    return None
+@functools.cache
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package without this part, or no such package
+        return False

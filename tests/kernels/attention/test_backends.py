@@ -21,6 +21,7 @@ CASES = {
     "uniform images, ragged text": ((3, 3), (0, 2)),
 }
 LEARNED = ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
+FLASH_ATTN_4, FLASH_ATTN_2 = ("flash_attn.cute", "cutlass"), "flash_attn.flash_attn_interface"
 module = importlib.import_module("millrace.kernels.rope_attention")
 
 
@@ -106,9 +107,8 @@ def test_flash_attn(with_lse, arguments, monkeypatch):
     library = ModuleType("flash_attn")
     library.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", library)
-    backends._flash_attention.cache_clear()
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name == FLASH_ATTN_2)
     assert_equals_reference(arguments, "flash_attn")
-    backends._flash_attention.cache_clear()
 
 
 def test_xformers(arguments, monkeypatch):
@@ -118,30 +118,50 @@ def test_xformers(arguments, monkeypatch):
         bounds = q_info.seqstart, k_info.seqstart, q_info.max_seqlen, k_info.max_seqlen
         return attend(query[0], key[0], value[0], *bounds, scale)[None]
 
-    library = ModuleType("xformers.ops.fmha")
-    library.memory_efficient_attention = memory_efficient_attention
-    library.attn_bias = SimpleNamespace(
-        BlockDiagonalMask=lambda q, k: SimpleNamespace(q_seqinfo=q, k_seqinfo=k), _SeqLenInfo=SimpleNamespace
-    )
-    for name in ("xformers", "xformers.ops"):
+    names = "xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias"
+    for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", library)
+    sys.modules["xformers.ops"].memory_efficient_attention = memory_efficient_attention
+    bias = sys.modules["xformers.ops.fmha.attn_bias"]
+    bias.BlockDiagonalMask = lambda q, k: SimpleNamespace(q_seqinfo=q, k_seqinfo=k)
+    bias._SeqLenInfo = SimpleNamespace
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name == "xformers")
     assert_equals_reference(arguments, "xformers")
 
 
 @pytest.mark.parametrize(
-    ("backend", "package", "line"),
+    ("backend", "line"),
     [
-        ("flash_attn", "flash_attn", "pip install flash-attn --no-build-isolation"),
-        ("xformers", "xformers", "pip install xformers"),
+        ("flash_attn", "pip install flash-attn --no-build-isolation"),
+        ("xformers", "pip install xformers"),
     ],
 )
 @pytest.mark.parametrize("arguments", [CASES["uniform"]], ids=["uniform"], indirect=True)
-def test_says_what_to_install(backend, package, line, arguments, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)  # Python's way to say that it is not there
-    backends._flash_attention.cache_clear()
+def test_says_what_to_install(backend, line, arguments, monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda name: False)
     with pytest.raises(ImportError, match=f"attention backend '{backend}' needs .*{line}"):
         rope_attention(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "version"),
+    [
+        ((9, 0), {*FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash_attn.cute"),
+        ((9, 0), {"flash_attn.cute", "flash_attn_interface", FLASH_ATTN_2}, "flash_attn_interface"),
+        ((10, 0), {FLASH_ATTN_2}, "flash_attn"),
+        ((8, 0), {*FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash_attn"),
+    ],
+)
+def test_takes_the_newest_flash_attn(capability, installed, version, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_is_installed", lambda name: name in installed)
+    assert backends._newest_flash_attention(0) == version
+
+
+def test_finds_packages():
+    assert backends._is_installed("torch.nn")
+    assert not backends._is_installed("torch.no_such_part")
+    assert not backends._is_installed("no_such_package.part")
 
 
 @pytest.mark.parametrize(
