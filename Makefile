@@ -26,8 +26,8 @@ train: install
 
 # The second run takes the Triton kernels through Triton's interpreter, on the CPU.
 test: install
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
 
 lint: install
 	$(BIN)/ruff check .

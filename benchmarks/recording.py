@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from millrace.engine.errors import UserError
@@ -33,7 +32,7 @@ def environment() -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "python": platform.python_version(),

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from millrace.kernels.checks import expect_offsets, expect_shape
 from millrace.kernels.compilation import Launch
 from millrace.kernels.operators import HAS_TRITON, register
-from millrace.kernels.packed import rows_from_samples, sample_slices, unit_stride, widen
+from millrace.kernels.packed import rows_from_samples, sample_groups, unit_stride, widen
 from millrace.kernels.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 if HAS_TRITON:
@@ -142,21 +142,30 @@ def _backward_triton(
 def _forward_eager(
     x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> Tensor:
-    out, gate = _forward_fake(x, branch, gate, cu_seqlens, max_seqlen), widen(gate)
-    for b, rows in enumerate(sample_slices(cu_seqlens)):
-        torch.addcmul(widen(x[rows]), widen(branch[rows]), gate[b], out=out[rows])
+    out, gate = _forward_fake(x, branch, gate, cu_seqlens, max_seqlen), widen(gate)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(x), max_seqlen):
+        add_branch_rows(x[rows], branch[rows], gate[members], out[rows])
     return out
+
+
+def add_branch_rows(x: Tensor, branch: Tensor, gate: Tensor, out: Tensor) -> None:
+    """Write x + gate * branch (rows, C) of b samples with equally many rows; gate is (b, 1, C)."""
+    samples = (len(gate), -1, x.shape[1])
+    x, branch = widen(x).reshape(samples), widen(branch).reshape(samples)
+    torch.addcmul(x, branch, gate, out=out.view(samples))
 
 
 def _backward_eager(
     grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
     grad_branch, grad_gate = _backward_fake(grad, branch, gate, cu_seqlens, max_seqlen)
-    gate = widen(gate)
-    for b, rows in enumerate(sample_slices(cu_seqlens)):
-        gradient = widen(grad[rows])
-        grad_branch[rows] = gate[b] * gradient
-        torch.linalg.vecdot(gradient, widen(branch[rows]), dim=0, out=grad_gate[b])
+    grad_gate.zero_()
+    gate = widen(gate)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(branch), max_seqlen):
+        gradient = widen(grad[rows]).reshape(len(gate[members]), -1, branch.shape[1])
+        grad_branch[rows] = (gradient * gate[members]).view(-1, branch.shape[1])
+        product = gradient * branch[rows].reshape(gradient.shape)
+        torch.sum(product, 1, out=grad_gate[members])
     return grad_branch, grad_gate
 
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from millrace.kernels.checks import expect_offsets, expect_shape
 from millrace.kernels.choice import choose
+from millrace.kernels.gated_residual import add_branch_rows
 from millrace.kernels.gated_residual import reference as add_branch
 from millrace.kernels.gated_residual_norm_modulate_triton import (
     backward_fake,
@@ -24,9 +25,10 @@ from millrace.kernels.gated_residual_norm_modulate_triton import (
     forward_fake,
     forward_triton,
 )
+from millrace.kernels.norm_modulate import modulate_rows, modulate_rows_gradient
 from millrace.kernels.norm_modulate import reference as modulate
 from millrace.kernels.operators import register
-from millrace.kernels.packed import sample_slices, widen
+from millrace.kernels.packed import sample_groups, widen
 
 
 def reference(
@@ -55,13 +57,10 @@ def _forward_eager(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, y, mean, rstd = forward_fake(x, branch, gate, shift, scale, cu_seqlens, eps, max_seqlen)
-    gate, gain, shift = widen(gate), 1 + widen(scale), widen(shift)
-    for b, rows in enumerate(sample_slices(cu_seqlens)):
-        torch.addcmul(widen(x[rows]), widen(branch[rows]), gate[b], out=out[rows])
-        y[rows], row_mean, row_rstd = torch.native_layer_norm(
-            widen(out[rows]), x.shape[1:], gain[b], shift[b], eps
-        )
-        mean[rows], rstd[rows] = row_mean[:, 0], row_rstd[:, 0]
+    gate, gain, shift = widen(gate)[:, None], 1 + widen(scale)[:, None], widen(shift)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(x), max_seqlen):
+        add_branch_rows(x[rows], branch[rows], gate[members], out[rows])
+        mean[rows], rstd[rows] = modulate_rows(out[rows], shift[members], gain[members], eps, y[rows])
     return out, y, mean, rstd
 
 
@@ -80,22 +79,18 @@ def _backward_eager(
     grad_x, grad_branch, sums = backward_fake(
         grad_out, grad_y, out, branch, gate, scale, cu_seqlens, mean, rstd, max_seqlen
     )
-    gate, gain = widen(gate), 1 + widen(scale)
-    for b, rows in enumerate(sample_slices(cu_seqlens)):
-        through, sums[2, b], sums[1, b] = torch.ops.aten.native_layer_norm_backward(
-            widen(grad_y[rows]),
-            widen(out[rows]),
-            out.shape[1:],
-            mean[rows, None],
-            rstd[rows, None],
-            gain[b],
-            gain[b],
-            (True, True, True),
+    sums.zero_()
+    gate, gain = widen(gate)[:, None], 1 + widen(scale)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(out), max_seqlen):
+        through = modulate_rows_gradient(
+            grad_y[rows], out[rows], gain[members], mean[rows], rstd[rows], sums[1:, members]
         )
         through += grad_out[rows]
         grad_x[rows] = through
-        sums[0, b] = torch.linalg.vecdot(through, widen(branch[rows]), dim=0)
-        grad_branch[rows] = through.mul_(gate[b])
+        through = through.view(len(gate[members]), -1, out.shape[1])
+        product = through * branch[rows].reshape(through.shape)
+        torch.sum(product, 1, out=sums[0, members])
+        torch.mul(through, gate[members], out=grad_branch[rows].view(through.shape))
     return grad_x, grad_branch, sums
 
 

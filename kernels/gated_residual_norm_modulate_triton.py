@@ -204,7 +204,7 @@ def forward_fake(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     return out, torch.empty_like(out), mean, torch.empty_like(mean)
 
 

@@ -137,7 +137,7 @@ def _backward_eager(grad_y: Tensor, gate_up: Tensor) -> Tensor:
 # rows at a time, so that what one step writes is still in the cache when the next reads it.
 _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
-_CACHED = 1 << 17
+_CACHED = 1 << 18
 """Elements of a block."""
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from millrace.kernels.checks import expect_offsets, expect_shape
 from millrace.kernels.compilation import Launch
 from millrace.kernels.operators import HAS_TRITON, register
-from millrace.kernels.packed import rows_from_samples, sample_slices, unit_stride, widen
+from millrace.kernels.packed import rows_from_samples, sample_groups, unit_stride, widen
 from millrace.kernels.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 if HAS_TRITON:
@@ -181,15 +181,19 @@ def _backward_triton(
 def _forward_eager(
     x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A sample's modulation is an affine LayerNorm, so each sample is one call and no row is repeated."""
     y, mean, rstd = _forward_fake(x, shift, scale, cu_seqlens, eps, max_seqlen)
-    gain, shift = 1 + widen(scale), widen(shift)
-    for b, rows in enumerate(sample_slices(cu_seqlens)):
-        y[rows], row_mean, row_rstd = torch.native_layer_norm(
-            widen(x[rows]), x.shape[1:], gain[b], shift[b], eps
-        )
-        mean[rows], rstd[rows] = row_mean[:, 0], row_rstd[:, 0]
+    gain, shift = 1 + widen(scale)[:, None], widen(shift)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(x), max_seqlen):
+        mean[rows], rstd[rows] = modulate_rows(x[rows], shift[members], gain[members], eps, y[rows])
     return y, mean, rstd
+
+
+def modulate_rows(x: Tensor, shift: Tensor, gain: Tensor, eps: float, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Write y (rows, C) of b samples with equally many rows; shift and gain are (b, 1, C). Mean and rstd."""
+    normed, mean, rstd = torch.native_layer_norm(widen(x), x.shape[1:], None, None, eps)
+    samples = (len(gain), -1, x.shape[1])
+    torch.addcmul(shift, normed.view(samples), gain, out=y.view(samples))
+    return mean[:, 0], rstd[:, 0]
 
 
 def _backward_eager(
@@ -202,27 +206,36 @@ def _backward_eager(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = mean.new_empty(2, *scale.shape)
-    gain = 1 + widen(scale)
-    for b, rows in enumerate(sample_slices(cu_seqlens)):
-        grad_x[rows], sums[1, b], sums[0, b] = torch.ops.aten.native_layer_norm_backward(
-            widen(grad_y[rows]),
-            widen(x[rows]),
-            x.shape[1:],
-            mean[rows, None],
-            rstd[rows, None],
-            gain[b],
-            gain[b],
-            (True, True, True),
+    sums = mean.new_zeros(2, *scale.shape)
+    gain = 1 + widen(scale)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(x), max_seqlen):
+        grad_x[rows] = modulate_rows_gradient(
+            grad_y[rows], x[rows], gain[members], mean[rows], rstd[rows], sums[:, members]
         )
     return grad_x, sums
+
+
+def modulate_rows_gradient(
+    grad_y: Tensor, x: Tensor, gain: Tensor, mean: Tensor, rstd: Tensor, sums: Tensor
+) -> Tensor:
+    """Gradient of x (rows, C) of b samples with equally many rows; those of shift and scale go to `sums`."""
+    samples = (len(gain), -1, x.shape[1])
+    x, grad_y, statistics = widen(x), widen(grad_y), (mean[:, None], rstd[:, None])
+    through = grad_y.reshape(samples) * gain
+    gradient, _, _ = torch.ops.aten.native_layer_norm_backward(
+        through.view(x.shape), x, x.shape[1:], *statistics, None, None, (True, False, False)
+    )
+    normed = torch.sub(x, statistics[0], out=through.view(x.shape)).mul_(statistics[1])
+    torch.sum(grad_y.reshape(samples), 1, out=sums[0])
+    torch.sum(normed.mul_(grad_y).view(samples), 1, out=sums[1])
+    return gradient
 
 
 def _forward_fake(
     x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = torch.promote_types(x.dtype, torch.float32)
-    mean = x.new_empty(len(x), dtype=statistics)
+    mean = x.new_empty(x.shape[0], dtype=statistics)
     return torch.empty_like(x, memory_format=torch.contiguous_format), mean, torch.empty_like(mean)
 
 

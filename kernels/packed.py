@@ -63,6 +63,18 @@ def sample_slices(cu_seqlens: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(offsets)]
 
 
+def sample_groups(cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> list[tuple[slice, slice]]:
+    """Rows and samples that one call on (samples, rows of each, C) covers: all if uniform, else one sample.
+
+    Samples without rows are left out. For CPU tensors, like `sample_slices`.
+    """
+    samples = cu_seqlens.shape[0] - 1
+    if is_uniform(total, samples, max_seqlen):
+        return [(slice(0, total), slice(0, samples))] if total else []
+    rows = sample_slices(cu_seqlens)
+    return [(span, slice(b, b + 1)) for b, span in enumerate(rows) if span.start < span.stop]
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor without waiting for the device's queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

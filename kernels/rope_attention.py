@@ -25,7 +25,6 @@ from millrace.kernels.attention.backends import Inputs
 from millrace.kernels.attention.fused import fused_attention
 from millrace.kernels.checks import expect_offsets, expect_shape
 from millrace.kernels.choice import measured_choices
-from millrace.kernels.operators import INTERPRETING
 from millrace.kernels.packed import is_uniform, sample_slices, widen
 
 Backend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
@@ -108,11 +107,8 @@ def chosen_backend(
 
     On CUDA in 16 bit the fastest measured on this GPU for the shape class (`rope_attention_uniform` where all
     samples have as many image and as many text tokens, else `rope_attention_ragged`), where `measured.json`
-    names one. Unmeasured: `varlen` for ragged batches, which skips all padding, else `sdpa`. On the CPU the
-    fused operator, which keeps less memory for the backward pass; in Triton's interpreter `sdpa`.
+    names one. Unmeasured: `varlen` for ragged batches, without padding, else `sdpa`. Elsewhere `sdpa`.
     """
-    if qkv.is_cpu and not INTERPRETING:
-        return "sdpa"
     if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     samples = cu_seqlens.shape[0] - 1

@@ -63,8 +63,11 @@ def add_partial_sums(partial: Tensor) -> Tensor:
 
 
 def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
-    """What row kernels are compiled for ahead of time: name, rows (T, C), a sample's vectors (B, C) as a slice
-    of the modulation's GEMM, offsets, statistics (T,), longest sample. 32 images of 256 and of 1024 tokens."""
+    """What row kernels are compiled for ahead of time: 32 images of 256 and of 1024 tokens.
+
+    Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM, offsets,
+    statistics (T,), longest sample.
+    """
     for width in (1792, 3584):
         for tokens in (256, 1024):
             dtype = torch.bfloat16

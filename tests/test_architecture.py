@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAZY = {"liger_kernel", "flash_attn", "xformers", "transformer_engine"}
+LAZY = {"liger_kernel", "flash_attn", "flash_attn_interface", "xformers", "transformer_engine"}
 """Packages that a kernel may import inside a function, because they need not be installed."""
 LONGEST_FILE = 400
 

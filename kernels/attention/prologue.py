@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from millrace.kernels.attention.layout import Joint, joint_shapes, sample_rows
+from millrace.kernels.attention.layout import Joint, SampleRows, joint_shapes, sample_rows
 from millrace.kernels.operators import HAS_TRITON, register
-from millrace.kernels.packed import widen
 
 if HAS_TRITON:
     from millrace.kernels.attention.prologue_triton import backward_triton, forward_triton
@@ -42,20 +41,32 @@ def forward_eager(
     padded: bool,
     eps: float,
 ) -> Joint:
-    """Sample by sample: what one step writes is still in the cache when the next reads it."""
+    """Norms and rotation run over all rows at once; only joining image and text goes sample by sample."""
+    rows = list(sample_rows(cu_seqlens, cu_seqlens_text, padded))
     shape, joint_shape = joint_shapes(qkv, text_kv, cu_seqlens, max_seqlen, max_seqlen_text, padded)
-    full = shape[:-2].numel() == len(qkv) and joint_shape[:-2].numel() == len(qkv) + len(text_kv)
-    create = qkv.new_empty if full else qkv.new_zeros
-    q, k, v = create(shape), create(joint_shape), create(joint_shape)
     rotation = _rotation(cos, sin, positions, qkv.dtype)
-    for rows in sample_rows(cu_seqlens, cu_seqlens_text, padded):
-        image, text, turn = qkv[rows.image], text_kv[rows.text], rotation[rows.image]
-        _norm(image[:, 0], q_weight, eps, q[rows.q], turn)
-        _norm(image[:, 1], k_weight, eps, k[rows.keys], turn)
-        _norm(text[:, 0], text_k_weight, eps, k[rows.text_keys])
-        v[rows.keys] = image[:, 2]
-        v[rows.text_keys] = text[:, 1]
-    return q, k, v
+    q = _norm(qkv[:, 0], q_weight, eps, rotation)
+    if q.numel() == shape.numel():
+        q = q.view(shape)
+    else:
+        image_rows, q = q, q.new_zeros(shape)
+        for sample in rows:
+            q[sample.q] = image_rows[sample.image]
+    k = _join(
+        _norm(qkv[:, 1], k_weight, eps, rotation), _norm(text_kv[:, 0], text_k_weight, eps), rows, joint_shape
+    )
+    return q, k, _join(qkv[:, 2], text_kv[:, 1], rows, joint_shape)
+
+
+def _join(image: Tensor, text: Tensor, rows: list[SampleRows], shape: torch.Size) -> Tensor:
+    """Keys or values (T, H, D) and (S, H, D) as one tensor of this shape; free rows are zero."""
+    if len(shape) == 3:
+        return torch.cat([part for sample in rows for part in (image[sample.image], text[sample.text])])
+    full = shape[:2].numel() == len(image) + len(text)
+    joint = image.new_empty(shape) if full else image.new_zeros(shape)
+    for sample in rows:
+        joint[sample.keys], joint[sample.text_keys] = image[sample.image], text[sample.text]
+    return joint
 
 
 def _rotation(cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,15 +86,12 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rotation: Tensor | None = None) -> None:
-    """Write RMSNorm(x) * weight, turned, to `out` (rows, H, D)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    result = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
-    torch.mul(x, _reciprocal_rms(x, eps), out=result).mul_(weight)
+def _norm(x: Tensor, weight: Tensor, eps: float, rotation: Tensor | None = None) -> Tensor:
+    """RMSNorm(x) * weight, turned, of x (rows, H, D), in the dtype of x."""
+    result = torch.mul(x, _reciprocal_rms(x, eps)).mul_(weight)
     if rotation is not None:
         _turn_(result, rotation)
-    if result is not out:
-        out.copy_(result)
+    return result.to(x.dtype)
 
 
 def backward_eager(
@@ -106,22 +114,26 @@ def backward_eager(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_qkv, grad_text = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (qkv, text_kv))
-    weights = q_weight, k_weight, text_k_weight
-    grad_weights = [torch.zeros(w.shape, dtype=widen(qkv[:0]).dtype, device=w.device) for w in weights]
+    rows = list(sample_rows(cu_seqlens, cu_seqlens_text, padded))
     rotation = _rotation(cos, sin, positions, qkv.dtype).conj_physical()
-    for rows in sample_rows(cu_seqlens, cu_seqlens_text, padded):
-        image, text, turn = qkv[rows.image], text_kv[rows.text], rotation[rows.image]
-        to_image, to_text = grad_qkv[rows.image], grad_text[rows.text]
-        if not len(image):
-            to_text.zero_()  # no query has read the text of an empty sample
-            continue
-        q, k, text_k = grad_q[rows.q], grad_k[rows.keys], grad_k[rows.text_keys]
-        grad_weights[0] += _norm_backward(image[:, 0], q, q_weight, eps, to_image[:, 0], turn)
-        grad_weights[1] += _norm_backward(image[:, 1], k, k_weight, eps, to_image[:, 1], turn)
-        grad_weights[2] += _norm_backward(text[:, 0], text_k, text_k_weight, eps, to_text[:, 0])
-        to_image[:, 2] = grad_v[rows.keys]
-        to_text[:, 1] = grad_v[rows.text_keys]
+    if padded:
+        grad_q = torch.cat([grad_q[sample.q] for sample in rows])
+    image_k, image_v = (torch.cat([grad[sample.keys] for sample in rows]) for grad in (grad_k, grad_v))
+    text_k, text_v = (torch.cat([_of_text(grad, sample) for sample in rows]) for grad in (grad_k, grad_v))
+    grad_weights = (
+        _norm_backward(qkv[:, 0], grad_q, q_weight, eps, grad_qkv[:, 0], rotation),
+        _norm_backward(qkv[:, 1], image_k, k_weight, eps, grad_qkv[:, 1], rotation),
+        _norm_backward(text_kv[:, 0], text_k, text_k_weight, eps, grad_text[:, 0]),
+    )
+    grad_qkv[:, 2], grad_text[:, 1] = image_v, text_v
+    weights = q_weight, k_weight, text_k_weight
     return grad_qkv, grad_text, *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True))
+
+
+def _of_text(grad: Tensor, sample: SampleRows) -> Tensor:
+    """Gradient of a sample's text; no query reads the text of a sample without image, so it is zero."""
+    text = grad[sample.text_keys]
+    return text if sample.image.start < sample.image.stop else torch.zeros_like(text)
 
 
 def _norm_backward(

@@ -3,8 +3,6 @@
 import importlib
 import json
 import os
-import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -349,42 +347,3 @@ def test_output_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         recording.write(tmp_path / "file" / "out.json", {})
-
-
-FAKE_PYTHON = """#!/usr/bin/env bash
-case "$*" in
-    -c*) [ -n "${FAKE_GPU:-}" ] && echo "$FAKE_GPU" ;;
-    *jit_1024.json*) exit 3 ;;
-    *) echo "ran $*" ;;
-esac
-"""
-
-
-def gpu_report(folder, gpu):
-    python = folder / "python"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    # Only what the script itself needs, so that nvcc is not found and nothing is built.
-    for tool in ("bash", "env", "dirname", "date", "mkdir", "find"):
-        (folder / tool).symlink_to(shutil.which(tool))
-    environment = {"PATH": str(folder), "PYTHON": str(python), "FAKE_GPU": gpu}
-    script = BENCHMARKS / "gpu_report.sh"
-    return subprocess.run(
-        ["bash", script, "--set", "a.b=1"], env=environment, capture_output=True, text=True, timeout=60
-    )
-
-
-def test_gpu_report_goes_on_after_a_failure(tmp_path):
-    done = gpu_report(tmp_path, "NVIDIA H200")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "failed: throughput of jit_1024 (exit code 3)" in done.stdout
-    assert "ran -m pytest -q -m cuda" in done.stdout
-    after = next(line for line in done.stdout.splitlines() if "ran" in line and "jit_1024_tread" in line)
-    assert "throughput-jit_1024_tread-NVIDIA-H200-" in after
-    assert after.endswith("--set a.b=1")
-
-
-def test_gpu_report_needs_a_gpu(tmp_path):
-    done = gpu_report(tmp_path, "")
-    assert done.returncode == 64
-    assert "no CUDA device" in done.stderr

@@ -23,6 +23,8 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchron
 
 MAY_WAIT = {
     ("packed.py", "sample_slices"): "reads the offsets of CPU tensors",
+    ("flow_loss.py", "_forward_eager"): "plain PyTorch, for the CPU and FP64",
+    ("sample_route.py", "sample_route"): "only where the caller does not know the lengths",
     ("denoiser.py", "predict"): "the dense form that sampling uses",
 }
 """Functions outside the step on a GPU, by file, each with the reason."""

@@ -1,0 +1,292 @@
+"""Does routing save the time it should? Ours and diffusers' PRX, dense, TREAD and SPRINT, in one run.
+
+python benchmarks/routing.py
+python benchmarks/routing.py --rounds 20 --width 256 --output routing.json
+python benchmarks/routing.py --device cuda --compile --width 1792 --image-tokens 1024 --batch 16
+
+Six training steps (forward and backward, no optimizer) of a PRX network on the same batch and weights: dense,
+TREAD with 50 % and SPRINT with 75 % of the tokens bypassing blocks 2 to depth - 4, each by our engine and by
+diffusers' modules with the routing of Photoroom/PRX (`peer.py`). A round runs each once, every second round
+in reverse order, so that a machine which slows down slows all of them. Medians over the rounds. On a CPU that
+others use as well, the processor time of the process says more than the clock; both are given.
+
+Captions have between a quarter and three quarters of --text-tokens. The peer computes on the padded text,
+ours on packed text; both sides' FLOPs are counted for what that side is given, by `engine/model/flops.py`.
+
+On CUDA the result is also written as JSON to benchmarks/results/, elsewhere only with --output.
+"""
+
+import sys
+from pathlib import Path
+
+import activation_memory
+import recording
+import training_steps as steps
+from columns import aligned
+
+if __name__ == "__main__":
+    # A script's own folder is searched first; names in it must not stand in for installed packages.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from millrace.engine.cli import command_parser, run_command
+from millrace.engine.config import Config
+from millrace.engine.config_file import parse_config
+from millrace.engine.errors import UserError
+from millrace.engine.model.flops import training_flops
+
+SIDES = ("ours", "peer")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""Relative difference of the two sides' dense losses above which they are not the same computation."""
+SEED = 0
+
+
+class Contestant(NamedTuple):
+    """One of the six steps."""
+
+    forward: Callable[[], Tensor]
+    parameters: list[nn.Parameter]
+    flops: float
+    """Model FLOPs of the step, all samples."""
+
+
+def network(width: int, depth: int) -> Config:
+    """PRX of this width and depth, in the proportions of PRX-1.2B: heads of 64, MLP 3.5, text 9/7 as wide."""
+    if width % 64:
+        raise UserError(f"--width is {width}, expected a multiple of 64, the size of a head")
+    model = {"width": width, "depth": depth, "heads": width // 64, "context_dim": width * 9 // 7}
+    return parse_config({"model": model, "run": {"seed": SEED}}, "benchmark")
+
+
+def contestants(arguments: argparse.Namespace) -> dict[tuple[str, str], Contestant]:
+    """All steps by (side, variant), on one batch and one set of weights; dense losses are checked equal."""
+    config = network(arguments.width, arguments.depth)
+    device, dtype = arguments.device, arguments.dtype
+    edge = math.isqrt(arguments.image_tokens)
+    if edge**2 != arguments.image_tokens:
+        raise UserError(f"--image-tokens is {arguments.image_tokens}, expected a square number")
+    torch.manual_seed(SEED)
+    full = arguments.text_tokens
+    lengths = [round(n) for n in np.linspace(full / 4, 3 * full / 4, arguments.batch).tolist()]
+    batch = steps.random_batch(config, arguments.batch, (edge, edge), full, lengths, device)
+    batch = batch.cast(dtype)
+
+    found: dict[tuple[str, str], Contestant] = {}
+    for variant in arguments.variants:
+        routed = steps.variant_config(config, variant)
+        denoiser = steps.build_denoiser(routed, SEED)
+        denoiser.to(device, dtype)
+        peer = steps.build_peer(denoiser, routed)
+        if arguments.compile:
+            for block in (*denoiser.blocks, *peer.model.blocks):
+                block.compile()
+        for side, module, step, text in (
+            ("ours", denoiser, steps.OurStep, lengths),
+            ("peer", peer, steps.PeerStep, [full] * len(lengths)),
+        ):
+            flops = sum(training_flops(routed, arguments.image_tokens, n) for n in text)
+            found[side, variant] = Contestant(
+                step(module, routed, batch).forward, list(module.parameters()), flops
+            )
+    ours, peer = (found[side, "dense"].forward().item() for side in SIDES)
+    if not math.isclose(ours, peer, rel_tol=TOLERANCE[dtype]):
+        raise RuntimeError(f"the dense losses differ: {ours} and {peer}; the two sides do different work")
+    return found
+
+
+class Sample(NamedTuple):
+    """One step in one round, in seconds."""
+
+    clock: float
+    processor: float
+    """Of all threads of this process; on CUDA the host's work alone."""
+
+
+def time_rounds(
+    found: Mapping[tuple[str, str], Contestant], rounds: int, warmup: int, device: torch.device
+) -> dict[tuple[str, str], list[Sample]]:
+    """Each step in each round after `warmup` others; rounds alternate in direction."""
+    samples: dict[tuple[str, str], list[Sample]] = {name: [] for name in found}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(warmup + rounds):
+            for name in list(found) if i % 2 == 0 else reversed(found):
+                _wait_for(device)
+                started = Sample(time.perf_counter(), time.process_time())
+                steps.run(found[name].forward, found[name].parameters)
+                _wait_for(device)
+                ended = Sample(time.perf_counter(), time.process_time())
+                if i >= warmup:
+                    samples[name].append(Sample(*(b - a for a, b in zip(started, ended, strict=True))))
+                for parameter in found[name].parameters:
+                    parameter.grad = None
+    finally:
+        gc.enable()
+    return samples
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarise(
+    found: Mapping[tuple[str, str], Contestant],
+    samples: Mapping[tuple[str, str], list[Sample]],
+    memory: Mapping[tuple[str, str], int],
+) -> list[dict[str, Any]]:
+    """One row per step: times, FLOPs, memory, and how they relate to the dense step and to the peer."""
+    clock = {name: float(np.median([s.clock for s in own])) for name, own in samples.items()}
+    processor = {name: float(np.median([s.processor for s in own])) for name, own in samples.items()}
+    rows = []
+    for name, contestant in found.items():
+        (side, variant), seconds = name, [s.clock for s in samples[name]]
+        dense, peer = (side, "dense"), ("peer", variant)
+        p20, p80 = np.percentile(seconds, (20, 80)).tolist()
+        flop_ratio = contestant.flops / found[dense].flops
+        rows.append(
+            {
+                "side": side,
+                "variant": variant,
+                "flops": contestant.flops,
+                "flop_ratio": flop_ratio,
+                "seconds_median": clock[name],
+                "seconds_p20": p20,
+                "seconds_p80": p80,
+                "time_ratio_to_peer": clock[name] / clock[peer],
+                "saved_time_per_saved_flops": _saved(clock[name] / clock[dense], flop_ratio),
+                "processor_seconds_median": processor[name],
+                "processor_ratio_to_peer": processor[name] / processor[peer],
+                "processor_saved_per_saved_flops": _saved(processor[name] / processor[dense], flop_ratio),
+                "peak_bytes": memory[name],
+                "memory_ratio_to_peer": memory[name] / memory[peer],
+                "seconds": seconds,
+                "processor_seconds": [s.processor for s in samples[name]],
+            }
+        )
+    return rows
+
+
+def _saved(time_ratio: float, flop_ratio: float) -> float | None:
+    return (1 - time_ratio) / (1 - flop_ratio) if flop_ratio < 1 else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people, then what the columns mean."""
+    head = ["step", "side", "FLOP ratio", "ms", "p20", "p80", "ours/peer", "saved"]
+    head += ["CPU ms", "ours/peer", "saved", "MiB", "ours/peer"]
+    lines = [head]
+    for row in rows:
+        ours = row["side"] == "ours"
+        lines.append(
+            [
+                row["variant"],
+                row["side"],
+                _ratio(row["flop_ratio"]),
+                *(f"{row[f'seconds_{which}'] * 1e3:.1f}" for which in ("median", "p20", "p80")),
+                _ratio(row["time_ratio_to_peer"]) if ours else "",
+                _ratio(row["saved_time_per_saved_flops"]),
+                f"{row['processor_seconds_median'] * 1e3:.1f}",
+                _ratio(row["processor_ratio_to_peer"]) if ours else "",
+                _ratio(row["processor_saved_per_saved_flops"]),
+                f"{row['peak_bytes'] / 2**20:.1f}",
+                _ratio(row["memory_ratio_to_peer"]) if ours else "",
+            ]
+        )
+    notes = [
+        "FLOP ratio: model FLOPs over those of the same side's dense step",
+        "ms: forward and backward of one step, median with 20th and 80th percentile over the rounds",
+        "saved: share of the dense time saved over share of the dense FLOPs saved",
+        "CPU ms: processor time of this process, median; on CUDA what the host spends",
+        f"MiB: {activation_memory.METHOD}",
+    ]
+    return "\n".join([*aligned(lines, 2), "", *notes])
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def parse() -> argparse.Namespace:
+    """Arguments of the command."""
+    parser = command_parser(__doc__)
+    for name, default, help_text in (
+        ("rounds", 12, "measured rounds"),
+        ("warmup", 2, "rounds before them"),
+        ("width", 384, "features of a token, a multiple of 64"),
+        ("depth", 16, "blocks"),
+        ("batch", 4, "images"),
+        ("image-tokens", 256, "tokens of an image, a square number"),
+        ("text-tokens", 256, "rows of text with padding"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{help_text} (default {default})"
+        )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=tuple(steps.VARIANTS),
+        default=list(steps.VARIANTS),
+        help="which of them beside dense (default all)",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block of both sides")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result here as JSON")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but PyTorch finds no CUDA device here; leave it out")
+    arguments.device = torch.device(arguments.device)
+    arguments.variants = list(dict.fromkeys(("dense", *arguments.variants)))
+    arguments.dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
+    return arguments
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def main() -> int:
+    """Build the six steps, time them, measure their memory, report."""
+    arguments = parse()
+    device = arguments.device
+    found = contestants(arguments)
+    samples = time_rounds(found, arguments.rounds, arguments.warmup, device)
+    memory = {
+        name: activation_memory.peak_bytes(c.forward, c.parameters, device) for name, c in found.items()
+    }
+    rows = summarise(found, samples, memory)
+    options = vars(arguments) | {name: str(vars(arguments)[name]) for name in ("device", "dtype", "output")}
+    print(table(rows))
+    print(f"{device.type}, {arguments.dtype}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
+    output = arguments.output
+    if output is None and device.type == "cuda":
+        output = recording.default_path("routing", device)
+    if output is not None:
+        content = {
+            "benchmark": "routing",
+            **recording.environment(),
+            "threads": torch.get_num_threads(),
+            "options": options,
+            "memory_method": activation_memory.METHOD,
+            "rows": rows,
+        }
+        recording.write(output, content)
+        print(f"written to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,242 @@
+"""The performance page says what the results say, and says so where there are none."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name):
+    """A file of benchmarks/, found as when one of them runs as a script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+performance_page = load("performance_page")
+
+ORIGIN = {
+    "time": "2026-01-02T03:04:05+00:00",
+    "command": "python benchmarks/x.py",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "cpu": "Some CPU",
+    "gpus": [{"name": "NVIDIA H200"}],
+    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+}
+
+
+def timed(implementation, mode, seconds, share=0.5, **others):
+    return {
+        "operation": "geglu",
+        "shape": {"name": "1024"},
+        "implementation": implementation,
+        "mode": mode,
+        "status": "timed",
+        "seconds_median": seconds,
+        "seconds_p20": seconds * 0.9,
+        "seconds_p80": seconds * 1.1,
+        "share_of_ceiling": share,
+        "host_gaps": False,
+    } | others
+
+
+def untimed(implementation, status, reason):
+    return {
+        "operation": "geglu",
+        "shape": {"name": "1024"},
+        "implementation": implementation,
+        "mode": None,
+        "status": status,
+        "reason": reason,
+    }
+
+
+def kernels_result(**others):
+    rows = [
+        timed("eager", "both", 400e-6),
+        timed("torch.compile", "both", 150e-6, host_gaps=True),
+        timed("ours/triton", "both", 100e-6, 0.87),
+        timed("ours/cuda", "both", 120e-6, 0.7),
+        untimed("liger-kernel", "not installed", "No module named 'liger_kernel'"),
+    ]
+    ceilings = {
+        "copy_bytes_per_second": 4.3e12,
+        "gemm_flops_per_second": 790e12,
+        "gemm_edge": 8192,
+        "gemm_dtype": "bfloat16",
+    }
+    result = {
+        "benchmark": "kernels",
+        "device": "cuda",
+        "smoke": False,
+        "file": "a.json",
+        "chart": None,
+        "rows": rows,
+    }
+    return ORIGIN | result | {"ceilings": ceilings} | others
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    wanted = performance_page.page(performance_page.load(performance_page.RESULTS))
+    assert performance_page.PAGE.read_text() == wanted, "run python benchmarks/performance_page.py"
+
+
+def test_without_results_everything_is_said_not_to_be_measured():
+    text = performance_page.page([])
+    assert text.count(performance_page.NEVER) == len(performance_page.OPERATIONS)
+    assert text.count("Not measured") == 2
+    assert "Not counted" in text
+    assert "Not compiled" in text
+
+
+def test_kernels_are_set_beside_their_fastest_peer():
+    text = performance_page.page([kernels_result()])
+    ours, peer = "triton | 100.0 (90.0-110.0) | 87%", "torch.compile (host gaps) | 150.0 | 1.50"
+    assert f"| `geglu` | 1024 | both | {ours} | {peer} |" in text
+    assert "copy 4300 GB/s, bfloat16 product of 8192 x 8192 790.0 TFLOP/s" in text
+    assert "- `geglu`, liger-kernel: not installed (1024): No module named 'liger_kernel'" in text
+    assert "commit 0123456789ab, torch 2.11.0" in text
+    assert f"| `geglu` | {performance_page.NEVER} |" not in text
+    assert f"| `rope_attention` | {performance_page.NEVER} |" in text
+
+
+@pytest.mark.parametrize("other", [{"smoke": True}, {"device": "cpu"}])
+def test_trial_runs_and_cpus_are_no_gpu_measurement(other):
+    text = performance_page.page([kernels_result(**other)])
+    assert text.count(performance_page.NEVER) == len(performance_page.OPERATIONS)
+
+
+def test_a_kernel_that_was_wrong_on_the_gpu_was_not_measured():
+    rows = [
+        timed("eager", "both", 1e-3),
+        untimed("ours/triton", "wrong", "RMS error is 7 times the allowed one"),
+    ]
+    text = performance_page.page([kernels_result(rows=rows)])
+    assert "- `geglu`, ours/triton: wrong (1024): RMS error is 7 times" in text
+    assert "| `geglu` | 1024 | both | none | - | - | eager | 1000.0 | - |" in text
+    assert f"| `geglu` | {performance_page.NEVER} |" in text
+
+
+def test_the_newest_result_of_each_gpu_counts(tmp_path):
+    old = kernels_result(rows=[timed("ours/triton", "both", 777e-6)], time="2026-01-01T00:00:00+00:00")
+    other = kernels_result(rows=[timed("ours/triton", "both", 333e-6)], gpus=[{"name": "NVIDIA A100"}])
+    for name, result in {"z": old, "a": kernels_result(), "b": other}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    (tmp_path / "a.svg").touch()
+    text = performance_page.page(performance_page.load(tmp_path))
+    assert "777.0" not in text
+    assert "### NVIDIA H200" in text
+    assert "### NVIDIA A100" in text
+    assert "`a.json`" in text
+    assert "(../benchmarks/results/a.svg)" in text
+    assert ".svg" not in text.replace("a.svg", "")
+
+
+def test_training_steps():
+    row = {
+        "config": "jit_1024",
+        "overrides": [],
+        "smoke": False,
+        "device": "cuda",
+        "devices": 1,
+        "conditioning": "cached",
+        "step_seconds_median": 0.5,
+        "step_seconds_p20": 0.4,
+        "step_seconds_p80": 0.6,
+        "images_per_second_per_device": 64.0,
+        "mfu": 0.451,
+        "peak_memory_bytes": 50 * 2**30,
+    }
+    result = ORIGIN | {"benchmark": "throughput", "file": "t.json", "rows": [row, row | {"device": "cpu"}]}
+    text = performance_page.page([result])
+    assert "| 1 x NVIDIA H200 | `jit_1024` | cached | 500.0 (400.0-600.0) | 64.0 | 45.1% | 50.0 |" in text
+    assert text.count("`jit_1024`") == 1
+
+
+def test_routing_on_a_cpu_is_called_so():
+    row = {
+        "seconds_median": 1.0,
+        "seconds_p20": 0.9,
+        "seconds_p80": 1.1,
+        "flop_ratio": 0.65,
+        "time_ratio_to_peer": 0.7,
+        "saved_time_per_saved_flops": 0.91,
+        "processor_seconds_median": 2.0,
+        "processor_ratio_to_peer": 0.8,
+        "saved_processor_time_per_saved_flops": None,
+        "peak_bytes": 2**30,
+        "memory_ratio_to_peer": 0.4,
+        "variant": "tread",
+    }
+    names = ("width", "depth", "batch", "image_tokens")
+    options = dict.fromkeys(names, 4) | {"device": "cpu", "dtype": "torch.float32", "compile": False}
+    result = {
+        "benchmark": "routing",
+        "file": "r.json",
+        "options": options,
+        "threads": 2,
+        "memory_method": "m",
+    }
+    rows = [row | {"side": "ours"}, row | {"side": "peer"}]
+    text = performance_page.page([ORIGIN | result | {"rows": rows}])
+    assert "### Some CPU (CPU)" in text
+    assert "On a GPU: not measured." in text
+    times, cpu, memory = "0.650 | 1000.0 (900.0-1100.0)", "2000.0 | 0.800 | -", "1024.0 | 0.400"
+    assert f"| tread | ours | {times} | 0.700 | 0.91 | {cpu} | {memory} |" in text
+    assert f"| tread | peer | {times} |  | 0.91 | 2000.0 |  | - | 1024.0 |  |" in text
+
+
+def test_traffic_and_its_roofline():
+    row = {
+        "config": "latent_256",
+        "overrides": ["data.micro_batch=8"],
+        "variant": "dense",
+        "side": "ours",
+        "totals": {
+            kind: {"bytes": size * 10**9} for kind, size in (("gemm", 3), ("attention", 1), ("other", 2))
+        },
+        "other_bytes_to_peer": 0.164,
+        "kernels": 680,
+        "roofline_seconds": {"step": 0.0616},
+        "time_to_peer": 0.565,
+        "mfu_bound": 0.663,
+    }
+    names = ("gemm", "attention_forward", "attention_backward", "peak")
+    ceilings = {f"{name}_flops_per_second": 5e14 for name in names} | {"copy_bytes_per_second": 4.3e12}
+    result = ORIGIN | {"benchmark": "traffic", "file": "t.json", "ceilings": ceilings, "rows": [row]}
+    text = performance_page.page([result])
+    name, counted = "`latent_256` `data.micro_batch=8`", "3.00 | 1.00 | 2.00 | 0.164 | 680"
+    assert f"| {name} | dense | ours | {counted} | 61.60 | 0.565 | 66.3% |" in text
+    assert "4.3 TB/s in all else" in text
+    assert "is no measurement" in text
+
+
+def test_compiled_kernels_show_the_most_that_any_launch_takes():
+    kernel = {
+        "file": "geglu",
+        "kernel": "_forward_kernel",
+        "architecture": 90,
+        "registers": 40,
+        "spill_bytes": 0,
+        "static_shared_bytes": 1024,
+        "dynamic_shared_bytes": 0,
+        "instructions": [],
+    }
+    other = kernel | {"registers": 64, "dynamic_shared_bytes": 2048, "instructions": ["wgmma"]}
+    versions = {"triton": "3.7.1", "ptxas": "12.8"}
+    result = {
+        "benchmark": "resources",
+        "versions": versions,
+        "kernels": [kernel, other],
+        "file": "resources.json",
+    }
+    text = performance_page.page([result])
+    assert "| `geglu` | `_forward_kernel` | 90 | 2 | 64 | 0 | 3.0 | wgmma |" in text
+    assert "triton 3.7.1, ptxas 12.8" in text
