@@ -19,7 +19,7 @@ STEP = sorted(
     for path in ROOT.glob(pattern)
 )
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize"}
-"""Methods and functions that copy from the device to the host, or whose result's size only the device knows."""
+"""Calls that copy from the device to the host, or whose result has a size that only the device knows."""
 
 MAY_WAIT = {
     ("packed.py", "sample_slices"): "reads the offsets of CPU tensors",
