@@ -197,7 +197,7 @@ def routing_section(results: list[Result]) -> str:
                     _saved(row["saved_time_per_saved_flops"]),
                     f"{row['processor_seconds_median'] * 1e3:.1f}",
                     f"{row['processor_ratio_to_peer']:.3f}" if ours else "",
-                    _saved(row["saved_processor_time_per_saved_flops"]),
+                    _saved(row["processor_saved_per_saved_flops"]),
                     f"{row['peak_bytes'] / 2**20:.1f}",
                     f"{row['memory_ratio_to_peer']:.3f}" if ours else "",
                 ]

@@ -170,7 +170,7 @@ def test_routing_on_a_cpu_is_called_so():
         "saved_time_per_saved_flops": 0.91,
         "processor_seconds_median": 2.0,
         "processor_ratio_to_peer": 0.8,
-        "saved_processor_time_per_saved_flops": None,
+        "processor_saved_per_saved_flops": None,
         "peak_bytes": 2**30,
         "memory_ratio_to_peer": 0.4,
         "variant": "tread",
