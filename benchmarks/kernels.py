@@ -27,7 +27,7 @@ from accuracy import Function, Gate, Verdict, as_tuple, output_gradients
 from attention_cases import rope_attention_case
 from operation_cases import OPERATIONS as OTHERS
 from operation_cases import Operation
-from operations import MODES, Case, Setting, Shape, full_shapes, small_shapes
+from operations import MODES, Case, NotApplicable, Setting, Shape, full_shapes, small_shapes
 
 if __name__ == "__main__":
     # A script's own folder is searched first; this file must not stand in for the package named `kernels`.
@@ -156,7 +156,7 @@ def _try(make: Callable[[], Any]) -> tuple[Any, tuple[str, str] | None]:
         return make(), None
     except ImportError as error:
         return None, ("not installed", _first_line(error))
-    except NotImplementedError as error:
+    except NotApplicable as error:
         return None, ("not applicable", _first_line(error))
     except torch.cuda.OutOfMemoryError as error:
         return None, ("failed", f"out of memory: {_first_line(error)}")

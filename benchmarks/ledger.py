@@ -137,7 +137,9 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     if enable_gqa:
-        raise NotImplementedError("grouped queries are not part of the networks compared")
+        raise ValueError(
+            "enable_gqa is True; the ledger counts attention with as many key heads as query heads"
+        )
     if attn_mask is None:
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale

@@ -5,7 +5,18 @@ from typing import NamedTuple
 
 import torch
 from accuracy import Function
-from operations import EPS, Build, Case, Setting, Shape, Work, arithmetic_work, memory_work, moved
+from operations import (
+    EPS,
+    Build,
+    Case,
+    NotApplicable,
+    Setting,
+    Shape,
+    Work,
+    arithmetic_work,
+    memory_work,
+    moved,
+)
 from torch import Tensor
 
 from millrace.kernels import (
@@ -304,7 +315,7 @@ def _backends(setting: Setting, ours: Callable[[str], Function]) -> dict[str, Bu
 
     def cuda() -> Function:
         if setting.device.type != "cuda":
-            raise NotImplementedError("csrc needs a CUDA device")
+            raise NotApplicable("csrc needs a CUDA device")
         if not cuda_library.available():
             raise ImportError("csrc is not built: cmake -S . -B build && cmake --build build")
         return ours("cuda")

@@ -77,6 +77,10 @@ class Work:
     flops: float | None = None
 
 
+class NotApplicable(Exception):
+    """An implementation cannot run this case here; the message says why, and the table shows it."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation at one shape."""
