@@ -156,7 +156,7 @@ def _try(make: Callable[[], Any]) -> tuple[Any, tuple[str, str] | None]:
         return make(), None
     except ImportError as error:
         return None, ("not installed", _first_line(error))
-    except NotApplicable as error:
+    except (NotApplicable, NotImplementedError) as error:  # the second is PyTorch's word for it
         return None, ("not applicable", _first_line(error))
     except torch.cuda.OutOfMemoryError as error:
         return None, ("failed", f"out of memory: {_first_line(error)}")
