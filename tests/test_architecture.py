@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "engine.objective": {"kernels", *CONFIG, "engine.errors", "engine.model", "engine.objective"},
     "engine.data": {"engine.config", "engine.errors", "engine.randomness", "engine.data"},
     "engine.conditioning": {"kernels", "engine.config", "engine.errors", "engine.conditioning"},
-    "engine.config": set(),
+    "engine.config": {"engine.config"},
     "engine.config_file": {"engine.config", "engine.errors"},
     "engine.errors": set(),
 }

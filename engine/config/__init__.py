@@ -1,0 +1,98 @@
+"""Everything a user can set: one file for each section, all of them exported here.
+
+A run is one JSON file. `extends` names another file (relative to the first) whose values it starts from;
+`--set a.b=c` overrides single values; unknown keys are refused with the nearest valid name. The file
+that a run resolved to is saved beside its checkpoints.
+
+Units: sizes in pixels or tokens as said, times in optimizer steps unless the name says seconds.
+"""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teacher
+from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
+from millrace.engine.config.data import Data
+from millrace.engine.config.model import AttentionBackend, Model, Routing
+from millrace.engine.config.objective import Objective
+from millrace.engine.config.optimizer import Ema, Optimizer, Schedule
+from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Precision, Run
+from millrace.engine.config.sampling import Sampling
+from millrace.engine.config.section import Section
+
+__all__ = [
+    "ActivationCheckpointing",
+    "Alignment",
+    "AttentionAlignment",
+    "AttentionBackend",
+    "Autoencoder",
+    "Checkpoint",
+    "Conditioning",
+    "Config",
+    "Data",
+    "Ema",
+    "Logging",
+    "Model",
+    "Objective",
+    "Optimizer",
+    "Precision",
+    "Routing",
+    "Run",
+    "Sampling",
+    "Schedule",
+    "Section",
+    "Teacher",
+    "TextTower",
+    "route_end",
+]
+
+
+class Config(Section):
+    """A run."""
+
+    source: str = ""
+    """Where this configuration comes from, e.g. the table and row of a publication that it reproduces."""
+    run: Run = Run()
+    model: Model = Model()
+    objective: Objective = Objective()
+    routing: Routing = Routing()
+    alignment: Alignment = Alignment()
+    conditioning: Conditioning = Conditioning()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    ema: Ema = Ema()
+    precision: Precision = Precision()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    sampling: Sampling = Sampling()
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
+    """Passed to DeepSpeed after a check that it names no key that the engine sets itself."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        model, routing = self.model, self.routing
+        if self.conditioning.autoencoder.kind == "pixels" and model.in_channels != 3:
+            raise ValueError(
+                f"model.in_channels is {model.in_channels}; with conditioning.autoencoder.kind pixels it is 3"
+            )
+        if routing.policy != "none":
+            end = route_end(self)
+            if not routing.start <= end < model.depth:
+                raise ValueError(
+                    f"routing spans blocks {routing.start}..{end} but model.depth is {model.depth}; "
+                    "set routing.start and routing.end inside the depth"
+                )
+        if routing.structured and self.data.aspect == "mixed":
+            raise ValueError("routing.structured needs one grid for all pictures; set data.aspect to square")
+        if self.sampling.weights == "ema" and not self.ema.enabled:
+            raise ValueError("sampling.weights is ema, but ema.enabled is false")
+        if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
+            raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
+        return self
+
+
+def route_end(config: Config) -> int:
+    """Index of the last routed block of the run."""
+    return config.routing.last(config.model.depth)

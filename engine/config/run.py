@@ -1,0 +1,71 @@
+"""The run as a whole: where, how long, on what, in which precision, and what it leaves behind."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from millrace.engine.config.section import Section
+
+
+class ActivationCheckpointing(Section):
+    """What backward recomputes instead of keeping."""
+
+    policy: Literal["none", "full", "selective"] = "none"
+    """`none` keeps every activation; `full` recomputes whole blocks in backward; `selective` keeps the
+    outputs of matrix products and attention and recomputes the element-wise rest."""
+    every: int = Field(1, ge=1)
+    """Apply the policy to every n-th block: 2 halves the memory saved and the work repeated."""
+
+
+class Run(Section):
+    """The run as a whole: where, how long, on what."""
+
+    output_dir: str = "runs/default"
+    """Folder that receives checkpoints, log.jsonl, TensorBoard events and sample grids."""
+    steps: int = Field(100_000, ge=1)
+    """Optimizer steps of the whole run."""
+    seed: int = Field(42, ge=0, lt=2**63)
+    """Base of all randomness: weights, order, noise, time, crops, caption choice and caption drop."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    compile: bool = False
+    """`torch.compile` each block (all blocks share one compiled graph)."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    init_from: str | None = None
+    """Start from these weights instead of random ones: a diffusers folder, a Photoroom/PRX state-dict
+    file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
+    max_bad_steps: int = Field(10, ge=1)
+    """Stop after this many steps in a row were skipped because a loss or gradient was not finite."""
+
+
+class Precision(Section):
+    """What is computed and what is stored in which dtype."""
+
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of matrix products and attention; norms, softmax, RoPE and loss are FP32 in any case."""
+    master: Literal["float32", "bfloat16"] = "float32"
+    """Storage of weights, optimizer state and EMA. `bfloat16` is the post's bug, kept as an experiment."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the gradient reduction between processes."""
+
+
+class Checkpoint(Section):
+    """When the state is saved and how much of it stays."""
+
+    every_steps: int = Field(5_000, ge=1)
+    """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
+    keep: int = Field(3, ge=1)
+    """How many of the newest checkpoints stay."""
+
+
+class Logging(Section):
+    """What a run tells, where."""
+
+    every_steps: int = Field(10, ge=1)
+    """Steps between reads of the device's loss buffer; log.jsonl has every step all the same."""
+    tensorboard: bool = True
+    """Write events to `tensorboard/` in the run's folder."""
+    wandb: bool = False
+    """Weights & Biases, if installed."""
+    project: str = "millrace"
+    """Project name for Weights & Biases."""
