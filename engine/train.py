@@ -84,10 +84,10 @@ def main() -> int:
 
     from millrace.engine.runtime.distributed import wait_for_all
     from millrace.engine.runtime.logs import set_up_logging
-    from millrace.engine.trainer import Trainer
+    from millrace.engine.trainer import train
 
     set_up_logging()
-    Trainer(config, arguments.resume).train()
+    train(config, arguments.resume)
     wait_for_all()
     return 0
 

@@ -1,7 +1,7 @@
 """The training loop, on one page.
 
-Batch ──preparation──▶ Prepared ──flow──▶ noisy tokens, t ──denoiser (+ span)──▶ prediction
-  ──flow.loss──▶ per-sample loss ──DeepSpeed: backward, reduce, step──▶ EMA, log, checkpoint, samples
+Batch ──preparation──▶ Prepared ──flow──▶ noisy tokens, t ──training model (+ span)──▶ Outputs
+  ──losses──▶ terms per sample ──DeepSpeed: backward, reduce, step──▶ EMA, log, checkpoint, samples
 """
 
 import gc
@@ -20,9 +20,12 @@ from millrace.engine.config_file import differences
 from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
+from millrace.engine.grids import training_pictures
+from millrace.engine.introduction import introduction
+from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
-from millrace.engine.model.routing import describe, require_grid, routing_policy
+from millrace.engine.model.routing import require_grid, routing_policy
 from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.optim.adamw import build_optimizer
 from millrace.engine.optim.ema import EmaWeights
@@ -40,14 +43,30 @@ from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import DTYPES, audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
 from millrace.engine.runtime.shards import gather_parameters, local_shards
-from millrace.engine.sampling import Sampler, save_grid
+from millrace.engine.sampling import save_grid
+from millrace.engine.stages import resolve_stages, stage_at
+from millrace.engine.training_model import TrainingModel
+
+
+def train(config: Config, resume: str | None = None, trainer: type["Trainer"] | None = None) -> None:
+    """Train a run through all its stages, each by a `trainer` of its own, or until it is asked to stop."""
+    make = trainer or Trainer
+    current = make(config, resume)
+    while current.train():
+        step = str(current.step)
+        del current  # before the next one allocates
+        gc.unfreeze()
+        gc.collect()
+        current = make(config, step)
 
 
 class Trainer:
-    """One training run: builds its parts in order, resumes, and trains to the last step.
+    """One stage of a training run: builds its parts in order, resumes, and trains to the stage's last step.
+
+    Which stage it is follows from the step of the checkpoint that it resumes from.
 
     Args:
-        config: the resolved configuration.
+        config: the resolved configuration of the whole run.
         resume: None starts anew, "auto" continues from the newest good checkpoint if there is one; a step or
             a folder continues from exactly that one.
 
@@ -60,29 +79,35 @@ class Trainer:
     open_text_tower = staticmethod(open_text_tower)
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
-        self.config = config
+        self.whole = config
         self.output = Path(config.run.output_dir)
         self.device = distributed.choose_device(config.run.device)
         distributed.initialize(self.device)
-        self.stage = zero.zero_stage(config)
+        self.stages = resolve_stages(config)
+        for part in self.stages:
+            zero.accumulation_steps(part.config)
+            zero.deepspeed_config(part.config)
+            self.open_source(part.config.data)
+        make_output(self.output)
+        reader, messages = self._find_checkpoint(resume)
+        self.step = 0 if reader is None else reader.meta["step"]
+        self.stage = stage_at(self.stages, self.step)
+        self.config = config = self.stage.config
+        self.zero_stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
-        zero.deepspeed_config(config)
         seed, compute = config.run.seed, DTYPES[config.precision.compute]
 
         self.source = self.open_source(config.data)
-        make_output(self.output)
         self.data_digest = fingerprint(self.source)
-        reader, messages = self._find_checkpoint(resume)
-        self.step, self.samples, self.skipped, updates = 0, 0, 0, 0
+        self.samples, self.skipped, updates = 0, 0, 0
         if reader is not None:
             saved = reader.meta
-            self.step, self.samples = saved["step"], saved["samples"]
-            self.skipped, updates = saved["skipped"], saved["updates"]
-            if saved["data"] != self.data_digest:
+            self.samples, self.skipped, updates = saved["samples"], saved["skipped"], saved["updates"]
+            if saved["data"] != self.data_digest and self.step > self.stage.data_step:
                 messages.append(
                     "warning: the data set is not the checkpoint's; from here on its order differs"
                 )
-            changed = differences(saved["config"], config.model_dump(mode="json"))
+            changed = differences(saved["config"], self.whole.model_dump(mode="json"))
             if changed:
                 messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
 
@@ -92,38 +117,39 @@ class Trainer:
                 f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
                 f"{autoencoder.channels} channels"
             )
-        tight = check_fits(config, self.stage, distributed.world_size(), autoencoder.factor, self.device)
+        tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
         require_grid(config, autoencoder.factor * config.model.patch_size)
         text = config.conditioning.text
         text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
         denoiser = Denoiser(config.model, config.routing)
+        self.model = TrainingModel(denoiser)
+        self.model.init_weights(seed)
         if reader is not None:
-            state.load_weights(denoiser, reader, str(reader.folder))
-        else:
-            denoiser.init_weights(seed)
-            if config.run.init_from:
-                messages += start_from(denoiser, config.run.init_from)
-        denoiser.to(self.device, DTYPES[config.precision.master])
-        denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.stage == 3)
+            state.load_weights(self.model, reader, str(reader.folder))
+        elif config.run.init_from:
+            messages += start_from(denoiser, config.run.init_from)
+        self.model.to(self.device, DTYPES[config.precision.master])
+        denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.zero_stage == 3)
         if config.run.compile:
             for block in denoiser.blocks:
                 block.compile()
-        self.named_shapes = [(name, tuple(p.shape)) for name, p in denoiser.named_parameters()]
-
-        self.optimizer = build_optimizer(denoiser.parameters(), config.optimizer, self.device)
-        self.engine, wrapped = zero.initialize_engine(config, denoiser, self.optimizer)
         self.denoiser = denoiser
-        self.shards = local_shards(denoiser, wrapped, self.stage)
+        self.named_shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
+
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, self.device)
+        self.engine, wrapped = zero.initialize_engine(config, self.model, self.optimizer)
+        self.shards = local_shards(self.model, wrapped, self.zero_stage)
         self.ema = EmaWeights(config.ema, self.shards) if config.ema.enabled else None
         if reader is not None:
             state.load_optimizer(self.shards, self.optimizer, reader, updates)
             if self.ema is not None:
                 state.load_ema(self.shards, self.ema, reader)
-        require_masters(self.denoiser, self.shards, self.optimizer.state, config.precision)
+        require_masters(self.model, self.shards, self.optimizer.state, config.precision)
 
         self.flow = FlowMatching(config.objective, seed)
+        self.score = Losses(self.flow)
         self.routing = routing_policy(config)
         patch = config.model.patch_size
         self.prepare = Preparation(autoencoder, text_tower, denoiser.layouts, patch, seed, self.device)
@@ -138,21 +164,31 @@ class Trainer:
             first_sample=self.samples,
         )
 
-        self.losses = LossBuffer(config.logging.every_steps, self.device)
+        self.losses = LossBuffer(config.logging.every_steps, self.device, self.score.terms)
         self.records: list[dict[str, Any]] = []
         self.saved_at = self.step if reader is not None else -1
         self.bad_in_row = 0
         self.stop = StopRequests(self.output)
         self.log = RunLog(config, self.output, self.step)
-        self._introduce(messages)
+        if distributed.rank() == 0:
+            replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
+        rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
+        messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
+        if self.step > self.stage.first:
+            messages.append(f"resumed at step {self.step}, sample {self.samples}")
+        for line in messages:
+            self.log.say(line)
 
-    def train(self) -> None:
-        """Train to `run.steps`, or until asked to stop; either way the last state is in a checkpoint."""
+    def train(self) -> bool:
+        """Train to the end of the stage, or until asked to stop; either way with a checkpoint of the end.
+
+        Returns whether another stage follows.
+        """
         config = self.config
         gc.collect()
         gc.freeze()
         try:
-            while self.step < config.run.steps:
+            while self.step < self.stage.last:
                 self.train_step()
                 last, every = self.step == config.run.steps, config.sampling.every_steps
                 if every and (last or self.step % every == 0):
@@ -161,14 +197,17 @@ class Trainer:
                 if request.stop:
                     self.save()
                     self.log.say(f"stopped at step {self.step} ({request.stop}); continue with --resume auto")
-                    return
+                    return False
                 if request.save or self.step % config.checkpoint.every_steps == 0:
                     self.save()
             self.save()
-            self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
             bad = sorted({key for keys in distributed.gather_objects(list(self.stream.bad)) for key in keys})
             if bad:
                 self.log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
+            if self.stage.last < config.run.steps:
+                return True
+            self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
+            return False
         finally:
             self.stream.close()
             self.log.close()
@@ -176,7 +215,9 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
-        lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule, self.config.run.steps)
+        begun, end = self.stage.schedule_step, self.stage.schedule_end
+        peak, schedule = self.config.optimizer.lr, self.config.schedule
+        lr = learning_rate(self.step - begun, peak, schedule, end - begun)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seen: list[tuple[list[str], Tensor]] = []
@@ -185,7 +226,7 @@ class Trainer:
             flops += self._micro_batch(seen)
             self.engine.step()
         flops += self._micro_batch(seen)
-        norm, applied = self._update()
+        norm, applied = zero.apply_gradients(self.engine, self.model, self.optimizer, self.config)
 
         self.step += 1
         self.samples += self.config.data.global_batch
@@ -200,9 +241,10 @@ class Trainer:
     def _micro_batch(self, seen: list[tuple[list[str], Tensor]]) -> float:
         """Forward and backward of one micro-batch; returns its model FLOPs."""
         batch = self.next_batch()
-        per_sample, t = self.sample_losses(batch)
+        terms, t = self.sample_losses(batch)
+        per_sample = sum(terms.values())
         self.engine.backward(per_sample.mean())
-        self.losses.add(per_sample, t)
+        self.losses.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
@@ -211,31 +253,14 @@ class Trainer:
         """The next micro-batch of this process, encoded and packed."""
         return self.prepare(next(self.stream))
 
-    def sample_losses(self, batch: Prepared) -> tuple[Tensor, Tensor]:
-        """Losses (B,) of the batch's samples, and their times (B,)."""
+    def sample_losses(self, batch: Prepared) -> tuple[dict[str, Tensor], Tensor]:
+        """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
         layout, index = batch.layout, batch.sample_index
         t = self.flow.time(index)
         noisy, noise = self.flow.noisy(batch.clean, index, t, layout)
         span = self.routing.draw(layout, self.config.run.seed, index)
-        (prediction,) = self.engine(noisy, t, batch.text, layout, span)
-        return self.flow.loss(prediction, batch.clean, noise, t, layout), t
-
-    def _update(self) -> tuple[float, bool]:
-        """Clip and apply the reduced gradients, unless they are not finite: (their norm, whether applied).
-
-        ZeRO 1 to 3 do this themselves. At stage 0 DeepSpeed would apply NaN, so the norm is taken here.
-        """
-        if self.stage > 0:
-            self.engine.step()
-            return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
-        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
-        norm = float(zero.global_norm(gradients))
-        clip = self.config.optimizer.clip
-        if clip and norm > clip:
-            torch._foreach_mul_(gradients, clip / (norm + 1e-6))
-        self.optimizer.skip = not math.isfinite(norm)
-        self.engine.step()
-        return norm, not self.optimizer.skip
+        outputs = self.engine(noisy, t, batch.text, layout, span)
+        return self.score(outputs, batch, noise, t, span), t
 
     def _record(self, lr: float, norm: float, applied: bool, seconds: float, flops: float) -> None:
         """Keep the step's numbers; write them when the device's loss buffer is full."""
@@ -249,6 +274,8 @@ class Trainer:
             "images_per_second": self.config.data.global_batch / seconds,
             "captions_cut": self.prepare.text_tower.truncated,
         }
+        if len(self.stages) > 1:
+            record["stage"] = self.stage.name
         if peak is not None:
             record["mfu"] = flops / seconds / peak
         self.records.append(record)
@@ -259,6 +286,8 @@ class Trainer:
         if self.losses.filled:
             for record, loss in zip(self.records, self.losses.flush(), strict=True):
                 record["loss"], record["loss_by_time"] = loss.loss, loss.by_time
+                if len(loss.terms) > 1:
+                    record["losses"] = loss.terms
         self.log.records(self.records)
         self.records = []
 
@@ -297,12 +326,12 @@ class Trainer:
             "text_tower": self.prepare.text_tower.identity,
             "autoencoder": self.prepare.autoencoder.identity,
             "data": self.data_digest,
-            "config": self.config.model_dump(mode="json"),
+            "config": self.whole.model_dump(mode="json"),
         }
         folder = save_checkpoint(
             self.output / "checkpoints",
             self.step,
-            state.state_pieces(self.shards, self.optimizer, self.ema, self.denoiser.named_buffers()),
+            state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers()),
             meta,
             keep=self.config.checkpoint.keep,
             rank=distributed.rank(),
@@ -333,54 +362,21 @@ class Trainer:
         config = self.config
         use_ema = self.ema is not None and config.sampling.weights != "model"
         source = self.ema.of if use_ema else _itself
-        weights = gather_parameters(self.named_shapes, self.shards, self.stage, source)
+        weights = gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
         if distributed.rank() != 0:
             for _ in weights:
                 pass
             return
-        with torch.device(self.device):
-            copy = Denoiser(config.model, config.routing)
-        copy.load_state_dict(dict(weights) | dict(self.denoiser.named_buffers()))
-        sampler = Sampler(
-            copy.eval().requires_grad_(False),
-            self.flow,
-            self.prepare.autoencoder,
-            self.prepare.text_tower,
-            self.device,
-            DTYPES[config.precision.compute],
+        held = dict(self.denoiser.named_parameters())
+        whole = {name: weight for name, weight in weights if name in held}
+        whole |= dict(self.denoiser.named_buffers())
+        pictures, prompts = training_pictures(
+            config, whole, self.flow, self.prepare, self.source, self.device
         )
-        prompts = list(config.sampling.prompts) or [
-            self.source.captions(i).long for i in range(min(config.sampling.count, len(self.source)))
-        ]
-        size = (config.data.resolution, config.data.resolution)
-        pictures = sampler(prompts, size, config.sampling, config.run.seed)
         path = self.output / "samples" / f"step-{self.step:08d}.png"
         save_grid(pictures, path)
         replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
         self.log.grid(path, self.step)
-
-    def _introduce(self, messages: list[str]) -> None:
-        """Save the resolved configuration and say what was built."""
-        config = self.config
-        if distributed.rank() == 0:
-            replace_text(self.output / "config.json", config.model_dump_json(indent=2) + "\n")
-        parameters = sum(torch.Size(shape).numel() for _, shape in self.named_shapes)
-        lines = [
-            *messages,
-            f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
-            f"data: {len(self.source)} pictures ({config.data.source}); "
-            f"text: {self.prepare.text_tower.identity}; pictures as {self.prepare.autoencoder.identity}",
-            f"job: {distributed.world_size()} process(es) on {self.device.type}, ZeRO {self.stage}, "
-            f"{self.accumulate} x {config.data.micro_batch} samples per process and step",
-            describe(config),
-        ]
-        lines.append("precision audit:")
-        rows = audit(self.denoiser, self.shards, self.optimizer.state, self.ema, config.precision)
-        lines += [f"  {what:<32} {dtypes}" for what, dtypes in rows]
-        if self.step:
-            lines.append(f"resumed at step {self.step}, sample {self.samples}")
-        for line in lines:
-            self.log.say(line)
 
 
 def _itself(master: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teacher
+from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teacher, check_alignment
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
 from millrace.engine.config.model import AttentionBackend, Model, Routing
 from millrace.engine.config.objective import Objective
-from millrace.engine.config.optimizer import Ema, Optimizer, Schedule
+from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Precision, Run
-from millrace.engine.config.sampling import Sampling
+from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warning, weak_drop
 from millrace.engine.config.section import Section
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Ema",
     "Logging",
     "Model",
+    "Muon",
     "Objective",
     "Optimizer",
     "Precision",
@@ -44,7 +45,9 @@ __all__ = [
     "Section",
     "Teacher",
     "TextTower",
+    "guidance_warning",
     "route_end",
+    "weak_drop",
 ]
 
 
@@ -69,6 +72,9 @@ class Config(Section):
     sampling: Sampling = Sampling()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     """Passed to DeepSpeed after a check that it names no key that the engine sets itself."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """What changes during the run: objects with `at` (steps done before), `name`, and any settings that hold
+    from there on (`engine/stages.py`)."""
 
     @model_validator(mode="after")
     def _agree(self) -> "Config":
@@ -86,8 +92,9 @@ class Config(Section):
                 )
         if routing.structured and self.data.aspect == "mixed":
             raise ValueError("routing.structured needs one grid for all pictures; set data.aspect to square")
-        if self.sampling.weights == "ema" and not self.ema.enabled:
-            raise ValueError("sampling.weights is ema, but ema.enabled is false")
+        check_guidance(self.sampling, routing)
+        check_alignment(self.alignment, model, routing, self.data)
+        check_sampled_average(self.sampling.weights, self.ema)
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
         return self

@@ -33,24 +33,32 @@ class StepLoss:
     """Losses of one step over the global batch."""
 
     loss: float
+    """Mean over the samples of the sum of all terms."""
     by_time: list[float | None]
-    """Mean loss of the samples whose t fell in each interval; None where there were none."""
+    """Mean flow loss of the samples whose t fell in each interval; None where there were none."""
+    terms: dict[str, float]
+    """Mean of each term."""
 
 
 class LossBuffer:
-    """Sums of sample losses for up to `capacity` steps, on the device."""
+    """Sums of sample losses for up to `capacity` steps, on the device. `terms` names what the loss adds up,
+    the first of them also by time."""
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self._rows = torch.zeros(capacity, 1 + 2 * TIME_BINS, dtype=torch.float64, device=device)
+    def __init__(self, capacity: int, device: torch.device, terms: tuple[str, ...] = ("flow",)) -> None:
+        self._terms = terms
+        columns = len(terms) + 2 * TIME_BINS
+        self._rows = torch.zeros(capacity, columns, dtype=torch.float64, device=device)
         self.filled = 0
 
-    def add(self, per_sample: Tensor, t: Tensor) -> None:
-        """Add a micro-batch's losses (B,) at times (B,) to the current step."""
-        row, losses = self._rows[self.filled], per_sample.detach().double()
+    def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
+        """Add a micro-batch's terms (B,) each, at times (B,), to the current step."""
+        row = self._rows[self.filled]
+        parts = torch.stack([losses[term].detach() for term in self._terms]).double()
+        row[: len(parts)] += parts.sum(1)
         interval = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-        row[0] += losses.sum()
-        row[1 : 1 + TIME_BINS].index_add_(0, interval, losses)
-        row[1 + TIME_BINS :].index_add_(0, interval, torch.ones_like(losses))
+        by_time, counts = row[len(parts) :].chunk(2)
+        by_time.index_add_(0, interval, parts[0])
+        counts.index_add_(0, interval, torch.ones_like(parts[0]))
 
     def end_step(self) -> bool:
         """Move to the next step; True when the buffer is full and must be flushed."""
@@ -64,13 +72,13 @@ class LossBuffer:
             dist.all_reduce(rows)
         self._rows.zero_()
         self.filled = 0
-        return [_step_loss(row) for row in rows.tolist()]
+        return [self._step_loss(row) for row in rows.tolist()]
 
-
-def _step_loss(row: list[float]) -> StepLoss:
-    sums, counts = row[1 : 1 + TIME_BINS], row[1 + TIME_BINS :]
-    by_time = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
-    return StepLoss(row[0] / sum(counts), by_time)
+    def _step_loss(self, row: list[float]) -> StepLoss:
+        sums, counts = row[len(self._terms) : -TIME_BINS], row[-TIME_BINS:]
+        by_time = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
+        terms = {term: total / sum(counts) for term, total in zip(self._terms, row, strict=False)}
+        return StepLoss(sum(terms.values()), by_time, terms)
 
 
 class RunLog:
@@ -125,7 +133,7 @@ class RunLog:
             return
         for record in records:
             self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
-            for key, value in record.items():
+            for key, value in (record | record.get("losses", {})).items():
                 if self._board is not None and isinstance(value, int | float) and key != "step":
                     self._board.add_scalar(key, value, record["step"])
             if self._wandb is not None:
@@ -217,6 +225,8 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed: its configuration, made from ours, and its engine."""
 
 import difflib
+import math
 from typing import Any
 
 import torch
@@ -152,6 +153,26 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdam
     except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
         raise UserError(f"deepspeed: {' '.join(str(error).split())}") from error
     return engine, wrapped
+
+
+def apply_gradients(
+    engine: Any, model: nn.Module, optimizer: SkippableAdamW, config: Config
+) -> tuple[float, bool]:
+    """Clip and apply the reduced gradients, unless they are not finite: (their norm, whether applied).
+
+    ZeRO 1 to 3 do this themselves. At stage 0 DeepSpeed would apply NaN, so the norm is taken here.
+    """
+    if zero_stage(config) > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(global_norm(gradients))
+    clip = config.optimizer.clip
+    if clip and norm > clip:
+        torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+    optimizer.skip = not math.isfinite(norm)
+    engine.step()
+    return norm, not optimizer.skip
 
 
 def with_buckets(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -111,10 +111,10 @@ class InstrumentedTrainer(Trainer):
         return batch
 
     def sample_losses(self, batch):
-        losses, t = super().sample_losses(batch)
+        terms, t = super().sample_losses(batch)
         if self.step in self.job.spoiled_gradients:
-            losses = _InfiniteGradient.apply(losses)
-        return losses, t
+            terms["flow"] = _InfiniteGradient.apply(terms["flow"])
+        return terms, t
 
     def train_step(self):
         step, before = self.step, self.fingerprint()
@@ -123,7 +123,7 @@ class InstrumentedTrainer(Trainer):
 
     def fingerprint(self) -> str:
         pieces = [piece.data for piece in state_pieces(self.shards, self.optimizer, self.ema)]
-        parameters = [] if self.stage == 3 else [p.detach() for p in self.denoiser.parameters()]
+        parameters = [] if self.zero_stage == 3 else [p.detach() for p in self.denoiser.parameters()]
         digest = hashlib.sha256()
         for tensor in (*pieces, *parameters):
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())

@@ -23,10 +23,10 @@ def lines(folder):
 
 def test_losses_are_means_over_samples_and_by_time():
     buffer = LossBuffer(2, CPU)
-    buffer.add(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.3]))
-    buffer.add(torch.tensor([4.0, 9.0]), torch.tensor([0.2, 1.0]))
+    buffer.add({"flow": torch.tensor([1.0, 2.0])}, torch.tensor([0.1, 0.3]))
+    buffer.add({"flow": torch.tensor([4.0, 9.0])}, torch.tensor([0.2, 1.0]))
     assert not buffer.end_step()
-    buffer.add(torch.tensor([0.5]), torch.tensor([0.75]))
+    buffer.add({"flow": torch.tensor([0.5])}, torch.tensor([0.75]))
     assert buffer.end_step()
     first, second = buffer.flush()
     assert first.loss == 4.0
@@ -36,11 +36,11 @@ def test_losses_are_means_over_samples_and_by_time():
 
 def test_a_flush_starts_anew():
     buffer = LossBuffer(3, CPU)
-    buffer.add(torch.tensor([1.0]), torch.tensor([0.5]))
+    buffer.add({"flow": torch.tensor([1.0])}, torch.tensor([0.5]))
     buffer.end_step()
     assert [step.loss for step in buffer.flush()] == [1.0]
     assert buffer.flush() == []
-    buffer.add(torch.tensor([3.0]), torch.tensor([0.5]))
+    buffer.add({"flow": torch.tensor([3.0])}, torch.tensor([0.5]))
     buffer.end_step()
     assert [step.loss for step in buffer.flush()] == [3.0]
 
@@ -48,7 +48,7 @@ def test_a_flush_starts_anew():
 def test_sums_are_kept_in_float64():
     buffer = LossBuffer(1, CPU)
     for _ in range(1000):
-        buffer.add(torch.tensor([1e-4, 1e4]), torch.tensor([0.5, 0.5]))
+        buffer.add({"flow": torch.tensor([1e-4, 1e4])}, torch.tensor([0.5, 0.5]))
     buffer.end_step()
     (step,) = buffer.flush()
     tiny, large = (float(torch.tensor(value)) for value in (1e-4, 1e4))
@@ -57,14 +57,14 @@ def test_sums_are_kept_in_float64():
 
 def test_nan_stays_in_its_step():
     buffer = LossBuffer(2, CPU)
-    buffer.add(torch.tensor([math.nan]), torch.tensor([0.5]))
+    buffer.add({"flow": torch.tensor([math.nan])}, torch.tensor([0.5]))
     buffer.end_step()
-    buffer.add(torch.tensor([1.0]), torch.tensor([0.5]))
+    buffer.add({"flow": torch.tensor([1.0])}, torch.tensor([0.5]))
     buffer.end_step()
     first, second = buffer.flush()
     assert math.isnan(first.loss)
     assert second.loss == 1.0
-    buffer.add(torch.tensor([2.0]), torch.tensor([0.5]))
+    buffer.add({"flow": torch.tensor([2.0])}, torch.tensor([0.5]))
     buffer.end_step()
     assert buffer.flush()[0].loss == 2.0
 
