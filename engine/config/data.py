@@ -10,8 +10,9 @@ from millrace.engine.config.section import Section
 class Data(Section):
     """Pictures, captions, crops and batches."""
 
-    source: Literal["builtin", "folder"] = "builtin"
+    source: Literal["builtin", "digits", "folder"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
+    `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
     `folder`: images with a .txt or .json file of the same name beside each."""
     path: str | None = None
     """Folder of `source: folder`."""

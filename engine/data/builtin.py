@@ -30,7 +30,7 @@ class BuiltinSource:
         entries = json.loads(_LIST.read_text(encoding="utf-8"))
         self._keys = [f"builtin/{entry['name']}" for entry in entries]
         self._captions = [Captions(entry["long"], entry["short"]) for entry in entries]
-        self._paths = [_installed(entry["package"], entry["file"]) for entry in entries]
+        self._paths = [installed(entry["package"], entry["file"]) for entry in entries]
         self._decoded: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class BuiltinSource:
         return self._decoded[index]
 
 
-def _installed(package: str, file: str) -> Path:
+def installed(package: str, file: str) -> Path:
     """Path of a file inside an installed package, found without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:

@@ -5,6 +5,7 @@ import json
 
 from millrace.engine.config import Data
 from millrace.engine.data.builtin import BuiltinSource
+from millrace.engine.data.digits import DigitsSource
 from millrace.engine.data.folder import FolderSource
 from millrace.engine.data.pictures import Source
 
@@ -21,4 +22,6 @@ def open_source(config: Data) -> Source:
     """Open `data.source`; raises UserError where its pictures or captions are not as they should be."""
     if config.source == "builtin":
         return BuiltinSource()
+    if config.source == "digits":
+        return DigitsSource()
     return FolderSource(config.path)
