@@ -1,7 +1,8 @@
 """`--smoke`: any configuration made small enough to run all its code on a CPU in under a minute.
 
-Kept: prediction type, routing, kinds of towers (tiny ones with random weights of the real classes), solver,
-ZeRO stage, precision. Shrunk: every dimension. Not run: `torch.compile`, which takes longer than the rest.
+Kept: prediction type, routing, alignment, kinds of towers (tiny ones with random weights of the real
+classes), optimizer, solver, ZeRO stage, precision, and the stages, two steps each. Shrunk: every dimension.
+Not run: `torch.compile`, which takes longer than the rest.
 """
 
 import os
@@ -13,21 +14,65 @@ from typing import Any
 from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
 from millrace.engine.config import Config
 from millrace.engine.config_file import dict_from_overrides, merge, parse_config
+from millrace.engine.stages import Stage, resolve_stages
 
 SUFFIX = "-smoke"
 """Added to the run's folder, so that trying a configuration never touches its runs."""
 _GRID = 8
 """Tokens along the edge of a smoke picture; structured routes need a multiple of 4."""
+_STAGE_STEPS = 2
 
 
 def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The small version of `config`; `overrides` (`a.b=c`) have the last word."""
+    stages, last_word = resolve_stages(config), dict_from_overrides(overrides)
+    steps = max(4, _STAGE_STEPS * len(stages))
+    parts = []
+    for stage in stages:
+        larger = min(max(round(stage.config.data.resolution / stages[0].config.data.resolution), 1), 2)
+        values = merge(
+            merge(stage.config.model_dump(mode="json"), _small(stage.config, steps, larger)), last_word
+        )
+        shrunk = parse_config(values, "--smoke")
+        parts.append(merge(values, _tiny_networks(shrunk)))
+    whole = parts[0] | {"stages": [_stage(stage, parts) for stage in stages[1:]]}
+    return parse_config(whole, "--smoke")
+
+
+def _stage(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a small stage overrides: all that is not as in the one before, and what it begins anew."""
+    now = parts[stage.number]
+    changed = _changes(parts[stage.number - 1], now)
+    if stage.schedule_step == stage.first:
+        changed["schedule"] = now["schedule"]
+    if stage.data_step == stage.first:
+        changed["data"] = now["data"]
+    return {"name": stage.name, "at": _STAGE_STEPS * stage.number, **changed}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The part of nested `new` that differs from `old`."""
+    changed: dict[str, Any] = {}
+    for key, value in new.items():
+        if value == old.get(key):
+            continue
+        nested = isinstance(value, dict) and isinstance(old.get(key), dict)
+        changed[key] = _changes(old[key], value) if nested else value
+    return changed
+
+
+def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
+    """What replaces the settings of one stage; `larger` multiplies the edge of its pictures."""
     model, conditioning = config.model, config.conditioning
-    patch = min(model.patch_size, 4)
-    output = config.run.output_dir + SUFFIX
-    depth = min(model.depth, 6)
-    small: dict[str, Any] = {
-        "run": {"output_dir": output, "steps": 4, "device": "cpu", "compile": False, "init_from": None},
+    patch, depth = min(model.patch_size, 4), min(model.depth, 6)
+    return {
+        "run": {
+            "output_dir": config.run.output_dir + SUFFIX,
+            "steps": steps,
+            "device": "cpu",
+            "compile": False,
+            "init_from": None,
+        },
         "model": {
             "width": 64,
             "heads": 2,
@@ -38,11 +83,15 @@ def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config
             "context_dim": 32,
         },
         "routing": {"start": max(min(config.routing.start, depth - 4), 0), "end": None},
+        "alignment": {
+            "block": min(config.alignment.block, depth // 2),
+            "attention": {"blocks": [depth - 2, depth - 1], "teacher_layers": [0, 1], "heads": 2},
+        },
         "conditioning": {"text": {"max_tokens": 64}},
         "data": {
             "source": "builtin",
             "path": None,
-            "resolution": PUBLISHED_FACTOR[conditioning.autoencoder.kind] * patch * _GRID,
+            "resolution": PUBLISHED_FACTOR[conditioning.autoencoder.kind] * patch * _GRID * larger,
             "upscale": True,
             "global_batch": 4,
             "micro_batch": 2,
@@ -52,30 +101,27 @@ def smoke(config: Config, overrides: list[str] | tuple[str, ...] = ()) -> Config
         "ema": {"every": 1, "start": 0},
         "checkpoint": {"every_steps": 2, "keep": 2},
         "logging": {"every_steps": 2, "wandb": False},
-        "sampling": {"every_steps": 4, "prompts": [], "count": 2, "steps": 2},
+        "sampling": {"every_steps": steps, "prompts": [], "count": 2, "steps": 2},
     }
-    values = merge(merge(config.model_dump(mode="json"), small), dict_from_overrides(overrides))
-    shrunk = parse_config(values, "--smoke")
-    return parse_config(merge(values, {"conditioning": _tiny_towers(shrunk)}), "--smoke")
 
 
-def _tiny_towers(config: Config) -> dict[str, Any]:
-    """Paths of small random instances of the configured towers, made under the output folder."""
+def _tiny_networks(config: Config) -> dict[str, Any]:
+    """Paths of small random instances of the configured frozen networks, made under the output folder."""
     text, autoencoder = config.conditioning.text, config.conditioning.autoencoder
-    paths: dict[str, Any] = {}
+    towers: dict[str, Any] = {}
     folder = Path(config.run.output_dir) / "towers"
     if text.kind != "hash":
         from millrace.engine.conditioning.tiny import tiny_text_tower
 
         dim = config.model.context_dim
         path = _made(folder / f"{text.kind}-{dim}", lambda new: tiny_text_tower(text.kind, dim, new))
-        paths["text"] = {"path": path}
+        towers["text"] = {"path": path}
     if autoencoder.kind != "pixels":
         from millrace.engine.conditioning.tiny import tiny_autoencoder
 
         path = _made(folder / autoencoder.kind, lambda new: tiny_autoencoder(autoencoder.kind, new))
-        paths["autoencoder"] = {"path": path}
-    return paths
+        towers["autoencoder"] = {"path": path}
+    return {"conditioning": towers}
 
 
 def _made(folder: Path, make: Callable[[Path], Path]) -> str:

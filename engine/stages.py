@@ -59,13 +59,14 @@ def resolve_stages(config: Config) -> list[Stage]:
     """
     base = config.model_dump(mode="json") | {"stages": []}
     parts: list[tuple[int, str, dict[str, Any]]] = [(0, "", {})]
+    before = -1
     for i, given in enumerate(config.stages):
         at = given.get("at")
         where = f"stages[{i}]"
         if type(at) is not int or at < 0:
             raise UserError(f"{where}: at is {at!r}; it is the number of steps done before the stage begins")
-        if at < parts[-1][0] or (at == parts[-1][0] and len(parts) > 1):
-            raise UserError(f"{where}: at is {at}, but the stage before it begins at {parts[-1][0]}")
+        if at <= before:
+            raise UserError(f"{where}: at is {at}, but the stage before it begins at {before}")
         if at >= config.run.steps:
             raise UserError(f"{where}: at is {at}, but the run ends after run.steps {config.run.steps}")
         name = given.get("name", f"stage {i + 1}")
@@ -74,6 +75,7 @@ def resolve_stages(config: Config) -> list[Stage]:
         overrides = {key: value for key, value in given.items() if key not in _OWN}
         if at == 0:
             parts = []
+        before = at
         parts.append((at, name, overrides))
     return _with_origins(_configured(base, parts), config.run.steps)
 

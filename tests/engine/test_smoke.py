@@ -18,7 +18,7 @@ def shipped():
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
 def test_small_but_the_same_kind(path, tmp_path, monkeypatch):
     config = load_config(path, [f"run.output_dir={tmp_path}/run"])
-    monkeypatch.setattr("millrace.engine.smoke._tiny_towers", lambda config: {})
+    monkeypatch.setattr("millrace.engine.smoke._tiny_networks", lambda config: {})
     small = smoke(config)
     assert small.objective == config.objective
     assert small.routing.policy == config.routing.policy
