@@ -1,21 +1,93 @@
-"""Pictures, captions, crops and batches."""
+"""Pictures, captions, mixtures, crops and batches."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from millrace.engine.config.section import Section
 
+LAST_STEP = 10_000_000
+"""Last step that a schedule may name: what a mixture gives is counted step by step up to there."""
+
+Points = tuple[tuple[int, float], ...]
+"""(optimizer step, value) of a piecewise linear function of the step, constant before and after."""
+
+
+def _scheduled(high: float | None) -> BeforeValidator:
+    """Checks a number or a list of points, values in [0, high], with one line for whatever is wrong."""
+    bounds = "at least 0" if high is None else f"from 0 to {high:g}"
+
+    def number(value: Any, where: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where} is {value!r}; it is a number or a list of [step, value]")
+        if not 0 <= value <= (float("inf") if high is None else high) or value == float("inf"):
+            raise ValueError(f"{where} is {value:g}; it must be {bounds}")
+        return float(value)
+
+    def check(value: Any) -> float | Points:
+        if not isinstance(value, list | tuple):
+            return number(value, "the value")
+        if not value:
+            raise ValueError("the list of [step, value] is empty; give it a point or write a number")
+        points: list[tuple[int, float]] = []
+        for i, point in enumerate(value):
+            if not isinstance(point, list | tuple) or len(point) != 2:
+                raise ValueError(f"point {i} is {point!r}; write it as [step, value]")
+            step = point[0]
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LAST_STEP:
+                raise ValueError(f"the step of point {i} is {step!r}; it is a whole number to {LAST_STEP}")
+            if points and step <= points[-1][0]:
+                raise ValueError(
+                    f"step {step} comes after step {points[-1][0]}; list the points by increasing step"
+                )
+            points.append((step, number(point[1], f"the value at step {step}")))
+        return tuple(points)
+
+    return BeforeValidator(check)
+
+
+ScheduledShare = Annotated[float | Points, _scheduled(1.0)]
+"""A number in [0, 1], or [[step, number], ...]: linear in between, constant before and after."""
+ScheduledWeight = Annotated[float | Points, _scheduled(None)]
+"""A number >= 0, or [[step, number], ...]: linear in between, constant before and after."""
+
+
+class Part(Section):
+    """One data set of a mixture."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Names the part in keys, log and errors: letters, digits, `_`, `.` and `-`."""
+    source: Literal["builtin", "digits", "folder"] = "folder"
+    """As `data.source`."""
+    path: str | None = None
+    """As `data.path`."""
+    keys: str | None = None
+    """As `data.keys`."""
+    weight: ScheduledWeight = 1.0
+    """Share of the samples, up to a common factor; a number, or [[step, number], ...] with what lies between
+    interpolated. 0 is allowed as long as another part has more."""
+    long_caption: ScheduledShare | None = None
+    """`data.long_caption` for this part, where it differs."""
+
+    @model_validator(mode="after")
+    def _path(self) -> "Part":
+        _check_path(self, f"part {self.name!r}: ")
+        return self
+
 
 class Data(Section):
-    """Pictures, captions, crops and batches."""
+    """Pictures, captions, mixtures, crops and batches."""
 
-    source: Literal["builtin", "digits", "folder"] = "builtin"
+    source: Literal["builtin", "digits", "folder", "mixture"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
-    `folder`: images with a .txt or .json file of the same name beside each."""
+    `folder`: images with a .txt or .json file of the same name beside each. `mixture`: several of these."""
     path: str | None = None
     """Folder of `source: folder`."""
+    keys: str | None = None
+    """File that lists the pictures to keep, one key a line; null keeps all."""
+    mixture: tuple[Part, ...] = ()
+    """Parts of `source: mixture`."""
     resolution: int = Field(256, ge=1)
     """Edge in pixels of a square picture, or of the square with the same area in `mixed`."""
     aspect: Literal["square", "mixed"] = "square"
@@ -28,8 +100,9 @@ class Data(Section):
     """Share of samples mirrored left to right."""
     upscale: bool = False
     """Allow pictures smaller than the crop to be enlarged; otherwise they are an error."""
-    long_caption: float = Field(0.5, ge=0, le=1)
-    """Share of samples that get the long caption, where a picture has both."""
+    long_caption: ScheduledShare = 0.5
+    """Share of samples that get the long caption, where a picture has both; a number, or
+    [[step, number], ...] with what lies between interpolated."""
     global_batch: int = Field(256, ge=1)
     """Samples of one optimizer step, over all processes and micro-batches."""
     micro_batch: int = Field(32, ge=1)
@@ -39,10 +112,56 @@ class Data(Section):
     prefetch: int = Field(2, ge=1)
     """Micro-batches prepared ahead."""
     max_bad_share: float = Field(0.0, ge=0, lt=1)
-    """Share of unreadable pictures that is tolerated (each counted and named); above it the run stops."""
+    """Share of unreadable pictures that is tolerated (each counted and named); above it the run stops. In a
+    mixture it holds for each part."""
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether sample i depends on how many samples a step has: in mixtures and scheduled captions."""
+        return self.source == "mixture" or not isinstance(self.long_caption, float)
 
     @model_validator(mode="after")
-    def _path(self) -> "Data":
-        if self.source == "folder" and not self.path:
-            raise ValueError("source folder needs data.path")
+    def _sources(self) -> "Data":
+        _check_path(self, "")
+        if self.source == "mixture":
+            _check_mixture(self)
+        elif self.mixture:
+            raise ValueError(f"data.mixture is for source mixture, not {self.source}; set one or the other")
         return self
+
+
+def _check_path(section: Data | Part, where: str) -> None:
+    if section.source == "folder" and not section.path:
+        raise ValueError(f"{where}source folder needs data.path")
+
+
+def _check_mixture(data: Data) -> None:
+    if not data.mixture:
+        raise ValueError("source mixture needs data.mixture, a list of parts")
+    for key in ("path", "keys"):
+        if getattr(data, key) is not None:
+            raise ValueError(
+                f"data.{key} says nothing in a mixture; set it to null and give {key} to the parts"
+            )
+    names = [part.name for part in data.mixture]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two parts of the mixture are named {name!r}; name them apart")
+    # A sum of linear pieces that are not negative is zero somewhere only if it is at one of the points.
+    weights = [part.weight for part in data.mixture]
+    steps = {step for weight in weights if not isinstance(weight, float) for step, _ in weight}
+    for step in sorted(steps or {0}):
+        if not any(value_at(weight, step) for weight in weights):
+            raise ValueError(f"all weights of the mixture are 0 at step {step}; give a part some there")
+
+
+def value_at(value: float | Points, step: int) -> float:
+    """A scheduled value at one optimizer step."""
+    if isinstance(value, float):
+        return value
+    before = [point for point in value if point[0] <= step]
+    after = [point for point in value if point[0] > step]
+    if not before or not after:
+        return (before[-1] if before else after[0])[1]
+    (a, low), (b, high) = before[-1], after[0]
+    return low + (high - low) * (step - a) / (b - a)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,12 @@ class Batch:
     captions: list[str]
     """The caption chosen for each sample; "" where it was dropped."""
     keys: list[str]
-    """Name of each sample for people: "builtin/astronaut", or the path relative to the data folder."""
+    """Name of each sample for people: "builtin/astronaut", or the path relative to the data folder; in a
+    mixture after the name of its part and a slash."""
     sample_index: Tensor
     """(B,) int64: global index of each sample in the training stream, the root of all its randomness."""
+
+    @property
+    def dropped(self) -> Tensor:
+        """(B,) bool: whose caption was dropped. No source has empty captions of its own."""
+        return torch.tensor([not caption for caption in self.captions], dtype=torch.bool)

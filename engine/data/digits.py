@@ -1,8 +1,8 @@
 """The handwritten digits of scikit-learn as captioned pictures: 1,797 scans of 8 x 8 pixels.
 
-They are real data with a measurable content, small enough to train on without a GPU: a classifier says whether
-a sample shows the digit that was asked for, and moments say whether it leans as the caption says. The file
-ships inside scikit-learn (the test part of the "Optical Recognition of Handwritten Digits" set of the UCI
+They are real data with a measurable content, small enough to train on without a GPU: a classifier says
+whether a sample shows the digit that was asked for, and moments say whether it leans as the caption says. The
+file ships inside scikit-learn (the test part of "Optical Recognition of Handwritten Digits" of the UCI
 repository, E. Alpaydin and C. Kaynak); nothing is downloaded.
 
 Captions are computed from the pixels. The short one names the digit. The long one adds nine measures, each in
@@ -26,8 +26,8 @@ from millrace.engine.data.pictures import Captions
 EDGE = 32
 """Pixels of a picture's edge."""
 HELD_OUT = 5
-"""Picture i of the 1,797 is held out if i mod 5 is 4: 359 pictures, never trained on. Neighbours in the file
-often come from one writer, so both parts have all writers: held-out means unseen pictures, not unseen hands."""
+"""Picture i of the 1,797 is held out if i mod 5 is 4: 359 pictures that are never trained on. They are unseen
+pictures, not the hands of unseen writers."""
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS: dict[str, tuple[str, str, str]] = {
     "weight": ("thin", "medium", "bold"),

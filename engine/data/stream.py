@@ -1,13 +1,13 @@
 """The endless stream of training samples.
 
-    global sample i ──▶ epoch i // n, place i % n ──▶ picture ──▶ crop, flip, caption, drop ──▶ Batch
+    global sample i ──▶ place i - origin ──▶ picture (`mixture.py`) ──▶ crop, flip, caption, drop ──▶ Batch
 
 Sample i is the same for any number of processes, micro-batch size, number of threads and point of resumption,
 because each choice about it is drawn from (seed, i, purpose). The only state of the stream is a counter.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Data
+from millrace.engine.config.data import value_at
 from millrace.engine.data.batch import Batch
 from millrace.engine.data.crop import check_resolution, crop_box, cut, output_size
+from millrace.engine.data.mixture import Pool, order_of
 from millrace.engine.data.pictures import Source, UnreadablePicture
 from millrace.engine.errors import UserError
-from millrace.engine.randomness import epoch_order, host_generator
+from millrace.engine.randomness import host_generator
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class _Sample(NamedTuple):
     image: Tensor
     caption: str
     key: str
+    pool: Pool
     bad: tuple[tuple[str, UnreadablePicture], ...]
     """Unreadable pictures, by key, that this sample passed over."""
 
@@ -39,7 +42,12 @@ class SampleStream:
 
     Step k takes the global samples first_sample + [k G, (k + 1) G), G = data.global_batch. Process `rank` of
     `world_size` takes the rank-th contiguous part of G / world_size samples, in parts of data.micro_batch.
-    Epoch e visits every picture once, in the order `epoch_order(seed, e, len(source))`.
+    Epoch e visits every picture once, in the order `epoch_order(seed, e, len(source))`; in a mixture every
+    part has epochs of its own.
+
+    `origin` is (sample, step) of the run at which training on this data set began: epochs and shares of a
+    mixture are counted from there, and sample i belongs to step origin step + (i - origin sample) // G of the
+    run, at which schedules are read. Randomness stays with the sample's number in the run.
 
     `patch` is the edge of a token in pixels; `caption_drop` the share of samples whose caption becomes "".
     `bad` maps the key of each unreadable picture that this process met to the reason. Such a picture is
@@ -60,7 +68,10 @@ class SampleStream:
         rank: int,
         world_size: int,
         first_sample: int = 0,
+        origin: tuple[int, int] = (0, 0),
     ) -> None:
+        if first_sample < origin[0]:
+            raise ValueError(f"first_sample is {first_sample}, before the origin at sample {origin[0]}")
         check_resolution(config, patch)
         _check_division(config, world_size)
         self.bad: dict[str, str] = {}
@@ -72,7 +83,9 @@ class SampleStream:
         self._share = config.global_batch // world_size
         self._first = first_sample + rank * self._share
         self._submitted = 0
-        self._order: tuple[int, np.ndarray] | None = None
+        self._origin_sample, self._origin_step = origin
+        self._order = order_of(source, config, seed, self._origin_step)
+        self._bad_in: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(config.workers, "pictures") if config.workers else None
         self._ahead: deque[tuple[range, list[Future[_Sample]]]] = deque()
         self._closed = False
@@ -86,17 +99,22 @@ class SampleStream:
         try:
             if self._pool is None:
                 indices = self._next_indices()
-                return self._collect(indices, [self._load(i, self._picture(i)) for i in indices])
+                return self._collect(indices, [self._load(i, *self._picture(i)) for i in indices])
             # One more than asked for: the first is the one that is handed out now.
             while len(self._ahead) <= self._config.prefetch:
                 indices = self._next_indices()
-                futures = [self._pool.submit(self._load, i, self._picture(i)) for i in indices]
+                futures = [self._pool.submit(self._load, i, *self._picture(i)) for i in indices]
                 self._ahead.append((indices, futures))
             indices, futures = self._ahead.popleft()
             return self._collect(indices, [future.result() for future in futures])
         except BaseException:
             self.close()
             raise
+
+    def given(self, sample: int) -> dict[str, int]:
+        """How many samples before number `sample` of the run each part of the mixture gave since the origin,
+        over all processes; empty without a mixture."""
+        return self._order.given(sample - self._origin_sample)
 
     def close(self) -> None:
         """Stop decoding ahead. Returns at once; decodes in progress end by themselves."""
@@ -112,12 +130,9 @@ class SampleStream:
         self._submitted += 1
         return range(start, start + micro)
 
-    def _picture(self, i: int) -> int:
-        """Index in the source of sample `i`. Indices only grow, so one epoch's order is kept at a time."""
-        epoch, place = divmod(i, len(self._source))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._seed, epoch, len(self._source)))
-        return int(self._order[1][place])
+    def _picture(self, i: int) -> tuple[int, Pool]:
+        """Index in the source of sample `i`, and the pictures among which it is."""
+        return self._order.picture(i - self._origin_sample)
 
     def _collect(self, indices: range, samples: list[_Sample]) -> Batch:
         # Bad pictures are counted here, in sample order, so the count does not depend on how far threads are.
@@ -126,7 +141,8 @@ class SampleStream:
                 if key not in self.bad:
                     self.bad[key] = problem.reason
                     log.warning("%s; the next readable picture takes its place", problem)
-                    self._check_bad(len(self.bad), problem)
+                    self._bad_in[sample.pool.name] += 1
+                    self._check_bad(self._bad_in[sample.pool.name], sample.pool, problem)
         return Batch(
             images=[sample.image for sample in samples],
             captions=[sample.caption for sample in samples],
@@ -134,8 +150,8 @@ class SampleStream:
             sample_index=torch.tensor(indices, dtype=torch.int64),
         )
 
-    def _load(self, i: int, picture: int) -> _Sample:
-        """Sample `i` from picture `picture` or the first readable one after it. Runs in any thread."""
+    def _load(self, i: int, picture: int, pool: Pool) -> _Sample:
+        """Sample `i` from picture `picture` or the first readable one after it in `pool`, in any thread."""
         config = self._config
         bad: list[tuple[str, UnreadablePicture]] = []
         while True:
@@ -145,18 +161,20 @@ class SampleStream:
                 break
             except UnreadablePicture as problem:
                 bad.append((key, problem))
-                self._check_bad(len(bad), problem)
-                picture = (picture + 1) % len(self._source)
+                self._check_bad(len(bad), pool, problem)
+                picture = pool.start + (picture - pool.start + 1) % pool.size
         rng = self._generator(i, "crop") if config.crop == "random" else None
         size = output_size(image.width, image.height, config, self._patch)
         pixels = cut(image, crop_box(image.width, image.height, size, config, rng, key), size)
         if self._chance(i, "flip", config.flip):
             pixels = pixels.flip(-1)
         captions = self._source.captions(picture)
-        caption = captions.long if self._chance(i, "caption", config.long_caption) else captions.short
+        step = self._origin_step + (i - self._origin_sample) // config.global_batch
+        share = value_at(pool.long_caption, step)
+        caption = captions.long if self._chance(i, "caption", share) else captions.short
         if self._chance(i, "caption drop", self._caption_drop):
             caption = ""
-        return _Sample(pixels, caption, key, tuple(bad))
+        return _Sample(pixels, caption, key, pool, tuple(bad))
 
     def _generator(self, i: int, purpose: str) -> np.random.Generator:
         return host_generator(self._seed, i, purpose)
@@ -164,12 +182,13 @@ class SampleStream:
     def _chance(self, i: int, purpose: str, share: float) -> bool:
         return self._generator(i, purpose).random() < share
 
-    def _check_bad(self, count: int, latest: UnreadablePicture) -> None:
-        total, limit = len(self._source), self._config.max_bad_share
-        if count / total > limit:
+    def _check_bad(self, count: int, pool: Pool, latest: UnreadablePicture) -> None:
+        limit = self._config.max_bad_share
+        if count / pool.size > limit:
+            part = f"of part {pool.name!r} " if pool.name else ""
             raise UserError(
                 f"{latest.where}: cannot be read: {latest.reason}; repair or remove it "
-                f"({count} of {total} pictures unreadable so far, data.max_bad_share is {limit:g})"
+                f"({count} of {pool.size} pictures {part}unreadable so far, data.max_bad_share is {limit:g})"
             )
 
 
