@@ -10,9 +10,9 @@ samples after step k. The plan C_p(k) holds, for every k and p,
 
 so every step is full, and at no time is a part a whole sample away from its share. Rounding each step by the
 largest remainder and carrying the rest over does not always keep the last line: a part may be rounded up just
-before its weight falls to zero. What keeps it is earliest deadline first, as in the chairman assignment problem
-(R. Tijdeman, Discrete Mathematics 32, 1980): sample j of part p may be taken once T_p > j - 1 and must be by
-the time T_p >= j; among those that may, the ones that must be soonest come first.
+before its weight falls to zero. What keeps it is earliest deadline first, as in the chairman assignment
+problem (R. Tijdeman, Discrete Mathematics 32, 1980): sample j of part p may be taken once T_p > j - 1 and
+must be by the time T_p >= j; among those that may, the ones that must be soonest come first.
 
 In other words C_p = floor(T_p) + a_p with a_p in {0, 1}. How many parts are ahead (a_p = 1) at step k is
 known, G (k + 1) - sum floor(T_p); which ones is the choice, and a part ahead stays so until T_p catches up.
