@@ -114,7 +114,9 @@ def _forward_eager(gate_up: Tensor) -> Tensor:
     y = _forward_fake(gate_up)
     for (gate, up), out in zip(_blocks(gate_up), y.split(_rows(y)), strict=True):
         gate = widen(gate)
-        out.copy_(_argument(gate * gate, gate).sigmoid_().mul_(gate).mul_(up))
+        work = out if out.dtype == gate.dtype else torch.empty_like(gate)
+        _argument(torch.mul(gate, gate, out=work), gate, work).sigmoid_().mul_(gate)
+        torch.mul(work, up, out=out)
     return y
 
 
@@ -124,20 +126,22 @@ def _backward_eager(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     for (gate, up), (grad_gate, grad_up), gradient in zip(*parts, strict=True):
         gate = widen(gate)
         square = gate * gate
-        opening = _argument(square.clone(), gate)
+        opening = _argument(square, gate)
         rest = torch.neg(opening).sigmoid_()  # 1 - opening would lose its digits
         activation = opening.sigmoid_() * gate
-        derivative = square.mul_(3 * _CUBIC).add_(_LINEAR).mul_(activation).mul_(rest).add_(opening)
-        grad_gate.copy_(derivative.mul_(up).mul_(gradient))
-        grad_up.copy_(activation.mul_(gradient))
+        steepness = torch.add(_LINEAR, square, alpha=3 * _CUBIC, out=square)
+        derivative = steepness.mul_(activation).mul_(rest).add_(opening)
+        torch.mul(derivative.mul_(up), gradient, out=grad_gate)
+        torch.mul(activation, gradient, out=grad_up)
     return grad_gate_up
 
 
 # Plain PyTorch computes the same sigmoid form as the kernels, several times as fast as tanh on a CPU, a few
 # rows at a time, so that what one step writes is still in the cache when the next reads it.
-_LINEAR = 2 * math.sqrt(2 / math.pi)
-_CUBIC = 0.044715 * _LINEAR
-_CACHED = 1 << 18
+_CUBIC = 0.044715 * 2 * math.sqrt(2 / math.pi)
+_LINEAR = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=torch.float64)
+"""Without dimensions, so it takes the dtype of what it meets."""
+_CACHED = 1 << 17
 """Elements of a block."""
 
 
@@ -151,9 +155,9 @@ def _blocks(gate_up: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(gate.split(_rows(gate)), up.split(_rows(up)), strict=True)
 
 
-def _argument(square: Tensor, gate: Tensor) -> Tensor:
-    """2 sqrt(2/pi) (gate + 0.044715 gate^3), written over `square`."""
-    return square.mul_(_CUBIC).add_(_LINEAR).mul_(gate)
+def _argument(square: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+    """2 sqrt(2/pi) (gate + 0.044715 gate^3)."""
+    return torch.add(_LINEAR, square, alpha=_CUBIC, out=out).mul_(gate)
 
 
 def _forward_fake(gate_up: Tensor) -> Tensor:
