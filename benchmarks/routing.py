@@ -8,8 +8,7 @@ Six training steps (forward and backward, no optimizer) of a PRX network on the 
 TREAD with 50 % and SPRINT with 75 % of the tokens bypassing blocks 2 to depth - 4, each by our engine and by
 diffusers' modules with the routing of Photoroom/PRX (`peer.py`). A round runs each once, every second round
 in reverse order, so that a machine which slows down slows all of them. Medians over the rounds. On a CPU that
-others use as well, the processor time of the process says more than the clock; both are given. There glibc
-keeps what a step frees, for all six: the clearing of pages that it returns and asks for again is noise.
+others use as well, the processor time of the process says more than the clock; both are given.
 
 Captions have between a quarter and three quarters of --text-tokens. The peer computes on the padded text,
 ours on packed text; both sides' FLOPs are counted for what that side is given, by `engine/model/flops.py`.
@@ -30,7 +29,6 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse
-import ctypes
 import gc
 import math
 import time
@@ -51,8 +49,6 @@ SIDES = ("ours", "peer")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Relative difference of the two sides' dense losses above which they are not the same computation."""
 SEED = 0
-MALLOC_OPTIONS = ((-1, 2**31 - 1), (-3, 2**30))
-"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>, with their values in bytes."""
 
 
 class Contestant(NamedTuple):
@@ -138,12 +134,6 @@ def time_rounds(
     finally:
         gc.enable()
     return samples
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc's malloc reuse freed memory of any size in this process; whether there is such a malloc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(*option) for option in MALLOC_OPTIONS)
 
 
 def _wait_for(device: torch.device) -> None:
@@ -272,7 +262,6 @@ def main() -> int:
     """Build the six steps, time them, measure their memory, report."""
     arguments = parse()
     device = arguments.device
-    kept = device.type == "cpu" and keep_freed_memory()
     found = contestants(arguments)
     samples = time_rounds(found, arguments.rounds, arguments.warmup, device)
     memory = {
@@ -290,7 +279,6 @@ def main() -> int:
             "benchmark": "routing",
             **recording.environment(),
             "threads": torch.get_num_threads(),
-            "freed_memory_kept": kept,
             "options": options,
             "memory_method": activation_memory.METHOD,
             "rows": rows,

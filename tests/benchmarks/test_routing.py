@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,37 +153,7 @@ def test_image_tokens_must_be_a_square():
         routing.contestants(SimpleNamespace(**OPTIONS | {"image_tokens": 15}))
 
 
-FAULTS_OF_A_BLOCK = """
-import resource
-import routing
-import torch
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 << 20, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-faults()
-fresh = faults()
-assert routing.keep_freed_memory()
-faults()
-print(fresh, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_reused():
-    """64 MiB are 16384 pages; kept, none of them is asked of the kernel a second time."""
-    run = subprocess.run(
-        [sys.executable, "-c", FAULTS_OF_A_BLOCK], cwd=BENCHMARKS, capture_output=True, text=True, check=True
-    )
-    fresh, kept = map(int, run.stdout.split())
-    assert kept < 100
-    assert fresh > 10 * kept
-
-
 def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(routing, "keep_freed_memory", lambda: True)  # not for the other tests
     output = tmp_path / "out.json"
     sizes = {"rounds": 2, "warmup": 1, "width": 64, "depth": 7, "batch": 2, "image-tokens": 16}
     options = ["--text-tokens", "8"]
@@ -195,7 +163,6 @@ def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert routing.main() == 0
     printed, found = capsys.readouterr().out, json.loads(output.read_text())
     assert found["threads"] == torch.get_num_threads()
-    assert found["freed_memory_kept"] is True
     assert [(row["side"], row["variant"]) for row in found["rows"]] == [
         (side, variant) for variant in steps.VARIANTS for side in routing.SIDES
     ]
