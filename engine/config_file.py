@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -120,7 +120,10 @@ def _explain(problem: Any, origin: str) -> str:
 def _keys_of(location: tuple[Any, ...]) -> list[str]:
     section: Any = Config
     for part in location:
-        section = section.model_fields[part].annotation
+        if isinstance(part, int):
+            (section, *_) = get_args(section)  # an item of a tuple of sections
+        else:
+            section = section.model_fields[part].annotation
     return list(section.model_fields)
 
 

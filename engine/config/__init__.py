@@ -15,11 +15,12 @@ from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teac
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
 from millrace.engine.config.model import AttentionBackend, Model, Routing
-from millrace.engine.config.objective import Objective
+from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Precision, Run
-from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warning, weak_drop
+from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
 from millrace.engine.config.section import Section
+from millrace.engine.config.tuning import AutoencoderTuning, check_tuning
 
 __all__ = [
     "ActivationCheckpointing",
@@ -27,16 +28,19 @@ __all__ = [
     "AttentionAlignment",
     "AttentionBackend",
     "Autoencoder",
+    "AutoencoderTuning",
     "Checkpoint",
     "Conditioning",
     "Config",
     "Data",
     "Ema",
     "Logging",
+    "Lpips",
     "Model",
     "Muon",
     "Objective",
     "Optimizer",
+    "PerceptualDino",
     "Precision",
     "Routing",
     "Run",
@@ -45,7 +49,7 @@ __all__ = [
     "Section",
     "Teacher",
     "TextTower",
-    "guidance_warning",
+    "guidance_warnings",
     "route_end",
     "weak_drop",
 ]
@@ -92,9 +96,19 @@ class Config(Section):
                 )
         if routing.structured and self.data.aspect == "mixed":
             raise ValueError("routing.structured needs one grid for all pictures; set data.aspect to square")
+        check_perceptual(self.objective, self.conditioning.autoencoder, self.data, model.patch_size)
         check_guidance(self.sampling, routing)
         check_alignment(self.alignment, model, routing, self.data)
         check_sampled_average(self.sampling.weights, self.ema)
+        autoencoder = self.conditioning.autoencoder
+        check_tuning(
+            autoencoder.tuning,
+            autoencoder.kind,
+            autoencoder.form,
+            self.objective.lpips.path,
+            self.alignment,
+            self.deepspeed,
+        )
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
         return self

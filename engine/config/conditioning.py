@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from millrace.engine.config.section import Section
+from millrace.engine.config.tuning import AutoencoderTuning
 
 
 class TextTower(Section):
@@ -28,6 +29,17 @@ class Autoencoder(Section):
     """Local folder or hub id of the autoencoder's weights; default the published one on the hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the encoder."""
+    tuning: AutoencoderTuning = AutoencoderTuning()
+    form: Literal["raw", "patchified"] = "raw"
+    """`flux2`: its 32 latent channels as they are (PRX), or as FLUX.2's own pipeline trains on them: 2x2
+    positions as 128 channels, 16 pixels each, normalised with the statistics in the weights; for
+    model.patch_size 1."""
+
+    @model_validator(mode="after")
+    def _of_flux2(self) -> "Autoencoder":
+        if self.form == "patchified" and self.kind != "flux2":
+            raise ValueError(f"form patchified belongs to kind flux2, but kind is {self.kind}; remove form")
+        return self
 
 
 class Conditioning(Section):

@@ -34,6 +34,9 @@ class Model(Section):
     """Base of the RoPE frequencies."""
     resolution_embedding: bool = False
     """Add an embedding of (height, width) to the time vector (PRX's 7 B pixel model)."""
+    resolution_tokens: bool = False
+    """Give each picture two more text tokens, embeddings of its height and of its width (the other form that
+    PRX's code has); diffusers has no place for them."""
     attention_backend: AttentionBackend = "auto"
     """How `rope_attention` computes: plain PyTorch, own fused kernels, or own prologue and then torch's SDPA,
     torch's varlen attention, flash-attn or xformers; `auto` takes the fastest measured on this GPU."""
@@ -79,8 +82,9 @@ class Routing(Section):
     """First routed block (0-based)."""
     end: int | None = Field(None, ge=0)
     """Last routed block, inclusive; default depth - 4."""
-    drop: float = Field(default_factory=_usual_drop, gt=0, lt=1)
-    """Share of tokens that do not run through the span; default 0.5, for `sprint` 0.75."""
+    drop: float = Field(default_factory=_usual_drop, ge=0, lt=1)
+    """Share of tokens that do not run through the span; default 0.5, for `sprint` 0.75. 0 runs all of them:
+    the fine-tune that may follow sparse training."""
     structured: bool = False
     """`sprint`: drop the same number of tokens in each square of 2 x 2 or 4 x 4, instead of anywhere."""
     fuse_order: Literal["dense_deep", "deep_dense"] = "dense_deep"
