@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from millrace.engine.conditioning.lpips import Lpips
 from millrace.engine.conditioning.pretrained import import_class
 
 _SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -46,6 +48,18 @@ _AUTOENCODERS = {
 }
 
 
+def tiny_lpips(folder: Path, widths: tuple[int, ...] = (4, 4, 6, 6, 8)) -> Path:
+    """Save a narrow LPIPS with random weights in `folder`; returns it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Lpips(widths)
+        for weight in network.heads:
+            weight.data.uniform_()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), folder / "lpips.safetensors")
+    return folder
+
+
 def tiny_autoencoder(kind: str, folder: Path) -> Path:
     """Save a small autoencoder of `kind`, with the published channels and factor, in `folder`; returns it."""
     name, settings = _AUTOENCODERS[kind]
@@ -64,6 +78,40 @@ def tiny_text_tower(kind: str, dim: int, folder: Path) -> Path:
         model = _t5gemma(dim, key) if kind == "t5gemma" else _qwen(dim, key)
     model.save_pretrained(folder)
     _tokenizer(key, special=kind == "t5gemma").save_pretrained(folder)
+    return folder
+
+
+_DINO: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_register_tokens": 2,
+}
+
+
+def tiny_dino(kind: str, folder: Path, registers: bool = True, **settings: Any) -> Path:
+    """Save a small DINO of `kind`, dinov2 (patch 14) or dinov3 (patch 16), in `folder`; returns it.
+
+    `registers` chooses between the two classes of DINOv2; `settings` replace values of its config.
+    """
+    values = _DINO | settings
+    if kind == "dinov3":
+        name, values = "DINOv3ViT", {"patch_size": 16, "intermediate_size": 64, **values}
+    else:
+        name = "Dinov2WithRegisters" if registers else "Dinov2"
+        # The published ones were trained on 37 x 37 patches; other sizes interpolate their positions.
+        values = {"patch_size": 14, "image_size": 56, "mlp_ratio": 2, **values}
+        if not registers:
+            del values["num_register_tokens"]
+    config = import_class("transformers", f"{name}Config", f"a tiny {kind}")
+    model = import_class("transformers", f"{name}Model", f"a tiny {kind}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = model(config(**values))
+        for parameter in network.parameters():
+            # Wider than the usual 0.02, so that features of different pictures differ.
+            parameter.data.normal_(std=0.2)
+    network.save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from millrace.engine.config import Model
+from millrace.engine.model.attention_tap import queries_and_keys
 from millrace.kernels import (
     gated_residual,
     gated_residual_norm_modulate,
@@ -32,15 +33,15 @@ def sinusoid(values: Tensor, features: int, scale: float = 1.0) -> Tensor:
 
 
 class VectorEmbedder(nn.Module):
-    """Linear, SiLU, Linear from 256 sinusoidal features to the vector that modulates the blocks."""
+    """Linear, SiLU, Linear from sinusoidal features, 256 for the vector that modulates the blocks."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, features: int = TIME_FEATURES) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(TIME_FEATURES, width)
+        self.in_layer = nn.Linear(features, width)
         self.out_layer = nn.Linear(width, width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, 256) -> (B, C)."""
+        """(B, features) -> (B, C)."""
         return self.out_layer(F.silu(self.in_layer(features)))
 
 
@@ -78,12 +79,17 @@ class Block(nn.Module):
         cu_seqlens_text: Tensor,
         max_seqlen: int,
         max_seqlen_text: int,
-    ) -> Tensor:
-        """x (T, C); modulation (B, 6, C): shift, scale, gate of attention and MLP; text_kv (S, 2, H, D)."""
+        tapped_heads: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """x (T, C); modulation (B, 6, C): shift, scale, gate of attention and MLP; text_kv (S, 2, H, D).
+
+        With `tapped_heads` queries and keys (T, tapped_heads, D) of the image tokens come after the result.
+        """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
         y = norm_modulate(x, shift, scale, cu_seqlens, NORM_EPS, max_seqlen)
+        qkv = self.qkv(y).unflatten(1, (3, self.heads, self.head_dim))
         attended = rope_attention(
-            self.qkv(y).unflatten(1, (3, self.heads, self.head_dim)),
+            qkv,
             text_kv,
             self.query_norm,
             self.key_norm,
@@ -98,6 +104,10 @@ class Block(nn.Module):
             eps=NORM_EPS,
             backend=self.backend,
         )
+        if tapped_heads:
+            norms = self.query_norm, self.key_norm
+            tap = queries_and_keys(qkv, *norms, cos, sin, positions, tapped_heads, NORM_EPS)
+        del qkv  # where nothing is recorded for backward, its memory is the MLP's
         x, y = gated_residual_norm_modulate(
             x,
             self.attn_out(attended.flatten(1)),
@@ -108,7 +118,8 @@ class Block(nn.Module):
             NORM_EPS,
             max_seqlen,
         )
-        return gated_residual(x, self.down(geglu(self.gate_up(y))), mlp_gate, cu_seqlens, max_seqlen)
+        x = gated_residual(x, self.down(geglu(self.gate_up(y))), mlp_gate, cu_seqlens, max_seqlen)
+        return (x, *tap) if tapped_heads else x
 
 
 class FinalLayer(nn.Module):

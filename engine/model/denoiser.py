@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # registers the operator that selective checkpointing keeps
@@ -20,6 +21,7 @@ from millrace.engine.model.blocks import (
 )
 from millrace.engine.model.fusion import Fusion
 from millrace.engine.model.packing import Grid, Layout, LayoutCache, patchify, unpatchify
+from millrace.engine.model.resolution import ResolutionTokens
 from millrace.engine.model.routing import RoutedSpan
 from millrace.kernels import gather_tokens, scatter_tokens
 
@@ -52,6 +54,7 @@ class Denoiser(nn.Module):
         self.txt_in = nn.Linear(config.context_dim, width)
         self.time_in = VectorEmbedder(width)
         self.resolution_in = VectorEmbedder(width) if config.resolution_embedding else None
+        self.resolution_tokens = ResolutionTokens(width) if config.resolution_tokens else None
         self.modulation = nn.Linear(width, config.depth * 6 * width)
         self.text_kv = nn.Linear(width, config.depth * 2 * width, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -93,7 +96,9 @@ class Denoiser(nn.Module):
         layout: Layout,
         span: RoutedSpan | None = None,
         taps: Sequence[int] = (),
-    ) -> tuple[Tensor, ...]:
+        attention_taps: Sequence[int] = (),
+        tapped_heads: int = 0,
+    ) -> tuple[Any, ...]:
         """Predict.
 
         Args:
@@ -103,9 +108,11 @@ class Denoiser(nn.Module):
             layout: of this batch, from `self.layouts`.
             span: the route and the blocks it applies to; None for all tokens through all blocks.
             taps: blocks whose output is wanted too.
+            attention_taps: blocks whose queries and keys are wanted too, of the first `tapped_heads` heads.
 
         Returns:
-            prediction (T, P), then one (T, C) per tap, or (K, C) for a block inside the routed span.
+            prediction (T, P), then one (T, C) per tap, then a pair of (T, tapped_heads, D) per attention tap;
+            K rows for a block inside the routed span.
         """
         config = self.config
         vector = self.time_in(sinusoid(t, TIME_FEATURES, TIME_SCALE).to(tokens.dtype))
@@ -116,7 +123,11 @@ class Denoiser(nn.Module):
             )
         vector = F.silu(vector)
         modulation = self.modulation(vector).unflatten(1, (config.depth, 6, config.width)).unbind(1)
-        text = self.text_kv(self.txt_in(text))
+        text, text_where = self.txt_in(text), (layout.cu_seqlens_text, layout.max_seqlen_text)
+        if self.resolution_tokens is not None:
+            text, *text_where = self.resolution_tokens(text, layout, config.patch_size)
+        cu_seqlens_text, max_seqlen_text = text_where
+        text = self.text_kv(text)
         text_kv = text.unflatten(1, (config.depth, 2, config.heads, config.head_dim)).unbind(1)
 
         if span is None and self.fusion is not None:
@@ -124,7 +135,12 @@ class Denoiser(nn.Module):
         x = dense = self.img_in(tokens)
         everywhere = where = (layout.positions, layout.cu_seqlens, layout.max_seqlen)
         tapped: dict[int, Tensor] = {}
+        attention: dict[int, tuple[Tensor, Tensor]] = {}
         for i, block in enumerate(self.blocks):
+            if span is not None and span.skip and span.start <= i <= span.end:
+                # The route has no rows: nothing to run, and the fusion layer gets the mask token everywhere.
+                x = self.fusion(x, x[:0], span) if i == span.start else x
+                continue
             if span is not None and i == span.start:
                 dense = x
                 if span.route is not None:
@@ -141,10 +157,14 @@ class Denoiser(nn.Module):
                 layout.sin,
                 positions,
                 cu_seqlens,
-                layout.cu_seqlens_text,
+                cu_seqlens_text,
                 max_seqlen,
-                layout.max_seqlen_text,
+                max_seqlen_text,
+                *((tapped_heads,) if i in attention_taps else ()),
             )
+            if i in attention_taps:
+                x, *queries_keys = x
+                attention[i] = tuple(queries_keys)
             if i in taps:
                 tapped[i] = x
             if span is not None and i == span.end:
@@ -156,7 +176,7 @@ class Denoiser(nn.Module):
                     x = scatter_tokens(dense, x, span.route.index, inplace=inplace)
                 where = everywhere
         prediction = self.final_layer(x, vector, layout.cu_seqlens, layout.max_seqlen)
-        return (prediction, *(tapped[i] for i in taps))
+        return (prediction, *(tapped[i] for i in taps), *(attention[i] for i in attention_taps))
 
     def predict(self, images: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Dense form: images (B, C, H, W), t (B,), text (B, S, E), text_mask (B, S) bool -> (B, C, H, W).
