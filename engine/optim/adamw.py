@@ -1,11 +1,11 @@
-"""AdamW over all parameters, able to sit out a step."""
-
-from collections.abc import Iterable
+"""AdamW, able to sit out a step."""
 
 import torch
-from torch import nn
 
-from millrace.engine.config import Optimizer
+from millrace.engine.runtime.shards import Shard
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+"""Adam's moments."""
 
 
 class SkippableAdamW(torch.optim.AdamW):
@@ -16,21 +16,14 @@ class SkippableAdamW(torch.optim.AdamW):
 
     skip = False
 
+    def state_names(self, _name: str) -> tuple[str, ...]:
+        """What is stored for the elements of a parameter."""
+        return ADAM_STATE
+
+    def attach(self, shards: list[Shard], stage: int) -> None:
+        """Learn where the shards of this rank are; AdamW is element-wise and need not know. Collective."""
+
     def step(self, closure: None = None) -> None:
         """Update the weights and moments, unless the step is skipped."""
         if not self.skip:
             super().step(closure)
-
-
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: Optimizer, device: torch.device
-) -> SkippableAdamW:
-    """AdamW in one fused kernel on CUDA, one loop over tensors elsewhere. The trainer sets `lr` each step."""
-    return SkippableAdamW(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True if device.type == "cuda" else None,
-    )

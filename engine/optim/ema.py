@@ -1,4 +1,7 @@
-"""Exponential moving average of the master weights, sharded exactly as the optimizer shards them."""
+"""Exponential moving averages of the master weights, sharded exactly as the optimizer shards them."""
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,22 +11,42 @@ from millrace.engine.runtime.shards import Shard, masters
 
 
 class EmaWeights:
-    """One FP32 copy of each master tensor of this rank; element-wise, so a shard needs no communication."""
+    """FP32 copies of each master tensor of this rank; element-wise, so a shard needs no communication.
+
+    They are named as in checkpoints: "ema", and "ema2" if the configuration has a second decay.
+    """
 
     def __init__(self, config: Ema, shards: list[Shard]) -> None:
         self.config = config
         self._masters = masters(shards)
-        self._averages = [master.detach().clone() for master in self._masters]
         self._place = {id(master): i for i, master in enumerate(self._masters)}
+        self._decays = {"ema": config.decay}
+        if config.second_decay is not None:
+            self._decays["ema2"] = config.second_decay
+        self._averages = {
+            name: [master.detach().clone() for master in self._masters] for name in self._decays
+        }
 
-    def of(self, master: Tensor) -> Tensor:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the averages that are kept."""
+        return tuple(self._decays)
+
+    def of(self, master: Tensor, name: str = "ema") -> Tensor:
         """The average of one master tensor, same shape."""
-        return self._averages[self._place[id(master)]]
+        return self._averages[name][self._place[id(master)]]
+
+    def source(self, weights: str) -> Callable[[Tensor], Tensor]:
+        """From a master tensor to what `sampling.weights` asks for: itself, or an average."""
+        if weights == "model":
+            return Tensor.detach
+        return functools.partial(self.of, name="ema2" if weights == "ema2" else "ema")
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After step `step`, from 1: a copy up to `start`, each `every` steps e += (1 - decay)(w - e)."""
-        if step <= self.config.start:
-            torch._foreach_copy_(self._averages, self._masters)
-        elif step % self.config.every == 0:
-            torch._foreach_lerp_(self._averages, self._masters, 1 - self.config.decay)
+        for name, averages in self._averages.items():
+            if step <= self.config.start:
+                torch._foreach_copy_(averages, self._masters)
+            elif step % self.config.every == 0:
+                torch._foreach_lerp_(averages, self._masters, 1 - self._decays[name])

@@ -133,7 +133,8 @@ class RunLog:
             return
         for record in records:
             self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
-            for key, value in (record | record.get("losses", {})).items():
+            tuning = {f"autoencoder/{name}": loss for name, loss in record.get("autoencoder", {}).items()}
+            for key, value in (record | record.get("losses", {}) | tuning).items():
                 if self._board is not None and isinstance(value, int | float) and key != "step":
                     self._board.add_scalar(key, value, record["step"])
             if self._wandb is not None:

@@ -6,6 +6,7 @@ import torch
 from millrace.engine.config import Config, route_end
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.optim.build import muon_stacks
 from millrace.engine.runtime.distributed import ranks_here
 
 GIB = 2**30
@@ -22,11 +23,15 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
     Weights, gradients, optimizer state, and the FP32 copy that draws sample grids are exact up to DeepSpeed's
     buffers. Activations are a rough count per image token and block: 16 C + 5 F numbers with everything kept,
     6 C + 2 F with the products kept, C with full recomputation; routed blocks hold the tokens that run in
-    them. Frozen towers are not counted.
+    them. Frozen towers are not counted, nor what Muon needs during its update, when there are no activations.
     """
     model, data, routing = config.model, config.data, config.routing
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Denoiser(model, routing).parameters())
+        named = list(Denoiser(model, routing).named_parameters())
+    parameters, matrices = sum(p.numel() for _, p in named), 0
+    if config.optimizer.kind == "muon":
+        stacks = muon_stacks(named, config.optimizer, model)
+        matrices = sum(p.numel() for name, p in named if name in stacks)
     stored = 4 if config.precision.master == "float32" else 2
     share = ranks if stage > 0 else 1
     tokens = data.micro_batch * (data.resolution / (factor * model.patch_size)) ** 2
@@ -36,6 +41,7 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
     kept = {"full": model.width, "selective": 6 * model.width + 2 * model.mlp_width}.get(recompute.policy)
     if kept is not None:
         per_token = per_token * (1 - 1 / recompute.every) + kept * number / recompute.every
+    averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
     blocks = float(model.depth)
     if routing.policy != "none":
         blocks -= routing.drop * (route_end(config) + 1 - routing.start)
@@ -43,8 +49,9 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
         "weights": stored * parameters / (ranks if stage == 3 else 1),
         "gradients": stored * parameters / (ranks if stage >= 2 else 1),
         "master weights": 4 * parameters / share if stage in (1, 2) else 0.0,
-        "Adam moments": 2 * stored * parameters / share,
-        "EMA": stored * parameters / share if config.ema.enabled else 0.0,
+        "Adam moments": 2 * stored * (parameters - matrices) / share,
+        "Muon momentum": stored * matrices / share,
+        "EMA": averages * stored * parameters / share,
         "sample grids": 4 * parameters if config.sampling.every_steps else 0.0,
         "activations": tokens * blocks * per_token,
     }

@@ -37,13 +37,14 @@ def audit(
     rows = [
         ("weights used in forward", _dtypes(module.parameters())),
         ("master weights (this rank)", _dtypes(flats)),
-        ("optimizer moments (this rank)", _dtypes(moments) or "as the masters, at the first step"),
+        ("optimizer state (this rank)", _dtypes(moments) or "as the masters, at the first step"),
         ("matrix products and attention", precision.compute),
         ("norms, softmax, RoPE, loss", "float32"),
         ("gradient reduction", precision.reduce),
     ]
     if ema is not None:
-        rows.insert(3, ("EMA (this rank)", _dtypes(ema.of(flat) for flat in flats)))
+        averages = (ema.of(flat, name) for name in ema.names for flat in flats)
+        rows.insert(3, ("EMA (this rank)", _dtypes(averages)))
     return rows
 
 

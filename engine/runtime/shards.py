@@ -9,7 +9,7 @@ all work on shards, so none of them knows about stages, and optimizer state is f
 - stage 3: the rank's slice of each parameter, gathered in sub-group tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from millrace.engine.runtime.distributed import rank, world_size
 
 @dataclass(frozen=True)
 class Shard:
-    """A contiguous run of one parameter's elements held by this rank."""
+    """A contiguous run of one parameter's elements held by this rank, possibly of none."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,36 +42,47 @@ class Shard:
         return like_master.detach().view(-1)[self.offset : self.offset + self.count]
 
 
-def local_shards(module: nn.Module, optimizer: object, stage: int) -> list[Shard]:
-    """Shards of this rank in parameter order. `optimizer` is what `deepspeed.initialize` returned."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+def local_shards(
+    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], optimizer: object, stage: int
+) -> list[Shard]:
+    """Shards of this rank, one for each trained parameter in order; empty where it holds nothing of it.
+
+    Args:
+        parameters: a module, or (name, parameter) of what it trains.
+        optimizer: what `deepspeed.initialize` returned.
+        stage: ZeRO stage.
+    """
+    if isinstance(parameters, nn.Module):
+        parameters = parameters.named_parameters()
+    named = [(name, p) for name, p in parameters if p.requires_grad]
     if stage == 0:
         return [
             Shard(name, tuple(p.shape), 0, p.numel(), p, 0, writes=i % world_size() == rank())
             for i, (name, p) in enumerate(named)
         ]
-    find = _partition_shard if stage < 3 else _stage3_shard
-    found = (find(optimizer, name, p) for name, p in named)
-    return [shard for shard in found if shard is not None]
+    if stage == 3:
+        return [_stage3_shard(optimizer, name, p) for name, p in named]
+    groups = {id(p): i for i, group in enumerate(optimizer.bit16_groups) for p in group}
+    return [_partition_shard(optimizer, name, p, groups[id(p)]) for name, p in named]
 
 
-def _partition_shard(optimizer: object, name: str, parameter: nn.Parameter) -> Shard | None:
+def _partition_shard(optimizer: object, name: str, parameter: nn.Parameter, group: int) -> Shard:
+    shape, master = tuple(parameter.shape), optimizer.single_partition_of_fp32_groups[group]
     mapping = parameter._hp_mapping
     if mapping is None:
-        return None
+        return Shard(name, shape, 0, 0, master, 0)
     held, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-    master = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    return Shard(name, tuple(parameter.shape), held.start, held.numel, master, place.start)
+    return Shard(name, shape, held.start, held.numel, master, place.start)
 
 
-def _stage3_shard(optimizer: object, name: str, parameter: nn.Parameter) -> Shard | None:
+def _stage3_shard(optimizer: object, name: str, parameter: nn.Parameter) -> Shard:
     group, offset, slice_size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    shape, master = tuple(parameter.ds_shape), optimizer.fp32_partitioned_groups_flat[group]
     start = slice_size * optimizer._get_param_partition_rank(parameter)
     count = min(slice_size, parameter.ds_numel - start)  # the last rank's slice is padded
     if count <= 0:
-        return None
-    master = optimizer.fp32_partitioned_groups_flat[group]
-    return Shard(name, tuple(parameter.ds_shape), start, count, master, offset)
+        return Shard(name, shape, 0, 0, master, 0)
+    return Shard(name, shape, start, count, master, offset)
 
 
 def masters(shards: list[Shard]) -> list[Tensor]:

@@ -8,14 +8,16 @@ from torch import Tensor
 from millrace.engine.config import Config
 from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
+from millrace.engine.optim.build import HEADS
 from millrace.engine.runtime.checkpoint import list_checkpoints
 from millrace.engine.runtime.manifest import MANIFEST
 from millrace.engine.runtime.sharded import CheckpointReader
 
-Weights = Literal["auto", "model", "ema"]
-"""Which weights are meant; `auto` takes EMA where there is one."""
+Stored = Literal["model", "ema", "ema2"]
+Weights = Literal["auto", "model", "ema", "ema2"]
+"""Which weights are meant; `auto` takes EMA where there is one; `ema2` is that of `ema.second_decay`."""
 
-_PREFIX = {"model": "master/", "ema": "ema/"}
+_PREFIX = {"model": "master/", "ema": "ema/", "ema2": "ema2/"}
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -31,22 +33,26 @@ def checkpoint_folder(path: str | Path) -> Path:
     return published[-1][1]
 
 
-def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Literal["model", "ema"]:
-    """Resolve `auto`. Raises UserError where EMA is asked for and the run keeps none."""
-    has_ema = any(name.startswith(_PREFIX["ema"]) for name in reader.names())
-    if weights == "ema" and not has_ema:
-        raise UserError(f"{reader.folder} holds no EMA weights (ema.enabled was false); take weights 'model'")
+def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Stored:
+    """Resolve `auto`. Raises UserError where an average is asked for that the run does not keep."""
+    kept = {kind for kind, prefix in _PREFIX.items() if any(n.startswith(prefix) for n in reader.names())}
     if weights == "auto":
-        return "ema" if has_ema else "model"
+        return "ema" if "ema" in kept else "model"
+    if weights not in kept:
+        setting = {"ema": "EMA weights (ema.enabled was false)", "ema2": "second EMA (ema.second_decay)"}
+        instead = "ema" if "ema" in kept else "model"
+        raise UserError(f"{reader.folder} holds no {setting[weights]}; take weights {instead!r}")
     return weights
 
 
-def read_weights(reader: CheckpointReader, weights: Literal["model", "ema"]) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU by their names in the Denoiser, in the dtype they are stored in."""
+def read_weights(reader: CheckpointReader, weights: Stored) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU by their names in the Denoiser, in the dtype they are stored in.
+
+    Without those of heads that only training has.
+    """
     prefixes = (_PREFIX[weights], "buffer/")
-    return {
-        name.partition("/")[2]: reader.tensor(name) for name in reader.names() if name.startswith(prefixes)
-    }
+    names = {name: name.partition("/")[2] for name in reader.names() if name.startswith(prefixes)}
+    return {ours: reader.tensor(name) for name, ours in names.items() if not ours.startswith(HEADS)}
 
 
 def checkpoint_config(reader: CheckpointReader) -> Config:

@@ -40,7 +40,7 @@ def assert_same_run(runs, run, whole):
     (counters, tensors), (wanted_counters, wanted) = state_of(run), state_of(whole)
     assert counters == wanted_counters
     kinds = {name.partition("/")[0] for name in wanted}
-    assert kinds - {"buffer"} == {"master", "exp_avg", "exp_avg_sq", "ema"}
+    assert kinds - {"buffer", "momentum"} == {"master", "exp_avg", "exp_avg_sq", "ema"}
     assert tensors.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(tensors[name], wanted[name])] == []
 
@@ -128,6 +128,33 @@ def test_sprint_continues_bit_identically(runs, tmp_path, number):
     assert runs.here(run, *changes, resume="auto").error is None
     assert_same_run(runs, run, tmp_path / "whole")
     assert torch.equal(state_of(run)[1]["buffer/fusion.mask_token"], first)
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_muon_killed_and_resumed_is_bit_identical(runs, tmp_path, number):
+    changes = (CHANGES, {"optimizer": {"kind": "muon"}}, stage(number))
+    names = ("whole", "killed")
+    whole, killed = (runs.jobs.Job(name, runs.values(tmp_path / name, *changes)) for name in names)
+    killed.killed = ("whole", 0.55)
+    runs.elsewhere(tmp_path / "killing", [whole, killed], ranks=1)
+    reached = [step for step, _ in list_checkpoints(tmp_path / "killed" / "checkpoints")]
+    assert 0 < len(reached) < STEPS // 2
+    assert runs.here(tmp_path / "killed", *changes, resume="auto").error is None
+    assert_same_run(runs, tmp_path / "killed", tmp_path / "whole")
+    assert (
+        len([name for name in state_of(tmp_path / "whole")[1] if name.startswith("momentum/")]) == 3 * 4 + 2
+    )
+
+
+def test_muon_goes_on_at_another_stage_and_not_with_adamw(runs, tmp_path):
+    muon = {"optimizer": {"kind": "muon", "muon": {"dtype": "float32"}}, "run": {"steps": 6}}
+    assert runs.here(tmp_path / "whole", CHANGES, muon, stage(2)).error is None
+    run = copy_until(tmp_path / "whole", 2, tmp_path / "run")
+    refused = runs.here(run, CHANGES, stage(0), resume="auto").error
+    assert "not the optimizer state of this configuration: 28 missing" in refused
+    assert "14 unknown (momentum/blocks.0.attn_out.weight, " in refused
+    assert runs.here(run, CHANGES, muon, stage(0), resume="auto").error is None
+    assert_similar_run(runs, run, tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

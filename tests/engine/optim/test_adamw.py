@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from millrace.engine.config import Optimizer
-from millrace.engine.optim.adamw import build_optimizer
+from millrace.engine.optim.build import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ def test_the_published_update():
     """Algorithm 2 of arXiv 1711.05101 in float64."""
     config = Optimizer(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.05)
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
-    optimizer = build_optimizer([weight], config, CPU)
+    optimizer = build_optimizer([("weight", weight)], config, CPU)
     w = weight.detach().double()
     m, v = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for step in range(1, 6):
@@ -29,7 +29,7 @@ def test_the_published_update():
 
 def test_a_skipped_step_changes_nothing_and_does_not_count():
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer([weight], Optimizer(weight_decay=0.1), CPU)
+    optimizer = build_optimizer([("weight", weight)], Optimizer(weight_decay=0.1), CPU)
     weight.grad = torch.full((3,), 0.5)
     optimizer.step()
     before = weight.detach().clone()
@@ -48,7 +48,7 @@ def test_a_skipped_step_changes_nothing_and_does_not_count():
 
 def test_settings_reach_torch():
     config = Optimizer(lr=3e-4, betas=(0.7, 0.99), eps=1e-15, weight_decay=0.2)
-    (group,) = build_optimizer([torch.nn.Parameter(torch.ones(1))], config, CPU).param_groups
+    (group,) = build_optimizer([("w", torch.nn.Parameter(torch.ones(1)))], config, CPU).param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
         3e-4,
         (0.7, 0.99),
@@ -61,4 +61,4 @@ def test_settings_reach_torch():
 @pytest.mark.cuda
 def test_fused_on_cuda():
     weight = torch.nn.Parameter(torch.ones(1, device="cuda"))
-    assert build_optimizer([weight], Optimizer(), torch.device("cuda")).param_groups[0]["fused"]
+    assert build_optimizer([("weight", weight)], Optimizer(), torch.device("cuda")).param_groups[0]["fused"]

@@ -7,9 +7,10 @@ from millrace.engine.config import Config
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
-from millrace.engine.optim.adamw import build_optimizer
+from millrace.engine.optim.build import build_optimizer
 from millrace.engine.runtime import memory
 from millrace.engine.runtime.memory import check_fits, estimate_bytes
+from millrace.engine.runtime.shards import local_shards
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ class Counted:
             (out,) = denoiser(tokens, torch.rand(batch), text, layout, span)
         self.activations = sum(size for size, _ in saved.values())
         out.square().mean().backward()
-        optimizer = build_optimizer(denoiser.parameters(), config.optimizer, CPU)
+        optimizer = build_optimizer(denoiser.named_parameters(), config.optimizer, CPU)
         optimizer.step()
         parameters = list(denoiser.parameters())
         self.weights = sum(p.nbytes for p in parameters)
@@ -79,6 +80,13 @@ def test_routing_is_counted(runs, tmp_path, policy):
     assert saving == pytest.approx(counted.activations / Counted(dense).activations, rel=0.1)
 
 
+def test_nothing_dropped_takes_the_dense_model_s_memory(runs, tmp_path):
+    deep = {"model": {"depth": 8}}
+    routing = {"routing": {"policy": "tread", "start": 1, "end": 6, "drop": 0}}
+    whole, dense = small(runs, tmp_path, deep, routing), small(runs, tmp_path, deep)
+    assert estimate_bytes(whole, 0, 1, 1) == estimate_bytes(dense, 0, 1, 1)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_recomputation_is_counted(runs, tmp_path, every):
     change = {"run": {"activation_checkpointing": {"policy": "full", "every": every}}}
@@ -103,6 +111,39 @@ def test_zero_shares_out(runs, tmp_path):
     for stage, shares in wanted.items():
         estimate = estimate_bytes(config, stage, 4, 1)
         assert [estimate[name] for name in names] == [4 * n * share for share in shares]
+
+
+@pytest.mark.parametrize("parameters", [None, ["blocks.*.weight"]])
+def test_muon_stores_half_of_adams_moments(runs, tmp_path, parameters):
+    """Against the optimizer's state after a step."""
+    muon = {"optimizer": {"kind": "muon", "muon": {"parameters": parameters}}}
+    config = small(runs, tmp_path, muon)
+    denoiser = Denoiser(config.model)
+    optimizer = build_optimizer(denoiser.named_parameters(), config.optimizer, CPU, config.model)
+    optimizer.attach(local_shards(denoiser, optimizer, 0), 0)
+    for p in denoiser.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    stored = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    for p in denoiser.parameters():
+        for name, value in optimizer.state[p].items():
+            if value.dim():
+                stored[name] += value.nbytes
+    for ranks, stage in ((1, 0), (4, 2)):
+        estimate = estimate_bytes(config, stage, ranks, 1)
+        assert estimate["Muon momentum"] == stored["momentum"] / ranks > 0
+        assert estimate["Adam moments"] == (stored["exp_avg"] + stored["exp_avg_sq"]) / ranks
+    plain = estimate_bytes(small(runs, tmp_path), 0, 1, 1)
+    assert plain["Muon momentum"] == 0
+    assert plain["Adam moments"] == 2 * stored["momentum"] + stored["exp_avg"] + stored["exp_avg_sq"]
+
+
+def test_a_second_average_is_counted(runs, tmp_path):
+    one = small(runs, tmp_path)
+    two = small(runs, tmp_path, {"ema": {"second_decay": 0.99}})
+    off = small(runs, tmp_path, {"ema": {"enabled": False}})
+    found = [estimate_bytes(config, 1, 4, 1)["EMA"] for config in (off, one, two)]
+    assert found == [0, found[1], 2 * found[1]]
 
 
 def test_an_autoencoder_shrinks_the_activations_only(runs, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from millrace.engine.config import Optimizer, Precision
 from millrace.engine.errors import UserError
-from millrace.engine.optim.adamw import build_optimizer
+from millrace.engine.optim.build import build_optimizer
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.runtime import distributed, zero
 from millrace.engine.runtime.precision import audit, require_masters
@@ -35,7 +35,7 @@ def engine_of(runs, tmp_path, master, module=None, stage=0):
         torch.nn.init.ones_(module.weight)
         module = module.to(DTYPES[master])
     settings = Optimizer(lr=1e-5, betas=(0.9, 0.95), eps=1e-8)
-    optimizer = build_optimizer(module.parameters(), settings, CPU)
+    optimizer = build_optimizer(module.named_parameters(), settings, CPU)
     engine, wrapped = zero.initialize_engine(config, module, optimizer)
     return config, engine, optimizer, local_shards(module, wrapped, stage)
 
@@ -95,11 +95,14 @@ def test_audit_counts_what_is_stored(runs, tmp_path):
     rows = dict(audit(engine.module, shards, optimizer.state, ema, config.precision))
     assert rows["weights used in forward"] == "float32 (20)"
     assert rows["master weights (this rank)"] == "float32 (20)"
-    assert rows["optimizer moments (this rank)"] == "as the masters, at the first step"
+    assert rows["optimizer state (this rank)"] == "as the masters, at the first step"
     assert rows["EMA (this rank)"] == "float32 (20)"
     assert rows["matrix products and attention"] == "bfloat16"
     assert rows["gradient reduction"] == "float32"
     engine.backward(engine(torch.ones(1, 3)).sum())
     engine.step()
     rows = dict(audit(engine.module, shards, optimizer.state, ema, config.precision))
-    assert rows["optimizer moments (this rank)"] == "float32 (40)"
+    assert rows["optimizer state (this rank)"] == "float32 (40)"
+    two = EmaWeights(config.ema.model_copy(update={"second_decay": 0.5}), shards)
+    rows = dict(audit(engine.module, shards, optimizer.state, two, config.precision))
+    assert rows["EMA (this rank)"] == "float32 (40)"

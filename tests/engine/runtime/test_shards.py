@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from millrace.engine.optim.adamw import build_optimizer
+from millrace.engine.optim.build import build_optimizer
 from millrace.engine.runtime import distributed, zero
 from millrace.engine.runtime.shards import Shard, gather_parameters, local_shards, masters
 
@@ -29,7 +29,7 @@ def sharded(request, runs, tmp_path):
     config = runs.config(tmp_path, {"data": {"global_batch": 2}, "deepspeed": {"zero_optimization": section}})
     module = small_module()
     values = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer((p for p in module.parameters() if p.requires_grad), config.optimizer, CPU)
+    optimizer = build_optimizer(module.named_parameters(), config.optimizer, CPU)
     engine, wrapped = zero.initialize_engine(config, module, optimizer)
     return stage, values, local_shards(module, wrapped, stage), optimizer, engine
 
@@ -42,6 +42,17 @@ def test_each_shard_holds_its_elements(sharded):
         assert shard.shape == tuple(whole.shape)
         assert (shard.start, shard.count, shard.writes) == (0, whole.numel(), True)
         assert torch.equal(shard.of(shard.master), whole.flatten())
+
+
+def test_names_may_be_given_with_the_parameters(sharded):
+    stage, values, shards, _, engine = sharded
+    named = [(f"x.{name}", p) for name, p in engine.module.named_parameters()]
+    again = local_shards(iter(named), engine.optimizer, stage)
+    assert [(s.name, s.start, s.count, s.offset) for s in again] == [
+        (f"x.{s.name}", s.start, s.count, s.offset) for s in shards
+    ]
+    assert [id(s.master) for s in again] == [id(s.master) for s in shards]
+    assert len(again) == len(values)
 
 
 def test_masters_are_what_the_optimizer_updates(sharded):

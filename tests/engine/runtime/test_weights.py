@@ -54,6 +54,28 @@ def test_choice_where_there_is_no_ema(tmp_path):
         choose_weights(CheckpointReader(folder), "ema")
 
 
+def test_the_second_average(tmp_path):
+    tensors = {f"{kind}/a": torch.full((2,), float(i)) for i, kind in enumerate(("master", "ema", "ema2"))}
+    pieces = [Piece(name, (2,), 0, tensor) for name, tensor in tensors.items()]
+    meta = {"config": CONFIG.model_dump(mode="json")}
+    folder = save_checkpoint(tmp_path / "checkpoints", 1, pieces, meta, keep=1)
+    for weights, wanted in (("model", 0), ("ema", 1), ("ema2", 2), ("auto", 1)):
+        assert checkpoint_state(folder, weights)[0]["a"].tolist() == [wanted] * 2
+    with pytest.raises(UserError, match=r"holds no second EMA \(ema\.second_decay\); take weights 'ema'"):
+        choose_weights(CheckpointReader(_save(tmp_path / "other", 1, ema=True)), "ema2")
+    with pytest.raises(UserError, match=r"holds no second EMA .*; take weights 'model'"):
+        choose_weights(CheckpointReader(_save(tmp_path / "none", 1, ema=False)), "ema2")
+
+
+def test_heads_of_training_are_left_out(tmp_path):
+    names = ("master/a", "master/alignment.a", "ema/a", "ema/alignment.a", "buffer/b", "buffer/alignment.b")
+    pieces = [Piece(name, (1,), 0, torch.ones(1)) for name in names]
+    meta = {"config": CONFIG.model_dump(mode="json")}
+    folder = save_checkpoint(tmp_path / "checkpoints", 1, pieces, meta, keep=1)
+    for weights in ("model", "ema"):
+        assert checkpoint_state(folder, weights)[0].keys() == {"a", "b"}
+
+
 def test_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"neither a checkpoint nor a run"):
         checkpoint_folder(tmp_path)

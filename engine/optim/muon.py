@@ -1,0 +1,194 @@
+"""Muon for matrices and AdamW for everything else, at any ZeRO stage.
+
+For a matrix W (m x n) with gradient G (Jordan et al. 2024, kellerjordan.github.io/posts/muon):
+
+    B <- mu B + (1 - mu) G                      or mu B + G (`form` sum)
+    U  = (1 - mu) G + mu B                      or G + mu B; without Nesterov's momentum U = B
+    O  = newton_schulz(U)                       about the orthogonal factor of U
+    W <- W - lr weight_decay W - lr scale O     scale 0.2 sqrt(max(m, n)), or sqrt(max(1, m / n))
+
+Momentum and weights are element-wise and stay in the shards that ZeRO made. For the third line every matrix
+is brought together on one process (`exchange.py`), chosen so that all have the same work: no matrix is
+orthogonalised twice in a job.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.engine.config import Muon as MuonConfig
+from millrace.engine.model.matrices import Stack
+from millrace.engine.optim.adamw import SkippableAdamW
+from millrace.engine.optim.exchange import Matrix, Part, Round, rounds
+from millrace.engine.runtime import distributed
+from millrace.engine.runtime.shards import Shard
+from millrace.kernels.newton_schulz import newton_schulz
+
+ROUND_ELEMENTS = 2**27
+"""Elements that a process orthogonalises before it exchanges the next: bounds the memory that this takes."""
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def update_scale(kind: str, rows: int, columns: int) -> float:
+    """Factor of a matrix's orthogonalised update.
+
+    `rms` (Liu et al., arXiv 2502.16982) gives it the root mean square of 0.2 that AdamW's updates have.
+    """
+    if kind == "rms":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon(SkippableAdamW):
+    """One optimizer of two kinds of parameter groups, told apart by their key "muon".
+
+    `attach` must be called before the first step: it says where the shards are. The gradients of Muon's
+    groups serve as memory for the update and do not survive the step. A parameter without a gradient
+    counts as one whose gradient is zero, because all processes must agree on what is exchanged.
+
+    Args:
+        groups: parameter groups; one of Muon has "muon" true and "names", the names of its parameters.
+        stacks: the matrices of each of Muon's parameters by name.
+        config: `optimizer.muon`.
+        settings: of AdamW.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], stacks: dict[str, Stack], config: MuonConfig, **settings: object
+    ) -> None:
+        super().__init__(groups, **settings)
+        self.config, self.stacks = config, stacks
+        self._plans: dict[int, _Plan] = {}
+
+    def state_names(self, name: str) -> tuple[str, ...]:
+        """What is stored for the elements of a parameter."""
+        return ("momentum",) if name in self.stacks else super().state_names(name)
+
+    def attach(self, shards: list[Shard], stage: int) -> None:
+        """Plan the exchange of matrices between all processes. Collective.
+
+        Args:
+            shards: of this rank, one for each parameter, in the same order on every rank.
+            stage: ZeRO stage. At 0 all masters are updated in one step; at 1 and 2 those of a group, and at 3
+                those of a sub-group, lie in one tensor and are updated by a step of their own.
+        """
+        mine = [shard for shard in shards if shard.name in self.stacks]
+        by_master: dict[int, list[int]] = {}
+        for i, shard in enumerate(mine):
+            by_master.setdefault(0 if stage == 0 else id(shard.master), []).append(i)
+        held = distributed.gather_objects([(shard.start, shard.count) for shard in mine])
+        for members in by_master.values():
+            parts = [mine[i] for i in members]
+            ranges = [[of_rank[i] for i in members] for of_rank in held]
+            plan = _Plan(parts, self.stacks, ranges, replicated=stage == 0)
+            for shard in parts:
+                self._plans[id(shard.master)] = plan
+
+    @property
+    def orthogonalised(self) -> list[tuple[int, int]]:
+        """Shapes of the matrices that are this process's work in a step."""
+        plans = {id(plan): plan for plan in self._plans.values()}
+        return [(m.rows, m.columns) for plan in plans.values() for r in plan.rounds for m in r.mine]
+
+    def step(self, closure: None = None) -> None:
+        """Update the weights and the state, unless the step is skipped. Collective."""
+        if self.skip:
+            return
+        # DeepSpeed, too, chooses what a step updates by changing the groups.
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"] and group["params"]:
+                self._step_matrices(group)
+
+    @torch.no_grad()
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        masters: list[Tensor] = group["params"]
+        if id(masters[0]) not in self._plans:
+            raise RuntimeError("Muon.attach(shards, stage) has to be called before the first step")
+        plan = self._plans[id(masters[0])]
+        updates = self._momentum(masters)
+        local = [shard.of(updates[id(shard.master)]) for shard in plan.shards]
+        for exchange in plan.rounds:
+            flat = exchange.bring(local, DTYPES[self.config.dtype])
+            self._orthogonalise(flat, exchange.mine)
+            self._apply(plan, exchange, flat, group)
+
+    def _momentum(self, masters: list[Tensor]) -> dict[int, Tensor]:
+        """Update the momentum of whole masters; what is to be orthogonalised, by the id of the master."""
+        mu, config = self.config.momentum, self.config
+        gradients = [torch.zeros_like(m) if m.grad is None else m.grad for m in masters]
+        for master in masters:
+            if "momentum" not in self.state[master]:
+                self.state[master]["momentum"] = torch.zeros_like(master)
+        momenta = [self.state[master]["momentum"] for master in masters]
+        if config.form == "lerp":
+            torch._foreach_lerp_(momenta, gradients, 1 - mu)
+        else:
+            torch._foreach_mul_(momenta, mu)
+            torch._foreach_add_(momenta, gradients)
+        if not config.nesterov:
+            gradients = momenta
+        elif config.form == "lerp":
+            torch._foreach_lerp_(gradients, momenta, mu)
+        else:
+            torch._foreach_add_(gradients, momenta, alpha=mu)
+        return {id(master): update for master, update in zip(masters, gradients, strict=True)}
+
+    def _orthogonalise(self, flat: Tensor, matrices: list[Matrix]) -> None:
+        """In place; equal shapes next to each other are one batch."""
+        at = first = 0
+        for i, matrix in enumerate(matrices):
+            following = matrices[i + 1] if i + 1 < len(matrices) else None
+            if following is None or (following.rows, following.columns) != (matrix.rows, matrix.columns):
+                count = i + 1 - first
+                stack = flat[at : at + count * matrix.size].view(count, matrix.rows, matrix.columns)
+                stack.copy_(
+                    newton_schulz(stack, self.config.steps, self.config.coefficients, dtype=flat.dtype)
+                )
+                at, first = at + count * matrix.size, i + 1
+
+    def _apply(self, plan: "_Plan", exchange: Round, flat: Tensor, group: dict[str, Any]) -> None:
+        """Take the results back and change the weights."""
+        lr, decay = group["lr"], group["weight_decay"]
+        by_scale: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for part, result in exchange.take_back(flat):
+            scale = update_scale(self.config.scale, part.matrix.rows, part.matrix.columns)
+            weights, results = by_scale.setdefault(scale, ([], []))
+            weights.append(plan.weights(part))
+            results.append(result)
+        for scale, (weights, results) in by_scale.items():
+            if decay:
+                torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_add_(weights, results, alpha=-lr * scale)
+
+
+class _Plan:
+    """What is exchanged in a step that updates the given shards."""
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        stacks: dict[str, Stack],
+        ranges: list[list[tuple[int, int]]],
+        replicated: bool,
+    ) -> None:
+        self.shards = shards
+        matrices = [
+            Matrix(i, part * stack.rows * stack.columns, stack.rows, stack.columns)
+            for i, shard in enumerate(shards)
+            for stack in (stacks[shard.name],)
+            for part in range(stack.count)
+        ]
+        self.rounds = rounds(matrices, ranges, distributed.rank(), replicated, ROUND_ELEMENTS)
+
+    def weights(self, part: Part) -> Tensor:
+        """The master's elements (count,) of a part."""
+        shard = self.shards[part.matrix.parameter]
+        return shard.of(shard.master)[part.start : part.start + part.count]
