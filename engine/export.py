@@ -1,6 +1,7 @@
 """Weights in and out: diffusers' PRXTransformer2DModel, Photoroom/PRX state dicts, and ours.
 
     python engine/export.py --checkpoint runs/jit --output jit-diffusers --dtype bfloat16
+    python engine/export.py --checkpoint runs/repa_e_tuning --autoencoder tuned-vae
 
 What each format calls a tensor is in `model/conversion.py`. diffusers itself is imported by `to_diffusers`
 alone; everything else works without it.
@@ -30,6 +31,7 @@ from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import (
     CLASS_NAME,
     FUSION,
+    RESOLUTION,
     State,
     denoiser_state,
     diffusers_config,
@@ -49,6 +51,7 @@ from millrace.engine.runtime.weights import (
     choose_weights,
     read_weights,
 )
+from millrace.engine.tuned import save_autoencoder
 
 if TYPE_CHECKING:
     from diffusers import PRXTransformer2DModel
@@ -128,10 +131,12 @@ def load_weights(path: str | Path, config: Model | None = None) -> tuple[dict[st
 
 
 def start_from(denoiser: Denoiser, path: str | Path) -> list[str]:
-    """Copy weights from disk into a fresh denoiser; returns what there is to say about SPRINT's fusion layer.
+    """Copy weights from disk into a fresh denoiser; returns what there is to say about SPRINT's fusion layer
+    and resolution tokens.
 
-    Weights without one leave the denoiser's as it was initialised; a denoiser without one leaves theirs out.
-    Raises UserError as `load_weights` does, and if both have one, but for other blocks or in another order.
+    Weights without them leave the denoiser's as they were initialised; a denoiser without a fusion layer
+    leaves theirs out. Raises UserError as `load_weights` does, if both have a fusion layer, but for other
+    blocks or in another order, and if the weights alone have resolution tokens.
     """
     weights, _, found = load_weights(path, denoiser.config)
     wanted, depth = denoiser.routing, denoiser.config.depth
@@ -154,6 +159,13 @@ def start_from(denoiser: Denoiser, path: str | Path) -> list[str]:
             f"warning: {path} is a SPRINT model; its fusion layer is left out (routing.policy is "
             f"{wanted.policy}), and its blocks never ran without it"
         )
+    tokens = {name: tensor for name, tensor in denoiser.state_dict().items() if name.startswith(RESOLUTION)}
+    trained = any(name.startswith(RESOLUTION) for name in weights)
+    if trained and not tokens:
+        raise UserError(f"{path} was trained with resolution tokens; set model.resolution_tokens to true")
+    if tokens and not trained:
+        weights |= tokens
+        messages.append(f"warning: {path} has no resolution tokens; this run's start from random weights")
     denoiser.load_state_dict(weights)
     return messages
 
@@ -296,10 +308,16 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="example: python engine/export.py --checkpoint runs/jit --output jit --dtype bfloat16",
     )
     parser.add_argument("--checkpoint", required=True, help="run folder (newest checkpoint) or checkpoint")
-    parser.add_argument("--output", required=True, help="folder to create")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="FOLDER", help="folder to create")
+    where.add_argument(
+        "--autoencoder",
+        metavar="FOLDER",
+        help="folder to create for the autoencoder that the run tuned, in FP32, for diffusers",
+    )
     parser.add_argument(
         "--weights",
-        choices=("auto", "ema", "model"),
+        choices=("auto", "ema", "ema2", "model"),
         default="auto",
         help="auto takes EMA where there is one",
     )
@@ -308,10 +326,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     reader = CheckpointReader(checkpoint_folder(options.checkpoint))
+    if options.autoencoder:
+        folder = _new_folder(options.autoencoder)
+        print(f"{folder}: {save_autoencoder(reader.folder, checkpoint_config(reader), folder)}")
+        return
     weights, config = choose_weights(reader, options.weights), checkpoint_config(reader)
     save = save_diffusers if options.format == "diffusers" else save_prx
     save(read_weights(reader, weights), config.model, options.output, dtype=getattr(torch, options.dtype))
-    kind = {"ema": "EMA weights", "model": "weights"}[weights]
+    kind = {"ema": "EMA weights", "ema2": "weights of the second EMA", "model": "weights"}[weights]
     print(f"{options.output}: {kind} of {reader.folder} in {options.dtype}, format {options.format}")
     space = config.conditioning.autoencoder.kind
     print(f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind)")

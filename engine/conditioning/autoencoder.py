@@ -8,22 +8,27 @@
 | flux1  | AutoencoderKL        | 16       | 8      | sampled   | of the weights' configuration       |
 | repa_e | AutoencoderKL        | 16       | 8      | sampled   | of the weights' configuration       |
 | flux2  | AutoencoderKLFlux2   | 32       | 8      | sampled   | 0.18215, 0                          |
+|   patchified              | 128      | 16     | sampled   | batch-norm statistics of the weights|
 | dc_ae  | AutoencoderDC        | 32       | 32     | none      | of the weights' configuration, 0    |
 
 Channels and factor are read from the weights; the table has those of the published ones.
 
 FLUX.2's own pipeline folds 2x2 positions into 128 channels and normalises them with the batch-norm statistics
-in its weights. PRX, whose results this engine reproduces, does neither: it loads the weights as a plain
-`AutoencoderKL`, whose default scale 0.18215 then applies to the raw 32 channels. `flux2` is PRX's form.
+in its weights: z = (fold(mean + std noise) - running mean) / sqrt(running variance + eps), by channel.
+That is `form` patchified. PRX, whose results this engine reproduces, does neither: it loads the weights as a
+plain `AutoencoderKL`, whose default scale 0.18215 then applies to the raw 32 channels; the default, `raw`.
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.engine import config as settings
+from millrace.engine.conditioning.latent_norm import load_statistics
 from millrace.engine.conditioning.pretrained import import_class, load_network, unreadable
 from millrace.engine.errors import UserError
 
@@ -36,10 +41,18 @@ _PUBLISHED = {
 _KEY = "conditioning.autoencoder.path"
 
 PUBLISHED_FACTOR = {"pixels": 1, "flux1": 8, "flux2": 8, "repa_e": 8, "dc_ae": 32}
-"""Pixels per latent position of the published weights of each kind."""
+"""Pixels per latent position of the published weights of each kind, before any folding."""
+
+_FOLD = 2
+"""Edge of the squares of positions that FLUX.2 folds into channels."""
 
 FLUX2_SCALE = 0.18215
 """Default `scaling_factor` of diffusers' AutoencoderKL, which PRX applies to FLUX.2's latents."""
+
+
+def published_factor(config: settings.Autoencoder) -> int:
+    """Pixels per latent position of the published weights, as the denoiser gets them."""
+    return PUBLISHED_FACTOR[config.kind] * (_FOLD if config.form == "patchified" else 1)
 
 
 class Autoencoder(ABC):
@@ -102,9 +115,11 @@ class Pixels(Autoencoder):
 
 class Latents(Autoencoder):
     """An autoencoder of diffusers. It computes in its weights' dtype, outside autocast; the posterior is
-    sampled and scaled in FP32."""
+    sampled and scaled in FP32, by one number or one (C, 1, 1) for each channel."""
 
-    def __init__(self, network: Any, identity: str, scale: float, shift: float, stochastic: bool) -> None:
+    def __init__(
+        self, network: Any, identity: str, scale: float | Tensor, shift: float | Tensor, stochastic: bool
+    ) -> None:
         config = network.config
         widths = (
             config.encoder_block_out_channels
@@ -136,12 +151,36 @@ class Latents(Autoencoder):
             return self.network.decode(raw.to(self.network.dtype)).sample
 
 
+class FoldedLatents(Latents):
+    """FLUX.2's latents as its own pipeline has them: folded and normalised.
+
+    `network.bn` is taken at its running statistics. The posterior's noise comes in the folded shape.
+    """
+
+    def __init__(self, network: Any, identity: str) -> None:
+        super().__init__(network, identity, 1.0, 0.0, stochastic=True)
+        norm = network.bn
+        self.mean = norm.running_mean.float()[:, None, None]
+        self.deviation = (norm.running_var.float() + norm.eps).sqrt()[:, None, None]
+        self.channels *= _FOLD**2
+        self.factor *= _FOLD
+
+    def _encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
+        raw = super()._encode(images, None if noise is None else F.pixel_shuffle(noise, _FOLD))
+        return (F.pixel_unshuffle(raw, _FOLD) - self.mean) / self.deviation
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        raw = latents.float() * self.deviation + self.mean
+        return super()._decode(F.pixel_shuffle(raw, _FOLD))
+
+
 def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> Autoencoder:
     """The autoencoder of `config` on `device`, from a folder or hub repository that holds it at its top or,
     like the diffusers pipelines, under `vae`.
 
-    Weights and arithmetic are in `config.dtype`, except that dc_ae is always FP32, as in PRX. Raises
-    UserError when diffusers or the weights are not there.
+    Weights and arithmetic are in `config.dtype`, except that dc_ae is always FP32, as in PRX, and so is one
+    that is going to be tuned. In a folder of a tuned one its statistics, channel by channel, stand for scale
+    and shift. Raises UserError when diffusers or the weights are not there.
     """
     if config.kind == "pixels":
         return Pixels()
@@ -155,13 +194,29 @@ def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> Auto
             f"{source!r} holds weights of {held}, conditioning.autoencoder.kind {config.kind} needs {name}; "
             "set kind or path of conditioning.autoencoder"
         )
-    dtype = torch.float32 if config.kind == "dc_ae" else getattr(torch, config.dtype)
+    exact = config.kind == "dc_ae" or config.tuning.enabled  # tuning starts from weights that are not rounded
+    dtype = torch.float32 if exact else getattr(torch, config.dtype)
+    folded = config.form == "patchified"
+    # The statistics stay FP32, so they are taken before the weights are rounded.
     network = load_network(
-        network_class.from_pretrained, source, _KEY, device, subfolder=subfolder, torch_dtype=dtype
+        network_class.from_pretrained,
+        source,
+        _KEY,
+        device,
+        subfolder=subfolder,
+        torch_dtype=torch.float32 if folded else dtype,
     )
+    identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
+    if folded:
+        latents = FoldedLatents(network, f"{identity} ({config.form})")
+        network.to(dtype)
+        return latents
     scale = FLUX2_SCALE if config.kind == "flux2" else network.config.scaling_factor
     shift = network.config.get("shift_factor") or 0.0
-    identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
+    for folder in (Path(source, "vae"), Path(source)):
+        statistics = load_statistics(folder, network.config.latent_channels, device, _KEY)
+        if statistics is not None:
+            scale, shift = statistics
     return Latents(network, identity, scale, shift, stochastic=config.kind != "dc_ae")
 
 

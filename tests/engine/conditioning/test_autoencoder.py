@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from millrace.engine.conditioning import autoencoder as module
-from millrace.engine.conditioning.autoencoder import open_autoencoder
+from millrace.engine.conditioning.autoencoder import open_autoencoder, published_factor
 from millrace.engine.config import Autoencoder
 from millrace.engine.errors import UserError
 
@@ -93,6 +93,90 @@ def test_posterior_is_sampled_with_the_callers_noise_and_scaled(tmp_path, kind, 
     torch.testing.assert_close(autoencoder.encode(images, noise), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(autoencoder.encode(images), scale * (mean - shift), rtol=1e-5, atol=1e-6)
     assert std.min() > 0.01
+
+
+def flux2_with_statistics():
+    """FLUX.2's class with running statistics as if it had been trained."""
+    network = make("flux2")
+    generator = torch.Generator().manual_seed(4)
+    network.bn.running_mean.normal_(generator=generator)
+    network.bn.running_var.uniform_(0.2, 3.0, generator=generator)
+    return network
+
+
+def open_folded(folder, dtype="float32"):
+    config = Autoencoder(kind="flux2", form="patchified", path=str(folder), dtype=dtype)
+    return open_autoencoder(config, CPU)
+
+
+def test_flux2_patchified_is_what_its_own_pipeline_trains_on(tmp_path):
+    """The pipeline's functions fold; its formula normalises."""
+    pipeline = diffusers.Flux2Pipeline
+    network = flux2_with_statistics()
+    network.save_pretrained(tmp_path)
+    autoencoder = open_folded(tmp_path)
+    assert (autoencoder.channels, autoencoder.factor, autoencoder.stochastic) == (128, 16, True)
+    assert autoencoder.identity == f"flux2 {tmp_path} (patchified)"
+    images, noise = pictures(), torch.randn(2, 128, 2, 3)
+    with torch.no_grad():
+        mean, logvar = network.quant_conv(network.encoder(images)).chunk(2, dim=1)
+        raw = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * pipeline._unpatchify_latents(noise)
+    center = network.bn.running_mean[:, None, None]
+    deviation = (network.bn.running_var + network.config.batch_norm_eps).sqrt()[:, None, None]
+    for drawn, source in ((noise, raw), (None, mean)):
+        expected = (pipeline._patchify_latents(source) - center) / deviation
+        torch.testing.assert_close(autoencoder.encode(images, drawn), expected, rtol=1e-4, atol=1e-5)
+
+    latents = torch.randn(2, 128, 2, 3)
+    with torch.no_grad():
+        expected = network.decode(pipeline._unpatchify_latents(latents * deviation + center)).sample
+    decoded = autoencoder.decode(latents)
+    torch.testing.assert_close(decoded, expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
+    assert decoded.shape == (2, 3, 32, 48)
+
+
+def test_statistics_of_the_patchified_form_are_not_rounded(tmp_path):
+    network = flux2_with_statistics()
+    network.save_pretrained(tmp_path)
+    autoencoder = open_folded(tmp_path, dtype="bfloat16")
+    assert {parameter.dtype for parameter in autoencoder.network.parameters()} == {torch.bfloat16}
+    assert torch.equal(autoencoder.mean.flatten(), network.bn.running_mean)
+    exact = open_folded(tmp_path).encode(pictures())
+    latents = autoencoder.encode(pictures())
+    assert latents.dtype == torch.float32
+    assert (latents - exact).norm() / exact.norm() < 0.05
+
+
+def test_patchified_needs_pictures_of_whole_squares(tmp_path):
+    flux2_with_statistics().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"24 x 48 pixels .* multiples of 16"):
+        open_folded(tmp_path).encode(pictures(24, 48))
+
+
+def test_weights_without_statistics_are_refused(tmp_path):
+    network = make("flux2")
+    network.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = {name: value for name, value in network.state_dict().items() if not name.startswith("bn.")}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"bn\.(running|num)"):
+        open_folded(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "flux1", "flux2", "repa_e", "dc_ae"])
+def test_published_factor(kind, tmp_path):
+    """As the network of that kind has it, folded or not."""
+    config = Autoencoder(kind=kind)
+    if kind == "pixels":
+        assert published_factor(config) == open_autoencoder(config, CPU).factor
+        return
+    make(kind).save_pretrained(tmp_path)
+    assert published_factor(config) == open_saved(kind, tmp_path).factor
+    if kind == "flux2":
+        assert published_factor(Autoencoder(kind=kind, form="patchified")) == open_folded(tmp_path).factor
+    else:
+        with pytest.raises(ValueError, match=f"form patchified belongs to kind flux2, but kind is {kind}"):
+            Autoencoder(kind=kind, form="patchified")
 
 
 def test_dc_ae_has_no_posterior(tmp_path):

@@ -60,6 +60,38 @@ def test_the_statistic_tells_laws_apart():
     assert largest_gap(base, clamped) > limit
 
 
+def test_jits_law_in_its_own_words():
+    """JiT's t runs from noise to data: sigmoid(N(-0.8, 0.8^2)), without a uniform share."""
+    rng = np.random.default_rng(3)
+    theirs = 1 / (1 + np.exp(-rng.normal(-0.8, 0.8, DRAWS)))
+    config = Objective(time_mean=0.8, time_std=0.8, time_uniform=0.0, time_floor=1e-6)
+    ours = FlowMatching(config, 5).time(torch.arange(DRAWS)).double().numpy()
+    limit = 1.63 * (2 / DRAWS) ** 0.5
+    assert largest_gap(ours, 1 - theirs) < limit
+    assert largest_gap(ours, theirs) > 10 * limit
+
+
+@pytest.mark.parametrize(("mean", "std"), [(-1.0, 0.5), (0.8, 0.8), (0.5, 2.0)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_floor_cuts_any_normal_where_redrawing_would(mean, std, shift):
+    """Exactly, by the distribution function of the normal above its cut, on a grid of times."""
+    floor = 0.15
+    config = Objective(time_mean=mean, time_std=std, time_shift=shift, time_uniform=0.0, time_floor=floor)
+    found = np.sort(FlowMatching(config, 5).time(torch.arange(DRAWS)).double().numpy())
+    times = np.linspace(floor, 0.999, 200)
+    unshifted = times / (shift - (shift - 1) * times)
+    below = torch.special.ndtr(torch.from_numpy((np.log(unshifted / (1 - unshifted)) - mean) / std)).numpy()
+    law = (below - below[0]) / (1 - below[0])
+    share = np.searchsorted(found, times, side="right") / DRAWS
+    assert np.abs(share - law).max() < 1.63 / DRAWS**0.5
+    assert found.min() >= np.float32(floor)
+
+
+def test_a_law_below_its_floor_is_refused():
+    with pytest.raises(ValueError, match=r"time_mean -2\.0 .* 99\.6% .* time_floor 0\.4"):
+        Objective(time_mean=-2.0, time_std=0.6, time_floor=0.4)
+
+
 def test_a_time_belongs_to_its_sample():
     flow = FlowMatching(Objective(), 7)
     together = flow.time(torch.arange(1000))
@@ -96,6 +128,46 @@ def test_noise_is_normal_with_the_scale_as_deviation(scale):
     assert abs(float(noise.mean())) < 4 * scale / n**0.5
     assert float(noise.std()) == pytest.approx(scale, rel=4 / (2 * n) ** 0.5)
     assert torch.equal(noisy, noise)
+
+
+@pytest.mark.parametrize(
+    ("edge", "grid", "wanted"), [(16, (16, 16), 1.0), (32, (16, 16), 2.0), (32, (32, 32), 4)]
+)
+def test_jits_rule_for_the_noise(edge, grid, wanted):
+    """1 at 256 pixels, 2 at 512."""
+    flow = FlowMatching(Objective(noise_scale="resolution"), 7, edge)
+    assert flow.noise_scale(grid) == wanted
+    assert FlowMatching(Objective(noise_scale=3.0), 7, edge).noise_scale(grid) == 3.0
+    with pytest.raises(ValueError, match="edge of a token"):
+        FlowMatching(Objective(noise_scale="resolution"), 7)
+
+
+@pytest.mark.parametrize("grids", [[(2, 8), (4, 4)], [(2, 8), (3, 5), (4, 4)]], ids=["one area", "mixed"])
+def test_each_picture_has_the_noise_of_its_area(grids):
+    """The root of rows x columns counts, and a sample's noise is the same in any company."""
+    index, edge = torch.arange(len(grids)) + 5, 56
+    follows = FlowMatching(Objective(noise_scale="resolution"), 7, edge)
+    noisy, noise = draw(follows, index, grids, 12)
+    _, unit = draw(FlowMatching(Objective(), 7), index, grids, 12)
+    lengths = [rows * columns for rows, columns in grids]
+    assert torch.equal(noisy, noise)
+    for i, (found, one) in enumerate(zip(noise.split(lengths), unit.split(lengths), strict=True)):
+        torch.testing.assert_close(found, one * (lengths[i] ** 0.5 * edge / 256), rtol=1e-6, atol=0)
+        assert torch.equal(found, draw(follows, index[i : i + 1], grids[i : i + 1], 12)[1])
+
+
+def test_scaled_noise_goes_into_the_path():
+    flow, layout = FlowMatching(Objective(noise_scale="resolution"), 0, 128), layout_of([(2, 2), (1, 3)])
+    clean, t = torch.randn(7, 6), torch.tensor([0.25, 0.5])
+    noisy, noise = flow.noisy(clean, torch.arange(2), t, layout)
+    torch.testing.assert_close(noisy[:4], 0.75 * clean[:4] + 0.25 * noise[:4])
+    torch.testing.assert_close(noisy[4:], 0.5 * clean[4:] + 0.5 * noise[4:])
+
+
+@pytest.mark.parametrize("scale", [0, -1, "half", True])
+def test_a_noise_scale_that_is_none_is_refused(scale):
+    with pytest.raises(ValueError, match='expected a positive number or "resolution"'):
+        Objective(noise_scale=scale)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
