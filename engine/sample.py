@@ -3,6 +3,8 @@
 python engine/sample.py --checkpoint runs/quickstart --prompt "a cup of coffee" --grid coffee.png
 python engine/sample.py --checkpoint runs/jit/checkpoints/step-00010000 --prompts-file p.txt --output out
 python engine/sample.py --checkpoint runs/quickstart --recall --grid recall.png
+python engine/sample.py --checkpoint runs/latent_256_sprint --prompt "a fox" --method path_drop --grid fox.png
+python engine/sample.py --checkpoint runs/latent_256_contrastive --compute-mean-target mean.safetensors
 python engine/sample.py --checkpoint my-diffusers-folder --config configs/latent_256.json --prompt "a fox"
 """
 
@@ -14,14 +16,16 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
-from millrace.engine.config import Config
+from millrace.engine.config import Config, Sampling, guidance_warnings
+from millrace.engine.config.sampling import SELF_ONLY
 from millrace.engine.config_file import dict_from_overrides, load_config, merge, parse_config
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.errors import UserError
@@ -29,11 +33,15 @@ from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.metrics.nearest import recall
 from millrace.engine.model.conversion import expect_state
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.evaluations import describe
+from millrace.engine.model.flops import sampling_flops
+from millrace.engine.objective.contrastive import mean_target
 from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.runtime.distributed import choose_device
 from millrace.engine.runtime.precision import DTYPES
 from millrace.engine.runtime.weights import checkpoint_folder, checkpoint_state
 from millrace.engine.sampling import Sampler, save_grid
+from millrace.engine.tuned import open_trained
 
 
 def parse() -> argparse.Namespace:
@@ -52,18 +60,38 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="sample every training caption; count how often its own picture is the nearest training picture",
     )
+    what.add_argument(
+        "--compute-mean-target",
+        type=Path,
+        metavar="FILE",
+        help="write the mean velocity target of the training pictures, for --mean-target; makes no pictures",
+    )
     parser.add_argument(
-        "--weights", choices=("auto", "ema", "model"), default="auto", help="auto: EMA if there is one"
+        "--weights",
+        choices=("auto", "ema", "ema2", "model"),
+        default="auto",
+        help="auto: EMA if there is one",
     )
     parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is off")
+    parser.add_argument("--guidance", type=float, help="scale of the guidance; 1 is off")
+    parser.add_argument(
+        "--method",
+        choices=get_args(Sampling.model_fields["method"].annotation),
+        help="what the guidance leads away from (docs/guidance.md)",
+    )
     parser.add_argument("--solver", choices=("euler", "heun"))
+    parser.add_argument(
+        "--mean-target",
+        type=Path,
+        metavar="FILE",
+        help="take back the shift of contrastive flow matching, with the weight of the training",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels; default data.resolution")
     parser.add_argument("--grid", type=Path, help="write all pictures as one PNG")
     parser.add_argument("--output", type=Path, help="folder that receives one PNG a picture")
     arguments = parser.parse_args()
-    if not (arguments.grid or arguments.output or arguments.recall):
+    if not (arguments.grid or arguments.output or arguments.recall or arguments.compute_mean_target):
         parser.error("say where the pictures go: --grid FILE.png or --output FOLDER")
     if arguments.grid and arguments.grid.suffix != ".png":
         parser.error(f"--grid {arguments.grid}: the grid is a PNG, name it so")
@@ -75,23 +103,30 @@ def main() -> int:
     arguments = parse()
     weights, config = _load(arguments)
     device = choose_device(config.run.device)
+    if arguments.compute_mean_target:
+        return _compute_mean_target(arguments, config, device)
     compute = DTYPES[config.precision.compute]
     expect_state(weights, config.model, config.routing, f"weights of {arguments.checkpoint}")
     denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)
+    autoencoder = open_trained(config, _run(arguments.checkpoint), device)
+    edge = config.model.patch_size * autoencoder.factor
     sampler = Sampler(
         denoiser.to(device).eval().requires_grad_(False),
-        FlowMatching(config.objective, config.run.seed),
-        open_autoencoder(config.conditioning.autoencoder, device),
+        FlowMatching(config.objective, config.run.seed, edge),
+        autoencoder,
         open_text_tower(config.conditioning.text, config.model.context_dim, device, compute),
         device,
         compute,
     )
+    for warning in guidance_warnings(config.sampling, config.routing, config.objective):
+        print(warning, file=sys.stderr)
     size = _size(arguments.size, config)
     if arguments.recall:
         pictures = _recall(sampler, config, arguments.seed)
     else:
         pictures = sampler(_prompts(arguments), size, config.sampling, arguments.seed)
+    print(_cost(sampler, config, pictures))
     if arguments.grid:
         save_grid(pictures, arguments.grid)
         print(f"{len(pictures)} pictures in {arguments.grid}")
@@ -104,9 +139,12 @@ def main() -> int:
 
 def _load(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
     """Weights, and the configuration that they were trained with under the command's overrides."""
-    solver = {"steps": arguments.steps, "guidance": arguments.guidance, "solver": arguments.solver}
-    given = {"sampling": {key: value for key, value in solver.items() if value is not None}}
-    changes = merge(dict_from_overrides(arguments.overrides), given)
+    names = ("steps", "guidance", "solver", "method")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    changes = merge(dict_from_overrides(arguments.overrides), {"sampling": given})
+    if arguments.method not in (None, "self"):
+        # What the run had set for its own method would be refused beside another one.
+        changes = merge({"sampling": Sampling().model_dump(mode="json", include=set(SELF_ONLY))}, changes)
     if _holds_weights_only(arguments.checkpoint):
         if not arguments.config:
             raise UserError(
@@ -119,9 +157,59 @@ def _load(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
         # Such weights are of no SPRINT model, whatever the run was that the configuration is for.
         found = {"model": model.model_dump(mode="json"), "routing": routing.model_dump(mode="json")}
         values = wanted.model_dump(mode="json") | found
-        return weights, parse_config(merge(values, changes), arguments.config)
+        return weights, _with_mean_target(merge(values, changes), arguments)
     weights, config = checkpoint_state(checkpoint_folder(arguments.checkpoint), arguments.weights)
-    return weights, parse_config(merge(config.model_dump(mode="json"), changes), str(arguments.checkpoint))
+    values = config.model_dump(mode="json")
+    return weights, _with_mean_target(merge(values, changes), arguments)
+
+
+def _with_mean_target(values: dict[str, Any], arguments: argparse.Namespace) -> Config:
+    """The configuration of `values`, with --mean-target and the weight that goes with it."""
+    if arguments.mean_target is not None:
+        sampling = values["sampling"]
+        sampling["mean_target"] = str(arguments.mean_target)
+        sampling["contrastive"] = sampling["contrastive"] or values["objective"]["contrastive_weight"]
+        if not sampling["contrastive"]:
+            raise UserError(
+                "--mean-target takes back what objective.contrastive_weight does, which is 0 for this model; "
+                "leave it out, or --set sampling.contrastive"
+            )
+    return parse_config(values, arguments.config or str(arguments.checkpoint))
+
+
+def _compute_mean_target(arguments: argparse.Namespace, config: Config, device: torch.device) -> int:
+    """Write the mean target of the training pictures, in evaluation's crops; per channel if sizes differ."""
+    path, source = arguments.compute_mean_target, open_source(config.data)
+    autoencoder = open_trained(config, _run(arguments.checkpoint), device)
+    edge = autoencoder.factor * config.model.patch_size
+
+    def latents() -> Iterator[Tensor]:
+        for i in range(len(source)):
+            view = evaluation_view(source.image(i), config.data, edge, source.key(i))
+            yield autoencoder.encode(view[None].to(device))
+
+    per = "position" if config.data.aspect == "square" else "channel"
+    found = mean_target(latents(), per, autoencoder.identity)
+    found.save(path)
+    print(f"mean target of {found.count} pictures, per {per}, in {path}")
+    return 0
+
+
+def _cost(sampler: Sampler, config: Config, pictures: Tensor) -> str:
+    """What the sampling did, and the work of it by the shapes of the model."""
+    edge = sampler.autoencoder.factor * config.model.patch_size
+    image_tokens = (pictures.shape[2] // edge) * (pictures.shape[3] // edge)
+    text_tokens = sampler.caption_tokens / len(pictures)
+    empty_tokens = len(sampler.text_tower.encode([""]).embeddings)
+    flops = sampling_flops(config, image_tokens, text_tokens, empty_tokens)
+    alone = config.sampling.model_copy(update={"method": "none", "strong_drop": 0.0})
+    unguided = sampling_flops(
+        config.model_copy(update={"sampling": alone}), image_tokens, text_tokens, empty_tokens
+    )
+    return (
+        f"sampling: {describe(config)}; {flops / 1e9:,.4f} GFLOP a picture, {flops / unguided:.3g} times "
+        "those without guidance"
+    )
 
 
 def _is_state_dict(path: Path) -> bool:
@@ -132,6 +220,11 @@ def _is_state_dict(path: Path) -> bool:
 def _holds_weights_only(path: Path) -> bool:
     """Whether `path` is exported weights (diffusers or PRX), not a run or one of its checkpoints."""
     return _is_state_dict(path) or any(map(is_diffusers, (path, path / "transformer")))
+
+
+def _run(path: Path) -> Path | None:
+    """`path` if it is a run or one of its checkpoints, None if it is weights alone."""
+    return None if _holds_weights_only(path) else path
 
 
 def _size(text: str | None, config: Config) -> tuple[int, int]:

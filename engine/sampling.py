@@ -1,6 +1,5 @@
 """Pictures from captions: integrate the learned velocity from noise (t = 1) to data (t = 0)."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -11,10 +10,16 @@ from millrace.engine.conditioning.autoencoder import Autoencoder
 from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.config import Sampling
 from millrace.engine.errors import UserError
+from millrace.engine.guidance import Guidance
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.evaluations import solver_steps
 from millrace.engine.model.packing import patchify, unpatchify
-from millrace.engine.objective.flow import FlowMatching, shift_time
+from millrace.engine.objective.contrastive import MeanTarget
+from millrace.engine.objective.flow import FlowMatching
 from millrace.kernels.random import normal, sample_keys
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of a latent."""
 
 
 class Sampler:
@@ -41,6 +46,8 @@ class Sampler:
         self.denoiser, self.flow = denoiser, flow
         self.autoencoder, self.text_tower = autoencoder, text_tower
         self.device, self.compute = device, compute
+        self.caption_tokens = 0
+        """Text tokens of the captions of all pictures so far."""
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], size: tuple[int, int], config: Sampling, seed: int) -> Tensor:
@@ -52,58 +59,99 @@ class Sampler:
             config: solver, steps and guidance.
             seed: picture i starts from noise that is a function of (seed, i).
         """
+        return torch.stack(self.mixed(prompts, [size] * len(prompts), config, seed))
+
+    @torch.no_grad()
+    def mixed(
+        self, prompts: list[str], sizes: list[tuple[int, int]], config: Sampling, seed: int
+    ) -> list[Tensor]:
+        """As a call, but every picture has a size of its own: tensors (3, height, width)."""
         edge = self.autoencoder.factor * self.denoiser.config.patch_size
-        if size[0] % edge or size[1] % edge:
+        for height, width in dict.fromkeys(sizes):
+            if height % edge or width % edge:
+                raise UserError(
+                    f"a picture of {height} x {width} pixels cannot be cut in tokens of {edge} pixels"
+                )
+        mean_target = self._mean_target(config)
+        pictures: list[Tensor] = []
+        for first in range(0, len(prompts), self.CHUNK):
+            part = slice(first, first + self.CHUNK)
+            pictures += self._chunk(prompts[part], sizes[part], first, config, seed, mean_target)
+        return pictures
+
+    def _mean_target(self, config: Sampling) -> MeanTarget | None:
+        """What `config.contrastive` takes back; of the same latents as the sampler's."""
+        if not config.contrastive or config.mean_target is None:
+            return None
+        found, own = MeanTarget.load(config.mean_target, self.device), self.autoencoder
+        if found.autoencoder != own.identity or len(found.values) != own.channels:
             raise UserError(
-                f"a picture of {size[0]} x {size[1]} pixels cannot be cut in tokens of {edge} pixels"
+                f"{config.mean_target}: mean target of {len(found.values)} channels of {found.autoencoder!r};"
+                f" the model has {own.channels} of {own.identity!r}, use --compute-mean-target"
             )
-        chunks = range(0, len(prompts), self.CHUNK)
-        return torch.cat([self._chunk(prompts[i : i + self.CHUNK], i, size, config, seed) for i in chunks])
+        return found
 
     def _chunk(
-        self, prompts: list[str], first: int, size: tuple[int, int], config: Sampling, seed: int
-    ) -> Tensor:
-        count, patch = len(prompts), self.denoiser.config.patch_size
-        shape = (
-            self.autoencoder.channels,
-            size[0] // self.autoencoder.factor,
-            size[1] // self.autoencoder.factor,
-        )
-        grid = (shape[1] // patch, shape[2] // patch)
-        guided = config.guidance != 1
-        text = self.text_tower.encode(prompts + [""] * count if guided else prompts)
-        samples = 2 * count if guided else count
-        layout = self.denoiser.layouts.layout([grid] * samples, text.cu_seqlens, text.max_seqlen)
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            tokens = patchify(x, patch).flatten(0, 1)
-            doubled = tokens.repeat(2, 1) if guided else tokens
-            time = torch.full((samples,), t, device=self.device)
-            with torch.autocast(self.device.type, self.compute, enabled=self.compute != torch.float32):
-                (out,) = self.denoiser(doubled, time, text.embeddings, layout)
-            out = out.float()
-            if guided:
-                with_text, without = out.chunk(2)
-                out = without + config.guidance * (with_text - without)
-            v = self.flow.velocity(out, tokens, t)
-            return unpatchify(v.unflatten(0, (count, -1)), grid, patch)
-
-        x = self._start(first, count, shape, seed) * self.flow.config.noise_scale
-        times = shift_time(torch.linspace(1, 0, config.steps + 1), self.flow.config.time_shift).tolist()
-        for t, after in pairwise(times):
-            v = velocity(x, t)
-            ahead = x + (after - t) * v
-            if config.solver == "heun" and after > 0:
-                ahead = x + (after - t) * 0.5 * (v + velocity(ahead, after))
-            x = ahead
-        return self.autoencoder.decode(x).cpu()
-
-    def _start(self, first: int, count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
-        rows = shape[0] * shape[1]
+        self,
+        prompts: list[str],
+        sizes: list[tuple[int, int]],
+        first: int,
+        config: Sampling,
+        seed: int,
+        mean_target: MeanTarget | None,
+    ) -> list[Tensor]:
+        count, patch, factor = len(prompts), self.denoiser.config.patch_size, self.autoencoder.factor
+        shapes = [(self.autoencoder.channels, height // factor, width // factor) for height, width in sizes]
+        grids = [(height // patch, width // patch) for _, height, width in shapes]
         index = torch.arange(first, first + count, device=self.device)
-        offsets = torch.arange(count + 1, dtype=torch.int32, device=self.device) * rows
-        noise = normal(sample_keys(seed, index, "picture"), offsets, count * rows, shape[2], rows)
-        return noise.view(count, *shape)
+        captions = self.text_tower.encode(prompts)
+        self.caption_tokens += len(captions.embeddings)
+        velocity = Guidance(
+            self.denoiser,
+            self.flow,
+            config,
+            captions,
+            self.text_tower.encode([""] * count) if config.captionless else None,
+            grids,
+            seed,
+            index,
+            self.compute,
+            mean_target,
+        )
+        noise = self._start(index, shapes, seed)
+        scales = [self.flow.noise_scale(grid) for grid in grids]
+        x = torch.cat([scale * patchify(each, patch) for scale, each in zip(scales, noise, strict=True)])
+        for i, (t, after, twice) in enumerate(solver_steps(config, self.flow.config.time_shift)):
+            v = velocity(x, t, i)
+            ahead = x + (after - t) * v
+            if twice:
+                ahead = x + (after - t) * 0.5 * (v + velocity(ahead, after, i))
+            x = ahead
+        tokens = x.split([rows * columns for rows, columns in grids])
+        pictures: list[Tensor] = [torch.empty(0)] * count
+        for members in _by_shape(shapes).values():
+            latents = torch.stack([unpatchify(tokens[i], grids[i], patch) for i in members])
+            for i, picture in zip(members, self.autoencoder.decode(latents).cpu(), strict=True):
+                pictures[i] = picture
+        return pictures
+
+    def _start(self, index: Tensor, shapes: list[Shape], seed: int) -> list[Tensor]:
+        """Noise of each picture, of its shape; pictures of one shape are drawn together."""
+        found: list[Tensor] = [torch.empty(0)] * len(shapes)
+        for (channels, height, width), members in _by_shape(shapes).items():
+            count, rows = len(members), channels * height
+            offsets = torch.arange(count + 1, dtype=torch.int32, device=self.device) * rows
+            noise = normal(sample_keys(seed, index[members], "picture"), offsets, count * rows, width, rows)
+            for i, each in zip(members, noise.view(count, channels, height, width), strict=True):
+                found[i] = each
+        return found
+
+
+def _by_shape(shapes: list[Shape]) -> dict[Shape, list[int]]:
+    members: dict[Shape, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(i)
+    return members
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:

@@ -30,6 +30,8 @@ CLASS_NAME = "PRXTransformer2DModel"
 
 FUSION = "fusion."
 """What the names of SPRINT's fusion layer start with; other projects' files have no such layer."""
+RESOLUTION = "resolution_tokens."
+"""The same of the embedders of resolution tokens."""
 
 _PRX_NAMES = {
     "attention.img_qkv_proj.weight": "img_qkv_proj.weight",
@@ -190,11 +192,17 @@ def _first(names: list[str], count: int = 3) -> str:
 def diffusers_state(state: State, config: Model) -> dict[str, Tensor]:
     """Our weights under diffusers' names; no data is copied, fused tensors become views of their rows.
 
-    Raises UserError for weights that do not fit `config`, and for a SPRINT model, which diffusers lacks.
+    Raises UserError for weights that do not fit `config`, and for a SPRINT model or one with resolution
+    tokens, which diffusers lacks.
     """
     if any(name.startswith(FUSION) for name in state):
         raise UserError(
             "these are the weights of a SPRINT model, whose fusion layer has no place in diffusers' or "
+            "Photoroom/PRX's format; sample from the run itself with engine/sample.py"
+        )
+    if config.resolution_tokens:
+        raise UserError(
+            "these are the weights of a model with resolution tokens, which have no place in diffusers' or "
             "Photoroom/PRX's format; sample from the run itself with engine/sample.py"
         )
     expect_state(state, config)

@@ -10,8 +10,12 @@ SPRINT's fusion layer counts as it is defined, Linear(2C -> C) on every token. `
 2 (T - K) C^2 less forward, 0.3 % of a PRX-1.2B step.
 """
 
+from collections import Counter
+
 from millrace.engine.config import Config, Model, route_end
+from millrace.engine.model import resolution
 from millrace.engine.model.blocks import TIME_FEATURES
+from millrace.engine.model.evaluations import Branch, evaluations
 from millrace.kernels.routing import kept_tokens
 
 PEAK_BF16 = {
@@ -54,6 +58,10 @@ def forward_flops(
     )
     once = TIME_FEATURES * width + width * width  # time vector
     once *= 2 if config.resolution_embedding else 1
+    if config.resolution_tokens:
+        # Two text tokens that do not come from the text tower.
+        once += resolution.COUNT * (resolution.FEATURES * width + width * width - config.context_dim * width)
+        text_tokens += resolution.COUNT
     once += depth * 6 * width * width + 2 * width * width  # modulation
     total = once + image_tokens * (embed + width * features)
     total += text_tokens * width * (config.context_dim + depth * 2 * width)
@@ -68,15 +76,44 @@ def forward_flops(
 
 def training_flops(config: Config, image_tokens: int, text_tokens: float) -> float:
     """FLOPs of one sample's forward and backward pass under the run's routing."""
-    model, routing = config.model, config.routing
-    routed, kept = range(0), image_tokens
-    if routing.policy != "none":
-        routed = range(routing.start, route_end(config) + 1)
-        kept = kept_tokens(image_tokens, 1 - routing.drop)
-    fused = routing.policy == "sprint"
-    return 3 * forward_flops(model, image_tokens, text_tokens, routed, kept, fused)
+    return 3 * _routed_flops(config, image_tokens, text_tokens, config.routing.drop)
 
 
 def dense_training_flops(config: Config, image_tokens: int, text_tokens: float) -> float:
     """FLOPs of one sample's forward and backward pass if the run routed nothing."""
     return 3 * forward_flops(config.model, image_tokens, text_tokens, range(0), image_tokens)
+
+
+def branch_flops(config: Config, branch: Branch, image_tokens: int, text_tokens: float) -> float:
+    """FLOPs of one sample's forward pass in a branch of the guidance; `text_tokens` of its own caption.
+
+    A branch that skips the routed blocks still has their text keys and modulation, which are made for all
+    blocks at once.
+    """
+    drop = 1.0 if branch.skip else branch.drop
+    return _routed_flops(config, image_tokens, text_tokens, drop)
+
+
+def sampling_flops(config: Config, image_tokens: int, text_tokens: float, empty_tokens: float = 1.0) -> float:
+    """FLOPs of the denoiser for one picture under `config.sampling`: every step, every branch.
+
+    Args:
+        text_tokens: of the picture's caption.
+        empty_tokens: of the empty caption, as the text tower makes it.
+    """
+    return sum(
+        times * branch_flops(config, branch, image_tokens, text_tokens if branch.captioned else empty_tokens)
+        for branch, times in Counter(evaluations(config)).items()
+    )
+
+
+def _routed_flops(config: Config, image_tokens: int, text_tokens: float, drop: float) -> float:
+    """FLOPs of one forward pass in which the share `drop` of the tokens bypasses the run's routed span."""
+    routing, routed, kept = config.routing, range(0), image_tokens
+    if routing.policy != "none":
+        routed = range(routing.start, route_end(config) + 1)
+    if drop == 1:
+        kept = 0
+    elif drop > 0:
+        kept = kept_tokens(image_tokens, 1 - drop)
+    return forward_flops(config.model, image_tokens, text_tokens, routed, kept, routing.policy == "sprint")

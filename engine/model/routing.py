@@ -6,6 +6,11 @@ route's rows before block `start` and joins them with the others after block `en
     TREAD     bypassing rows stay where they are, the route's rows are put back between them
     SPRINT    all rows bypass; a linear layer fuses them with the route's rows, a mask token where there are
               none (`fusion.py`). The layer is part of the model, so it also runs where nothing is routed.
+
+A policy that drops nothing (`routing.drop` 0, the fine-tune on all tokens that may follow) runs every block
+on every token: TREAD's is then the dense model, SPRINT's keeps its fusion layer and its path drop.
+
+Sampling routes too: a branch of the guidance (`evaluations.py`) may drop tokens, or skip the span.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,8 +18,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from millrace.engine.config import Config, route_end
+from millrace.engine.config import Config, Routing, route_end
 from millrace.engine.errors import UserError
+from millrace.engine.model.evaluations import Branch
 from millrace.engine.model.packing import Layout
 from millrace.kernels import Route, sample_route
 from millrace.kernels.random import sample_keys, uniform
@@ -29,6 +35,8 @@ class RoutedSpan(NamedTuple):
     end: int
     dropped: Tensor | None = None
     """(B,) bool, samples whose rows of the route count as not run (SPRINT's path drop)."""
+    skip: bool = False
+    """Whether no block of the span runs, because the route has no rows (SPRINT's path-drop guidance)."""
 
 
 class RoutingPolicy(Protocol):
@@ -67,7 +75,7 @@ class Sprint:
     """SPRINT (Park et al., arXiv 2510.21986): few tokens run through the span, then are fused with all.
 
     Args:
-        start, end, drop: as of `Tread`; the paper's are 2, depth - 3 and 0.75.
+        start, end, drop: as of `Tread`; the paper's are 2, depth - 3 and 0.75. Drop 0 runs all tokens.
         structured: keep as many tokens in each small square of the grid, instead of anywhere.
         path_drop: share of samples that are trained without what the span computes.
     """
@@ -82,16 +90,21 @@ class Sprint:
         """Each sample's random subset, and which samples lose theirs; `sample_index` (B,) int64."""
         if self.structured and len(set(layout.grids)) > 1:
             raise ValueError(f"structured routes need one grid, the batch has {sorted(set(layout.grids))}")
-        route = sample_route(
-            layout.cu_seqlens,
-            1 - self.drop,
-            seed,
-            sample_index,
-            grid=layout.grids[0],
-            structured=self.structured,
-            lengths=layout.lengths,
-        )
-        dropped = None
+        route, dropped = None, None
+        if self.drop:
+            route = sample_route(
+                layout.cu_seqlens,
+                1 - self.drop,
+                seed,
+                sample_index,
+                grid=layout.grids[0],
+                structured=self.structured,
+                lengths=layout.lengths,
+            )
+        elif self.path_drop:
+            # The fusion layer finds the rows of dropped samples by their route.
+            every_row = torch.arange(sum(layout.lengths), device=layout.cu_seqlens.device)
+            route = Route(every_row, layout.cu_seqlens, layout.max_seqlen)
         if self.path_drop:
             dropped = uniform(sample_keys(seed, sample_index, "path drop"))[:, 0] < self.path_drop
         return RoutedSpan(route, self.start, self.end, dropped)
@@ -99,27 +112,47 @@ class Sprint:
 
 def routing_policy(config: Config) -> RoutingPolicy:
     """The policy that the configuration names."""
-    routing = config.routing
+    return _policy(config.routing, config.model.depth)
+
+
+def _policy(routing: Routing, depth: int) -> RoutingPolicy:
+    start, end = routing.start, routing.last(depth)
     match routing.policy:
         case "none":
             return Dense()
         case "tread":
-            return Tread(routing.start, route_end(config), routing.drop)
+            return Tread(start, end, routing.drop) if routing.drop else Dense()
         case "sprint":
-            return Sprint(
-                routing.start,
-                route_end(config),
-                routing.drop,
-                routing.structured,
-                routing.path_drop,
-            )
+            return Sprint(start, end, routing.drop, routing.structured, routing.path_drop)
         case other:
             raise ValueError(f"no routing policy is built for {other!r}")
 
 
+def branch_span(
+    branch: Branch, routing: Routing, depth: int, layout: Layout, seed: int, sample_index: Tensor
+) -> RoutedSpan | None:
+    """The span of one evaluation in sampling, for a model of `depth` blocks trained with `routing`.
+
+    Raises UserError where the routing is structured and the pictures' grids cannot be cut so.
+    """
+    if branch.skip:
+        nothing = torch.zeros_like(layout.cu_seqlens)
+        route = Route(nothing[:0].long(), nothing, 0)
+        return RoutedSpan(route, routing.start, routing.last(depth), skip=True)
+    if not branch.drop:
+        return None
+    policy = _policy(routing.model_copy(update={"drop": branch.drop, "path_drop": 0.0}), depth)
+    try:
+        return policy.draw(layout, seed, sample_index)
+    except ValueError as error:
+        raise UserError(
+            f"sampling.method self with routing.structured: {error}; sample other sizes"
+        ) from None
+
+
 def require_grid(config: Config, edge: int) -> None:
     """Raise UserError if `routing.structured` cannot cut the grid of a picture's tokens of `edge` pixels."""
-    if not config.routing.structured:
+    if not config.routing.structured or not config.routing.drop:
         return
     side = config.data.resolution // edge
     one = torch.tensor([0, side * side], dtype=torch.int32)
@@ -139,6 +172,8 @@ def describe(config: Config) -> str:
         return "routing: none"
     span = f"{routing.start}..{route_end(config)}"
     line = f"routing: {routing.policy}, {routing.drop:.4g} of the tokens bypass blocks {span}"
+    if not routing.drop:
+        line = f"routing: {routing.policy}, all tokens run through blocks {span}"
     if routing.policy == "sprint":
         kind = "structured" if routing.structured else "unstructured"
         line += f"; {kind}, {routing.mask_token} mask token, path drop {routing.path_drop:.4g}"

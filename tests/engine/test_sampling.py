@@ -9,7 +9,7 @@ from PIL import Image
 
 from millrace.engine.conditioning.autoencoder import Pixels, open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
-from millrace.engine.config import Autoencoder, Model, Objective, Sampling, TextTower
+from millrace.engine.config import Autoencoder, Model, Objective, Routing, Sampling, TextTower
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.packing import LayoutCache
@@ -25,10 +25,10 @@ class Known:
     """A denoiser that returns `field(tokens, t, text)`; text is 1 for captions, 0 for the empty one."""
 
     def __init__(self, field):
-        self.config, self.field, self.calls = MODEL, field, []
+        self.config, self.routing, self.field, self.calls = MODEL, Routing(), field, []
         self.layouts = LayoutCache((8, 8), 10_000.0)
 
-    def __call__(self, tokens, t, text, layout):
+    def __call__(self, tokens, t, text, layout, span=None):
         assert t.unique().numel() == 1
         self.calls.append(float(t[0]))
         captioned = layout.cu_seqlens_text.diff() > 1

@@ -15,7 +15,8 @@ from millrace.engine.model.routing import Sprint, Tread
 LATENT = Model(width=64, depth=6, heads=4, in_channels=4, context_dim=24)
 BOTTLENECK = Model(width=48, depth=5, heads=2, patch_size=4, in_channels=3, bottleneck=10, context_dim=20)
 RESOLUTION = Model(width=48, depth=3, heads=3, mlp_ratio=2.5, resolution_embedding=True, context_dim=12)
-MODELS = {"latent": LATENT, "bottleneck": BOTTLENECK, "resolution": RESOLUTION}
+TOKENS = LATENT.model_copy(update={"resolution_tokens": True})
+MODELS = {"latent": LATENT, "bottleneck": BOTTLENECK, "resolution": RESOLUTION, "tokens": TOKENS}
 
 SQUARE = [(4, 4), (4, 4), (4, 4)]
 MIXED = [(4, 6), (5, 3), (4, 4)]
@@ -58,6 +59,7 @@ def gradients_of_inputs(config, grids, text_lengths):
     image = sum(rows * columns for rows, columns in grids) * features * (config.bottleneck or config.width)
     text = sum(text_lengths) * config.context_dim * config.width
     vectors = len(grids) * 256 * config.width * (2 if config.resolution_embedding else 1)
+    vectors += len(grids) * 2 * 128 * config.width if config.resolution_tokens else 0
     return 2 * (image + text + vectors)
 
 
@@ -146,6 +148,14 @@ def test_training_is_three_forward_passes_of_the_route():
     assert training_flops(Config(model=PRX), 256, 100) == 3 * forward_flops(PRX, 256, 100, range(0), 256)
     every = forward_flops(PRX, 256, 100, range(0), 256)
     assert math.isclose(forward_flops(PRX, 256, 100, range(2, 13), 256), every)
+
+
+def test_nothing_dropped_costs_what_the_dense_model_does():
+    """And, of SPRINT, the fusion layer on every token."""
+    dense = training_flops(Config(model=PRX), 256, 100)
+    assert training_flops(Config(model=PRX, routing=Routing(policy="tread", drop=0)), 256, 100) == dense
+    fused = training_flops(Config(model=PRX, routing=Routing(policy="sprint", drop=0)), 256, 100)
+    assert fused == dense + 3 * 2 * 256 * 2 * 1792**2
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,22 @@ def test_a_dropped_path_leaves_nothing_of_the_span():
         torch.testing.assert_close(predict([False, True, False])[start:end], partly[start:end])
 
 
+@pytest.mark.parametrize("grids", [UNIFORM, MIXED], ids=["uniform", "mixed"])
+def test_all_tokens_run_and_paths_are_dropped(grids):
+    """The fine-tune: of a dropped sample every row counts as not run, of the others none."""
+    denoiser = random_denoiser(PRX)
+    inputs = batch(denoiser, grids)
+    span = Sprint(1, 3, 0.0, path_drop=0.5).draw(inputs[3], 42, INDEX)
+    assert span.dropped.tolist() == [True, False, True]
+    with torch.no_grad():
+        (found,) = denoiser(*inputs, span=span)
+        (wanted,), (whole,) = by_hand(denoiser, PRX, inputs, span)[:1], denoiser(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    start, end = inputs[3].cu_seqlens[1:3].tolist()
+    torch.testing.assert_close(found[start:end], whole[start:end], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found[:start], whole[:start])
+
+
 def test_initial_fusion():
     """PyTorch's default of a linear layer, and the mask token of each kind; the rest as without SPRINT."""
     wide = CONFIG.model_copy(update={"width": 512})

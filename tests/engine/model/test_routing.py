@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from millrace.engine.config import Config, Model
+from millrace.engine.config import Config, Model, Routing
 from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.evaluations import Branch
 from millrace.engine.model.packing import LayoutCache
 from millrace.engine.model.routing import (
     Dense,
     RoutedSpan,
     Sprint,
     Tread,
+    branch_span,
     describe,
     require_grid,
     routing_policy,
@@ -239,12 +241,50 @@ def test_structured_needs_a_grid_that_divides(drop, resolution, message):
     require_grid(Config.model_validate({"data": {"resolution": 272}}), 16)
 
 
+def test_nothing_dropped_runs_every_token():
+    """The fine-tune on all tokens: TREAD is the dense model; SPRINT keeps its fusion layer and path drop."""
+    tread = routing_policy(Config.model_validate({"routing": {"policy": "tread", "drop": 0}}))
+    assert isinstance(tread, Dense)
+    layout = _layout(MIXED)
+    assert Sprint(1, 3, 0.0).draw(layout, 42, INDEX) == RoutedSpan(None, 1, 3)
+    span = Sprint(1, 3, 0.0, path_drop=0.5).draw(layout, 42, INDEX)
+    assert torch.equal(span.route.index, torch.arange(16 + 10 + 9))
+    assert torch.equal(span.route.cu_seqlens, layout.cu_seqlens)
+    assert span.route.max_seqlen == 16
+    assert torch.equal(span.dropped, Sprint(1, 3, 0.75, path_drop=0.5).draw(layout, 42, INDEX).dropped)
+
+
+def test_nothing_dropped_fits_any_grid():
+    routing = {"policy": "sprint", "structured": True, "drop": 0}
+    require_grid(Config.model_validate({"routing": routing, "data": {"resolution": 272}}), 16)
+
+
+def test_branches_of_sampling():
+    """A branch draws as the policy of its own drop does, whatever the training's path drop; or skips."""
+    layout = _layout(UNIFORM)
+    sprint = Routing(policy="sprint", structured=True, path_drop=0.5)
+    assert branch_span(Branch(), sprint, 8, layout, 42, INDEX) is None
+    span = branch_span(Branch(drop=0.5), sprint, 8, layout, 42, INDEX)
+    wanted = Sprint(2, 4, 0.5, structured=True).draw(layout, 42, INDEX)
+    assert (span.start, span.end, span.dropped, span.skip) == (2, 4, None, False)
+    assert torch.equal(span.route.index, wanted.route.index)
+    skipped = branch_span(Branch(skip=True), sprint, 8, layout, 42, INDEX)
+    assert (skipped.start, skipped.end, skipped.skip) == (2, 4, True)
+    assert skipped.route.index.shape == (0,)
+    assert skipped.route.cu_seqlens.tolist() == [0, 0, 0, 0]
+
+
 def test_descriptions():
     def said(**routing):
         return describe(Config.model_validate({"routing": routing}))
 
     assert said() == "routing: none"
     assert said(policy="tread") == "routing: tread, 0.5 of the tokens bypass blocks 2..12"
+    assert said(policy="tread", drop=0) == "routing: tread, all tokens run through blocks 2..12"
+    assert said(policy="sprint", drop=0, path_drop=0.1) == (
+        "routing: sprint, all tokens run through blocks 2..12; "
+        "unstructured, learned mask token, path drop 0.1"
+    )
     assert said(policy="sprint", drop=0.875, structured=True, path_drop=0.1) == (
         "routing: sprint, 0.875 of the tokens bypass blocks 2..12; "
         "structured, learned mask token, path drop 0.1"

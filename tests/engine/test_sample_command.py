@@ -1,0 +1,96 @@
+"""engine/sample.py as a command, on a trained SPRINT model with contrastive loss."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from millrace.engine import sample
+from millrace.engine.errors import UserError
+from millrace.engine.model.flops import sampling_flops
+from millrace.engine.objective.contrastive import MeanTarget
+
+CHANGES = {
+    "run": {"steps": 2},
+    "model": {"depth": 3},
+    "routing": {"policy": "sprint", "start": 1, "end": 1, "drop": 0.5},
+    "objective": {"contrastive_weight": 0.1},
+    "sampling": {"steps": 2, "method": "self", "weak_drop": 0.75, "guidance": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(runs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sprint") / "run"
+    assert runs.here(output, CHANGES).error is None
+    return output
+
+
+@pytest.fixture
+def command(trained, monkeypatch, capsys, tmp_path):
+    """`command(words)` -> (stdout, stderr); two pictures unless the words say otherwise."""
+
+    def call(*words, prompts=("--prompt", "a cat", "--prompt", "two dogs")):
+        path = tmp_path / "grid.png"
+        out = ("--grid", str(path)) if prompts else ()
+        words = ["sample.py", "--checkpoint", str(trained), *prompts, *out, *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        capsys.readouterr()
+        assert sample.main() == 0
+        if prompts:
+            assert Image.open(path).size == (16, 32)
+        return capsys.readouterr()
+
+    return call
+
+
+def test_the_run_s_own_guidance_and_its_cost(command, runs, tmp_path):
+    told = command().out  # two pictures of 16 x 16 pixels, one over the other
+    config = runs.config(tmp_path, CHANGES)
+    words = [len(prompt.split()) for prompt in ("a cat", "two dogs")]
+    flops = sampling_flops(config, 16, sum(words) / 2, 1)
+    assert "guidance self with scale 2 from drop 0.75 to 0" in told
+    assert "4 evaluations a picture" in told
+    alone = runs.config(tmp_path, CHANGES, {"sampling": {"method": "none", "weak_drop": None}})
+    share = flops / sampling_flops(alone, 16, sum(words) / 2, 1)
+    assert f"{share:.3g} times those without guidance" in told
+
+
+def test_another_method_puts_the_run_s_aside(command):
+    told = command("--method", "cfg", "--guidance", 3)
+    assert "guidance cfg with scale 3" in told.out
+    assert told.err == ""
+    told = command("--method", "path_drop")
+    assert "guidance path_drop" in told.out
+    assert told.err.startswith("warning: sampling.method is path_drop, but routing.path_drop is 0")
+    assert "no guidance" in command("--method", "none").out
+
+
+def test_mean_target_there_and_back(command, tmp_path):
+    path = tmp_path / "mean.safetensors"
+    told = command("--compute-mean-target", path, prompts=()).out
+    assert told.startswith("mean target of 22 pictures, per position, in ")
+    found = MeanTarget.load(path)
+    assert found.values.shape == (3, 16, 16)
+    assert found.count == 22
+    assert "4 evaluations" in command("--mean-target", path).out
+    command("--compute-mean-target", path, "--set", "data.aspect=mixed", prompts=())
+    mixed = MeanTarget.load(path).values
+    assert mixed.shape == (3, 1, 1)
+    torch.testing.assert_close(mixed.flatten(), found.values.mean((1, 2)), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--mean-target", "nowhere"), "cannot load the mean target 'nowhere'"),
+        (("--mean-target", "x", "--set", "objective.contrastive_weight=0"), "which is 0 for this model"),
+        (("--method", "self", "--set", "sampling.strong_drop=0.8"), "strong_drop 0.8 is not below"),
+        (("--set", "sampling.interval=[1,0]"), "interval is"),
+    ],
+)
+def test_refusals(command, words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        command(*words)
+    assert "\n" not in str(caught.value)
