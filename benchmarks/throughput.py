@@ -40,7 +40,7 @@ from torch import Tensor
 
 from millrace.engine import config as settings
 from millrace.engine.cli import run_command
-from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR, Autoencoder
+from millrace.engine.conditioning.autoencoder import Autoencoder, published_factor
 from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.config import Config, Data, TextTower
 from millrace.engine.config_file import load_config, merge, parse_config
@@ -82,9 +82,11 @@ class Live(Trainer):
         """One micro-batch on the device."""
         return super().next_batch()
 
-    def _record(self, lr: float, norm: float, applied: bool, seconds: float, flops: float) -> None:
+    def _record(
+        self, rates: dict[str, float], norm: float, applied: bool, seconds: float, flops: float
+    ) -> None:
         self.flops += flops
-        super()._record(lr, norm, applied, seconds, flops)
+        super()._record(rates, norm, applied, seconds, flops)
 
 
 class RandomLatents(Autoencoder):
@@ -92,9 +94,9 @@ class RandomLatents(Autoencoder):
 
     stochastic = False
 
-    def __init__(self, kind: str, channels: int) -> None:
-        self.channels, self.factor = channels, PUBLISHED_FACTOR[kind]
-        self.identity = f"random numbers for {kind}"
+    def __init__(self, config: settings.Autoencoder, channels: int) -> None:
+        self.channels, self.factor = channels, published_factor(config)
+        self.identity = f"random numbers for {config.kind}"
 
     def _encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
         height, width = images.shape[-2:]
@@ -146,7 +148,7 @@ class Cached(Live):
         return ()
 
     def open_autoencoder(self, config: settings.Autoencoder, _device: torch.device) -> RandomLatents:
-        return RandomLatents(config.kind, self.config.model.in_channels)
+        return RandomLatents(config, self.config.model.in_channels)
 
     def open_text_tower(
         self, config: TextTower, dim: int, device: torch.device, dtype: torch.dtype

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from recording import ROOT
 
+from millrace.engine.config_file import load_config
+
 CONFIGS = ROOT / "configs"
 PUBLISHED = json.loads((ROOT / "benchmarks" / "published.json").read_text())
 
@@ -73,10 +75,13 @@ def published_row(path: str, overrides: list[str]) -> dict[str, Any] | None:
 
 
 def published_configs() -> list[str]:
-    """The files of configs/ that have a published throughput."""
-    rows = (row for table in PUBLISHED["tables"] for row in table["rows"] if row["batches_per_second"])
-    names = dict.fromkeys(row["config"] for row in rows if row["config"])
-    return [str(CONFIGS / f"{name}.json") for name in names]
+    """The files of configs/ with a published throughput whose step differs from the others' and needs no
+    frozen network that only published weights can stand for: tables of data run the baseline's step, and a
+    teacher is opened, not replaced."""
+    tables = (table for table in PUBLISHED["tables"] if not table["section"].startswith("Data:"))
+    rows = (row for table in tables for row in table["rows"] if row["batches_per_second"] and row["config"])
+    files = [str(CONFIGS / f"{name}.json") for name in dict.fromkeys(row["config"] for row in rows)]
+    return [file for file in files if not load_config(file).alignment.active]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
+from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config
 from millrace.engine.config_file import load_config
 from millrace.engine.errors import UserError
@@ -53,7 +53,7 @@ SIDES = ("ours", "peer")
 
 def side_of_grid(config: Config) -> int:
     """Tokens along one edge of a square picture."""
-    factor = PUBLISHED_FACTOR.get(config.conditioning.autoencoder.kind, 1)
+    factor = published_factor(config.conditioning.autoencoder)
     edge, patch = config.data.resolution, factor * config.model.patch_size
     if edge % patch:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import torch
 
+from millrace.engine.config import guidance_warnings
 from millrace.engine.data.pictures import Source
 from millrace.engine.model.routing import describe
 from millrace.engine.preparation import Preparation
@@ -28,6 +29,7 @@ def introduction(
     config = stage.config
     parameters = sum(torch.Size(shape).numel() for _, shape in named_shapes)
     lines = [describe_stage(stages, stage)] if len(stages) > 1 else []
+    grids = config.sampling.every_steps > 0
     return [
         *lines,
         f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
@@ -37,6 +39,7 @@ def introduction(
         f"ZeRO {zero.zero_stage(config)}, {zero.accumulation_steps(config)} x {config.data.micro_batch} "
         "samples per process and step",
         describe(config),
+        *(guidance_warnings(config.sampling, config.routing, config.objective) if grids else []),
         "precision audit:",
         *(f"  {what:<32} {dtypes}" for what, dtypes in rows),
     ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
+from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config
 from millrace.engine.data.crop import check_resolution
 from millrace.engine.model.denoiser import Denoiser
@@ -20,7 +20,7 @@ def plan(config: Config, processes: int = 1) -> list[str]:
     on these grounds.
     """
     model, data = config.model, config.data
-    factor = PUBLISHED_FACTOR[config.conditioning.autoencoder.kind]
+    factor = published_factor(config.conditioning.autoencoder)
     edge = factor * model.patch_size
     check_resolution(data, edge)
     require_grid(config, edge)

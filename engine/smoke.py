@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from millrace.engine.conditioning.autoencoder import PUBLISHED_FACTOR
-from millrace.engine.config import Config
+from millrace.engine.conditioning.autoencoder import published_factor
+from millrace.engine.config import AutoencoderTuning, Config, Data, Objective
 from millrace.engine.config_file import dict_from_overrides, merge, parse_config
 from millrace.engine.stages import Stage, resolve_stages
 
@@ -87,11 +87,14 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
             "block": min(config.alignment.block, depth // 2),
             "attention": {"blocks": [depth - 2, depth - 1], "teacher_layers": [0, 1], "heads": 2},
         },
-        "conditioning": {"text": {"max_tokens": 64}},
+        "conditioning": {
+            "text": {"max_tokens": 64},
+            "autoencoder": {"tuning": _small_tuning(conditioning.autoencoder.tuning)},
+        },
+        "objective": _small_judges(config.objective),
         "data": {
-            "source": "builtin",
-            "path": None,
-            "resolution": PUBLISHED_FACTOR[conditioning.autoencoder.kind] * patch * _GRID * larger,
+            **_small_source(config.data),
+            "resolution": published_factor(conditioning.autoencoder) * patch * _GRID * larger,
             "upscale": True,
             "global_batch": 4,
             "micro_batch": 2,
@@ -103,6 +106,31 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
         "logging": {"every_steps": 2, "wandb": False},
         "sampling": {"every_steps": steps, "prompts": [], "count": 2, "steps": 2},
     }
+
+
+def _small_tuning(tuning: AutoencoderTuning) -> dict[str, Any]:
+    """A discriminator that is small, new, and learns in the run."""
+    start = min(tuning.gan_start, 1)
+    return {"discriminator_width": 8, "discriminator_path": None, "gan_start": start, "norm_samples": 8}
+
+
+def _small_source(data: Data) -> dict[str, Any]:
+    """The pictures that come with this project, in place of each folder."""
+    own = {"path": None, "keys": None}
+    if data.source == "mixture":
+        parts = [part.model_dump(mode="json") for part in data.mixture]
+        return {"mixture": [part | own | {"source": "builtin"} for part in parts], **own}
+    return {"source": "builtin", **own}
+
+
+def _small_judges(objective: Objective) -> dict[str, Any]:
+    """Sizes at which the networks that look at predicted pictures see something of small ones."""
+    judges: dict[str, Any] = {}
+    if objective.lpips.weight:
+        judges["lpips"] = {"resize": max(objective.lpips.resize, 0.75)}
+    if objective.dino.weight:
+        judges["dino"] = {"size": 2 * (14 if objective.dino.kind == "dinov2" else 16)}
+    return judges
 
 
 def _tiny_networks(config: Config) -> dict[str, Any]:
@@ -121,7 +149,35 @@ def _tiny_networks(config: Config) -> dict[str, Any]:
 
         path = _made(folder / autoencoder.kind, lambda new: tiny_autoencoder(autoencoder.kind, new))
         towers["autoencoder"] = {"path": path}
-    return {"conditioning": towers}
+    teacher: dict[str, Any] = {}
+    if config.alignment.active:
+        teacher = {"path": _tiny_teacher(config.alignment.teacher.kind, folder), "cache": None}
+    networks = {"conditioning": towers, "objective": _tiny_judges(config, folder)}
+    return networks | {"alignment": {"teacher": teacher}}
+
+
+def _tiny_teacher(kind: str, folder: Path) -> str:
+    if kind == "classifier":
+        from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
+
+        return _made(folder / kind, lambda new: save_classifier(SmallClassifier(classes=2, width=8), new))
+    from millrace.engine.conditioning.tiny import tiny_dino
+
+    return _made(folder / kind, lambda new: tiny_dino(kind, new))
+
+
+def _tiny_judges(config: Config, folder: Path) -> dict[str, Any]:
+    """Paths of the networks that look at predicted pictures."""
+    from millrace.engine.conditioning.tiny import tiny_dino, tiny_lpips
+
+    objective, judges = config.objective, {}
+    tuning = config.conditioning.autoencoder.tuning
+    if objective.lpips.weight or (tuning.enabled and tuning.perceptual_weight):
+        judges["lpips"] = {"path": _made(folder / "lpips", tiny_lpips)}
+    if objective.dino.weight:
+        kind = objective.dino.kind
+        judges["dino"] = {"path": _made(folder / kind, lambda new: tiny_dino(kind, new))}
+    return judges
 
 
 def _made(folder: Path, make: Callable[[Path], Path]) -> str:

@@ -24,6 +24,8 @@ from millrace.engine.errors import UserError
 _OWN = ("name", "at")
 _FIXED = ("run.steps", "run.seed", "run.output_dir", "run.device", "run.init_from", "source", "stages")
 """Settings of the run as a whole."""
+_TUNED = "conditioning.autoencoder."
+"""Settings that an autoencoder which is tuned, or was, does not survive a change of."""
 _FREE_OF_MODEL = ("attention_backend",)
 """Settings of the model that its weights do not depend on."""
 _DATA_SET = ("source", "path", "mixture", "keys")
@@ -116,6 +118,10 @@ def _with_origins(found: list[tuple[int, str, Config, dict[str, Any]]], steps: i
     samples = 0
     for i, (first, name, config, overrides) in enumerate(found):
         new_data = not stages or any(key in overrides.get("data", {}) for key in _DATA_SET)
+        if not new_data and config.data.follows_steps:
+            # Such data find the step of a sample by division, so all steps since must have had as many.
+            seen, steps_since = samples - stages[-1].data_sample, first - stages[-1].data_step
+            new_data = seen != steps_since * config.data.global_batch
         began = max(j for j in range(i + 1) if renews[j])
         stage = Stage(
             number=i,
@@ -143,7 +149,10 @@ def _require_same_run(first: Config, later: Config, name: str) -> None:
     old, new = first.model_dump(mode="json"), later.model_dump(mode="json")
     for key in differences(old, new):
         section, _, field = key.partition(".")
-        if key in _FIXED or (section == "model" and field not in _FREE_OF_MODEL):
+        tuned = key.startswith(_TUNED) and any(
+            x.conditioning.autoencoder.tuning.enabled for x in (first, later)
+        )
+        if tuned or key in _FIXED or (section == "model" and field not in _FREE_OF_MODEL):
             raise UserError(f"stage {name!r} changes {key}, which holds for the whole run; remove it there")
     if (first.routing.policy == "sprint") != (later.routing.policy == "sprint"):
         raise UserError(

@@ -5,8 +5,10 @@ Batch ──preparation──▶ Prepared ──flow──▶ noisy tokens, t �
 """
 
 import gc
+import itertools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import torch
 from torch import Tensor
 
 from millrace.engine.conditioning.autoencoder import open_autoencoder
+from millrace.engine.conditioning.perceptual import open_perceptual
+from millrace.engine.conditioning.teacher import teacher_of
 from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Config
 from millrace.engine.config_file import differences
 from millrace.engine.data import SampleStream, fingerprint, open_source
+from millrace.engine.end_to_end import open_end_to_end
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
 from millrace.engine.grids import training_pictures
@@ -26,31 +31,29 @@ from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
 from millrace.engine.model.routing import require_grid, routing_policy
+from millrace.engine.objective.contrastive import MeanTarget
 from millrace.engine.objective.flow import FlowMatching
-from millrace.engine.optim.adamw import build_optimizer
+from millrace.engine.optim.build import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
-from millrace.engine.optim.schedule import learning_rate
 from millrace.engine.preparation import Preparation, Prepared
 from millrace.engine.runtime import distributed, state, zero
-from millrace.engine.runtime.checkpoint import (
-    CheckpointReader,
-    list_checkpoints,
-    resume_checkpoint,
-    save_checkpoint,
-)
+from millrace.engine.runtime.checkpoint import save_checkpoint
 from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output, replace_text
 from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import DTYPES, audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
+from millrace.engine.runtime.resumption import find_start
 from millrace.engine.runtime.shards import gather_parameters, local_shards
 from millrace.engine.sampling import save_grid
 from millrace.engine.stages import resolve_stages, stage_at
 from millrace.engine.training_model import TrainingModel
 
 
-def train(config: Config, resume: str | None = None, trainer: type["Trainer"] | None = None) -> None:
-    """Train a run through all its stages, each by a `trainer` of its own, or until it is asked to stop."""
-    make = trainer or Trainer
+def train(
+    config: Config, resume: str | None = None, make: Callable[[Config, str | None], "Trainer"] | None = None
+) -> None:
+    """Train a run through all its stages, or until it is asked to stop; `make` builds a Trainer for each."""
+    make = make or Trainer
     current = make(config, resume)
     while current.train():
         step = str(current.step)
@@ -89,9 +92,10 @@ class Trainer:
             zero.deepspeed_config(part.config)
             self.open_source(part.config.data)
         make_output(self.output)
-        reader, messages = self._find_checkpoint(resume)
+        reader, messages = find_start(self.output, resume)
         self.step = 0 if reader is None else reader.meta["step"]
         self.stage = stage_at(self.stages, self.step)
+        begins = self.stage.number > 0 and self.step == self.stage.first
         self.config = config = self.stage.config
         self.zero_stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
@@ -115,7 +119,7 @@ class Trainer:
         if autoencoder.channels != config.model.in_channels:
             raise UserError(
                 f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
-                f"{autoencoder.channels} channels"
+                f"{autoencoder.channels} channels; set it to {autoencoder.channels}"
             )
         tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
@@ -123,11 +127,13 @@ class Trainer:
         text = config.conditioning.text
         text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
+        aligned = config.alignment
+        teacher = teacher_of(aligned, self.device, self.data_digest)
         denoiser = Denoiser(config.model, config.routing)
-        self.model = TrainingModel(denoiser)
+        self.model = TrainingModel(denoiser, aligned, teacher.dim if teacher else 0)
         self.model.init_weights(seed)
         if reader is not None:
-            state.load_weights(self.model, reader, str(reader.folder))
+            messages += state.load_weights(self.model, reader, str(reader.folder), begins)
         elif config.run.init_from:
             messages += start_from(denoiser, config.run.init_from)
         self.model.to(self.device, DTYPES[config.precision.master])
@@ -138,21 +144,29 @@ class Trainer:
         self.denoiser = denoiser
         self.named_shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
 
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, self.device)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(), config.optimizer, self.device, config.model
+        )
         self.engine, wrapped = zero.initialize_engine(config, self.model, self.optimizer)
         self.shards = local_shards(self.model, wrapped, self.zero_stage)
+        self.optimizer.attach(self.shards, self.zero_stage)
         self.ema = EmaWeights(config.ema, self.shards) if config.ema.enabled else None
         if reader is not None:
-            state.load_optimizer(self.shards, self.optimizer, reader, updates)
+            messages += state.load_optimizer(self.shards, self.optimizer, reader, updates, begins)
             if self.ema is not None:
                 state.load_ema(self.shards, self.ema, reader)
         require_masters(self.model, self.shards, self.optimizer.state, config.precision)
 
-        self.flow = FlowMatching(config.objective, seed)
-        self.score = Losses(self.flow)
-        self.routing = routing_policy(config)
         patch = config.model.patch_size
-        self.prepare = Preparation(autoencoder, text_tower, denoiser.layouts, patch, seed, self.device)
+        self.flow = FlowMatching(config.objective, seed, patch * autoencoder.factor)
+        self.score = Losses(self.flow, patch, open_perceptual(config.objective, self.device), aligned)
+        self.routing = routing_policy(config)
+        if config.sampling.every_steps and config.sampling.contrastive:
+            MeanTarget.load(config.sampling.mean_target)  # so that a bad file is refused now, not at a grid
+        keep = config.objective.perceptual
+        self.prepare = Preparation(
+            autoencoder, text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
+        )
         self.stream = SampleStream(
             self.source,
             config.data,
@@ -162,8 +176,12 @@ class Trainer:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             first_sample=self.samples,
+            origin=(self.stage.data_sample, self.stage.data_step),
         )
 
+        self.tuning = open_end_to_end(
+            config, self.prepare, self.model, self.flow, self.accumulate, self.source, reader
+        )
         self.losses = LossBuffer(config.logging.every_steps, self.device, self.score.terms)
         self.records: list[dict[str, Any]] = []
         self.saved_at = self.step if reader is not None else -1
@@ -174,6 +192,8 @@ class Trainer:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
+        messages += describe_optimizer(self.named_shapes, self.optimizer)
+        messages += self.tuning.describe()
         if self.step > self.stage.first:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
@@ -216,10 +236,7 @@ class Trainer:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
         begun, end = self.stage.schedule_step, self.stage.schedule_end
-        peak, schedule = self.config.optimizer.lr, self.config.schedule
-        lr = learning_rate(self.step - begun, peak, schedule, end - begun)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        rates = set_learning_rates(self.optimizer, self.step - begun, self.config.schedule, end - begun)
         seen: list[tuple[list[str], Tensor]] = []
         flops = 0.0
         for _ in range(self.accumulate - 1):
@@ -227,6 +244,7 @@ class Trainer:
             self.engine.step()
         flops += self._micro_batch(seen)
         norm, applied = zero.apply_gradients(self.engine, self.model, self.optimizer, self.config)
+        self.tuning.finish(applied, self.step - begun, end - begun)
 
         self.step += 1
         self.samples += self.config.data.global_batch
@@ -234,7 +252,7 @@ class Trainer:
             self.bad_in_row = 0
             if self.ema is not None:
                 self.ema.update(self.step)
-        self._record(lr, norm, applied, time.perf_counter() - started, flops)
+        self._record(rates, norm, applied, time.perf_counter() - started, flops)
         if not applied:
             self._report_bad(seen)
 
@@ -251,7 +269,7 @@ class Trainer:
 
     def next_batch(self) -> Prepared:
         """The next micro-batch of this process, encoded and packed."""
-        return self.prepare(next(self.stream))
+        return self.tuning.next_batch(self.stream, self.step)
 
     def sample_losses(self, batch: Prepared) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
@@ -262,12 +280,14 @@ class Trainer:
         outputs = self.engine(noisy, t, batch.text, layout, span)
         return self.score(outputs, batch, noise, t, span), t
 
-    def _record(self, lr: float, norm: float, applied: bool, seconds: float, flops: float) -> None:
+    def _record(
+        self, rates: dict[str, float], norm: float, applied: bool, seconds: float, flops: float
+    ) -> None:
         """Keep the step's numbers; write them when the device's loss buffer is full."""
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         record = {
             "step": self.step,
-            "lr": lr,
+            **rates,
             "grad_norm": norm,
             "applied": applied,
             "step_seconds": seconds,
@@ -276,6 +296,8 @@ class Trainer:
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
+        if given := self.stream.given(self.samples):
+            record["parts"] = given
         if peak is not None:
             record["mfu"] = flops / seconds / peak
         self.records.append(record)
@@ -288,6 +310,7 @@ class Trainer:
                 record["loss"], record["loss_by_time"] = loss.loss, loss.by_time
                 if len(loss.terms) > 1:
                     record["losses"] = loss.terms
+        self.tuning.flush(self.records)
         self.log.records(self.records)
         self.records = []
 
@@ -328,10 +351,11 @@ class Trainer:
             "data": self.data_digest,
             "config": self.whole.model_dump(mode="json"),
         }
+        pieces = state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers())
         folder = save_checkpoint(
             self.output / "checkpoints",
             self.step,
-            state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers()),
+            itertools.chain(pieces, self.tuning.state_pieces()),
             meta,
             keep=self.config.checkpoint.keep,
             rank=distributed.rank(),
@@ -341,27 +365,10 @@ class Trainer:
         self.saved_at = self.step
         self.log.say(f"saved {folder}")
 
-    def _find_checkpoint(self, resume: str | None) -> tuple[CheckpointReader | None, list[str]]:
-        if resume is None:
-            if list_checkpoints(self.output / "checkpoints"):
-                raise UserError(
-                    f"{self.output} already holds a run; continue it with --resume auto, or choose another "
-                    "run.output_dir"
-                )
-            return None, []
-        return resume_checkpoint(
-            self.output / "checkpoints",
-            resume,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            all_ok=distributed.all_ranks,
-        )
-
     def sample_grid(self) -> None:
         """Write a grid of pictures for `sampling.prompts`. Collective: gathers the weights; rank 0 draws."""
         config = self.config
-        use_ema = self.ema is not None and config.sampling.weights != "model"
-        source = self.ema.of if use_ema else _itself
+        source = Tensor.detach if self.ema is None else self.ema.source(config.sampling.weights)
         weights = gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
         if distributed.rank() != 0:
             for _ in weights:
@@ -377,7 +384,3 @@ class Trainer:
         save_grid(pictures, path)
         replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
         self.log.grid(path, self.step)
-
-
-def _itself(master: Tensor) -> Tensor:
-    return master

@@ -61,13 +61,24 @@ def test_configurations_are_those_of_the_published_rows(table, row):
     config = load_config(ROOT / "configs" / f"{row['config']}.json")
     assert config.data.resolution == table["resolution"]
     assert config.data.global_batch == PUBLISHED["global_batch"]
-    assert (config.run.steps, config.optimizer.lr, config.optimizer.eps) == (100_000, 1e-4, 1e-15)
+    method = row["method"]
+    muon = method == "Muon"
+    assert config.optimizer.kind == ("muon" if muon else "adamw")
+    assert (config.run.steps, config.optimizer.lr) == (100_000, 1e-4)
+    assert config.optimizer.eps == (1e-8 if muon else 1e-15)
     assert not config.ema.enabled
     in_pixels = table["resolution"] == 1024
-    assert config.conditioning.autoencoder.kind == ("pixels" if in_pixels else "flux1")
-    assert config.objective.prediction == ("sample" if in_pixels else "velocity")
-    assert config.routing.policy == {"TREAD": "tread", "SPRINT": "sprint"}.get(row["method"], "none")
-    assert config.precision.master == ("bfloat16" if "BF16" in row["method"] else "float32")
+    autoencoder = {"Flux2-AE": "flux2", "REPA-E-VAE": "repa_e"}.get(method, "flux1")
+    assert config.conditioning.autoencoder.kind == ("pixels" if in_pixels else autoencoder)
+    assert config.objective.prediction == ("sample" if in_pixels or method == "X-Pred" else "velocity")
+    assert config.objective.contrastive_weight == (0.05 if method == "Contrastive-FM" else 0)
+    assert config.routing.policy == {"TREAD": "tread", "SPRINT": "sprint"}.get(method, "none")
+    assert config.precision.master == ("bfloat16" if "BF16" in method else "float32")
+    teachers = {"REPA-Dinov2": "dinov2", "REPA-Dinov3": "dinov3", "REPA-E-VAE": "dinov2"}
+    assert config.alignment.kind == ("repa" if method in teachers else "none")
+    assert config.alignment.teacher.kind == teachers.get(method, "dinov2")
+    assert config.data.long_caption == (0 if method == "Short-Captions" else 1)
+    assert not config.stages
 
 
 def summary(seconds, batch=64, devices=2, flops=5e12, peak=100e12, published=None):
@@ -121,6 +132,9 @@ def test_default_configurations_are_those_with_a_speed():
     names = [Path(path).stem for path in report.published_configs()]
     assert names == [
         "latent_256",
+        "latent_256_flux2",
+        "latent_256_contrastive",
+        "latent_256_x_prediction",
         "latent_256_tread",
         "latent_256_sprint",
         "jit_1024",

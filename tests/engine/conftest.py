@@ -16,6 +16,8 @@ import torch
 
 from millrace.engine.config import Config
 from millrace.engine.config_file import merge, parse_config
+from millrace.engine.runtime.checkpoint import list_checkpoints
+from millrace.engine.runtime.sharded import CheckpointReader
 
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parents[1] / "engine" / "train.py"
@@ -108,7 +110,7 @@ class Runs:
             env=_environment(),
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1000,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return {
@@ -149,6 +151,21 @@ class Runs:
         records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         clocks = ("step_seconds", "images_per_second")
         return [{key: value for key, value in record.items() if key not in clocks} for record in records]
+
+    @staticmethod
+    def state_of(run: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+        """Counters and all tensors of a run's newest checkpoint."""
+        reader = CheckpointReader(list_checkpoints(run / "checkpoints")[-1][1])
+        counters = {name: reader.meta[name] for name in ("step", "samples", "skipped", "updates")}
+        return counters, {name: reader.tensor(name) for name in reader.names()}
+
+    def assert_same_bits(self, run: Path, whole: Path) -> None:
+        """Every logged number and every stored bit of two runs agree."""
+        assert self.log(run) == self.log(whole)
+        (counters, tensors), (wanted_counters, wanted) = self.state_of(run), self.state_of(whole)
+        assert counters == wanted_counters
+        assert tensors.keys() == wanted.keys()
+        assert [name for name in wanted if not torch.equal(tensors[name], wanted[name])] == []
 
 
 def _load_jobs() -> ModuleType:

@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from millrace.engine import train
+from millrace.engine import train as train_command
 from millrace.engine.cli import run_command
+from millrace.engine.config import Config
 from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.runtime import distributed
 from millrace.engine.runtime.shards import masters
 from millrace.engine.runtime.state import state_pieces
-from millrace.engine.trainer import Trainer
+from millrace.engine.trainer import Trainer, train
 
 
 @dataclass
@@ -76,6 +78,8 @@ class Result:
     """The process is killed at the event of this number."""
     largest_bucket: int = 0
     """Most elements of one reduction."""
+    optimizer_flops: int = 0
+    """Of matrix products inside the optimizer's steps, counted where they run."""
 
     def count_event(self) -> None:
         self.events += 1
@@ -98,9 +102,9 @@ class _InfiniteGradient(torch.autograd.Function):
 class InstrumentedTrainer(Trainer):
     """A Trainer whose batches can be spoiled and whose state is hashed around each step."""
 
-    def __init__(self, job: Job, result: Result) -> None:
+    def __init__(self, job: Job, result: Result, resume: str | None = None) -> None:
         self.job, self.result = job, result
-        super().__init__(parse_config(job.config, job.name), job.resume)
+        super().__init__(parse_config(job.config, job.name), resume)
 
     def next_batch(self):
         self.result.count_event()
@@ -118,8 +122,14 @@ class InstrumentedTrainer(Trainer):
 
     def train_step(self):
         step, before = self.step, self.fingerprint()
+        self.optimizer.step = self.counted_step
         super().train_step()
         self.result.unchanged[step] = self.fingerprint() == before
+
+    def counted_step(self):
+        with FlopCounterMode(display=False) as counter:
+            type(self.optimizer).step(self.optimizer)
+        self.result.optimizer_flops += counter.get_total_flops()
 
     def fingerprint(self) -> str:
         pieces = [piece.data for piece in state_pieces(self.shards, self.optimizer, self.ema)]
@@ -131,8 +141,11 @@ class InstrumentedTrainer(Trainer):
 
     def dtypes(self) -> dict[str, set[torch.dtype]]:
         flats = masters(self.shards)
-        moments = [self.optimizer.state[flat][name] for flat in flats for name in ("exp_avg", "exp_avg_sq")]
-        averages = [self.ema.of(flat) for flat in flats] if self.ema is not None else []
+        moments = [
+            value for flat in flats for value in self.optimizer.state[flat].values() if value.dim() > 0
+        ]
+        names = self.ema.names if self.ema is not None else ()
+        averages = [self.ema.of(flat, name) for flat in flats for name in names]
         kinds = {
             "parameters": self.denoiser.parameters(),
             "masters": flats,
@@ -147,11 +160,17 @@ def run(job: Job, result: Result | None = None) -> Result:
     result = result or Result()
     with _watch_reductions(result):
         try:
-            trainer = InstrumentedTrainer(job, result)
+            latest: list[InstrumentedTrainer] = []
+
+            def make(_config: Config, resume: str | None) -> InstrumentedTrainer:
+                latest[:] = [InstrumentedTrainer(job, result, resume)]
+                return latest[0]
+
             try:
-                trainer.train()
+                train(parse_config(job.config, job.name), job.resume, make)
             finally:
-                result.dtypes, result.skipped = trainer.dtypes(), trainer.skipped
+                for trainer in latest:
+                    result.dtypes, result.skipped = trainer.dtypes(), trainer.skipped
         except UserError as error:
             result.error = str(error)
     return result
@@ -228,7 +247,7 @@ def run_command_forked(command: Command, path: Path) -> None:
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
         sys.argv = ["train.py", *command.arguments]
         try:
-            run_command(train.main)
+            run_command(train_command.main)
         except SystemExit as end:
             os._exit(end.code)
         except BaseException:

@@ -1,12 +1,14 @@
 """Every configuration that is shipped, made small, runs all its code on a CPU."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from millrace.engine.config_file import load_config, merge, read_json
 from millrace.engine.smoke import smoke
+from millrace.engine.stages import resolve_stages
 
 
 def shipped():
@@ -20,7 +22,12 @@ def test_small_but_the_same_kind(path, tmp_path, monkeypatch):
     config = load_config(path, [f"run.output_dir={tmp_path}/run"])
     monkeypatch.setattr("millrace.engine.smoke._tiny_networks", lambda config: {})
     small = smoke(config)
-    assert small.objective == config.objective
+    judges = {"lpips": small.objective.lpips, "dino": small.objective.dino}
+    assert small.objective == config.objective.model_copy(update=judges)
+    assert [judge.weight for judge in judges.values()] == [
+        config.objective.lpips.weight,
+        config.objective.dino.weight,
+    ]
     assert small.routing.policy == config.routing.policy
     assert small.conditioning.text.kind == config.conditioning.text.kind
     assert small.conditioning.autoencoder.kind == config.conditioning.autoencoder.kind
@@ -36,7 +43,12 @@ def test_small_but_the_same_kind(path, tmp_path, monkeypatch):
     assert (small.model.bottleneck is None) == (config.model.bottleneck is None)
     assert small.run.activation_checkpointing == config.run.activation_checkpointing
     assert small.model.width <= 64
-    assert small.run.steps <= 4
+    assert small.run.steps == max(4, 2 * len(resolve_stages(config)))
+    assert len(resolve_stages(small)) == len(resolve_stages(config))
+    assert (small.alignment.kind, small.alignment.projector) == (
+        config.alignment.kind,
+        config.alignment.projector,
+    )
     assert not small.run.compile
     assert small.run.output_dir == f"{tmp_path}/run-smoke"
 
@@ -67,10 +79,52 @@ def smoked(runs, tmp_path_factory):
 def test_every_configuration_runs(runs, smoked, name):
     result, output = smoked[name]
     assert result.code == 0, result.error
-    assert "finished: 4 steps" in result.error
+    steps = load_config(output / "config.json").run.steps
+    assert f"finished: {steps} steps" in result.error
     records = runs.log(output)
-    assert [record["step"] for record in records] == [1, 2, 3, 4]
-    assert all(record["applied"] and record["loss"] > 0 for record in records)
-    assert {path.name for path in (output / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
-    assert (output / "samples" / "step-00000004.png").stat().st_size > 0
-    assert load_config(output / "config.json").run.steps == 4
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
+    assert all(record["applied"] and math.isfinite(record["loss"]) for record in records)
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {
+        f"step-{step:08d}" for step in (steps - 2, steps)
+    }
+    assert (output / "samples" / f"step-{steps:08d}.png").stat().st_size > 0
+
+
+ONLY_ZERO_0 = {"bf16_master"}
+"""BF16 masters are an experiment of one process's plain optimizer."""
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
+def sharded(request, runs, tmp_path_factory):
+    """Results of every configuration, small, at ZeRO 1 and 2 on one or two processes, by name and stage."""
+    root = tmp_path_factory.mktemp("sharded")
+    jobs = []
+    for path in shipped():
+        for stage in (1, 2):
+            name = f"{path.stem}-{stage}"
+            overrides = [
+                f"run.output_dir={root / name}",
+                f"deepspeed.zero_optimization.stage={stage}",
+                "sampling.every_steps=0",
+            ]
+            jobs.append(
+                runs.jobs.Job(name, smoke(load_config(path, overrides), overrides).model_dump(mode="json"))
+            )
+    results = runs.elsewhere(root / "results", jobs, ranks=request.param)
+    return {name: (ranks, root / name) for name, ranks in results.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", [path.stem for path in shipped()])
+def test_every_configuration_runs_sharded(runs, sharded, name, stage):
+    results, output = sharded[f"{name}-{stage}"]
+    if name in ONLY_ZERO_0:
+        assert all("is an experiment for ZeRO stage 0" in result.error for result in results)
+        return
+    assert [result.error for result in results] == [None] * len(results)
+    records = runs.log(output)
+    steps = load_config(output / "config.json").run.steps
+    assert [record["step"] for record in records] == list(range(1, steps + 1))
+    assert all(record["applied"] and math.isfinite(record["loss"]) for record in records)

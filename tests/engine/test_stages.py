@@ -61,6 +61,41 @@ def test_samples_and_data_sets_are_counted():
     assert [s.data_step for s in stages] == [0, 0, 20, 20]
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"long_caption": [[0, 1.0], [50, 0.5]]},
+        {"source": "mixture", "mixture": [{"name": "all", "source": "builtin"}]},
+    ],
+    ids=["schedule", "mixture"],
+)
+def test_data_that_follow_steps_are_counted_anew_where_a_step_has_other_samples(data):
+    stages = resolve_stages(
+        parse_config(
+            {
+                "run": {"steps": 100, "output_dir": "somewhere"},
+                "data": {"global_batch": 8, "micro_batch": 8, **data},
+                "stages": [
+                    {"at": 10, "optimizer": {"lr": 1e-5}},
+                    {"at": 20, "data": {"global_batch": 16}},
+                    {"at": 30, "data": {"global_batch": 16}},
+                ],
+            },
+            "test",
+        )
+    )
+    assert [s.data_sample for s in stages] == [0, 0, 20 * 8, 20 * 8]
+    assert [s.data_step for s in stages] == [0, 0, 20, 20]
+
+
+def test_so_are_data_that_follow_steps_only_later():
+    stages = resolved(
+        {"at": 10, "data": {"global_batch": 16, "micro_batch": 16}},
+        {"at": 20, "data": {"long_caption": [[0, 1.0], [50, 0.5]]}},
+    )
+    assert [(s.data_sample, s.data_step) for s in stages] == [(0, 0), (0, 0), (10 * 8 + 10 * 16, 20)]
+
+
 def test_a_stage_that_sets_the_schedule_begins_it_anew():
     stages = resolved(
         {"at": 10, "optimizer": {"lr": 1e-3}},

@@ -15,7 +15,14 @@ from millrace.engine.objective.flow import FlowMatching
 ROOT = Path(__file__).resolve().parents[2]
 STEP = sorted(
     path
-    for pattern in ("kernels/**/*.py", "engine/model/*.py", "engine/objective/*.py", "engine/preparation.py")
+    for pattern in (
+        "kernels/**/*.py",
+        "engine/model/*.py",
+        "engine/objective/*.py",
+        "engine/optim/*.py",
+        "engine/end_to_end.py",
+        "engine/preparation.py",
+    )
     for path in ROOT.glob(pattern)
 )
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "synchronize"}

@@ -1,0 +1,112 @@
+"""Runs of several stages: they train, say what changes, and go on from anywhere as if never stopped."""
+
+import random
+
+import pytest
+import torch
+
+from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
+from millrace.engine.runtime.checkpoint import list_checkpoints
+from millrace.engine.runtime.sharded import CheckpointReader
+
+pytestmark = pytest.mark.slow
+
+KEYS = ["builtin/astronaut", "builtin/chelsea", "builtin/coffee"]
+
+
+def stages(folder):
+    """REPA, then larger pictures without it, then fine-tuning on a few chosen ones; files go to `folder`."""
+    teacher, keys = folder / "teacher", folder / "keys.txt"
+    if not teacher.exists():
+        torch.manual_seed(0)
+        save_classifier(SmallClassifier(classes=3, width=4), teacher)
+        keys.write_text("\n".join(KEYS) + "\n")
+    return {
+        "run": {"steps": 9},
+        "data": {"aspect": "mixed"},
+        "checkpoint": {"every_steps": 2, "keep": 20},
+        "alignment": {
+            "kind": "repa",
+            "block": 1,
+            "teacher": {"kind": "classifier", "path": str(teacher), "dtype": "float32"},
+        },
+        "stages": [
+            {
+                "at": 3,
+                "name": "larger",
+                "alignment": {"kind": "none"},
+                "data": {"resolution": 24, "micro_batch": 4},
+                "optimizer": {"lr": 5e-4},
+            },
+            {
+                "at": 6,
+                "name": "sft",
+                "data": {"keys": str(keys), "long_caption": 1.0, "global_batch": 4},
+                "schedule": {"kind": "constant", "warmup": 2},
+            },
+        ],
+    }
+
+
+KILLS = 6
+
+
+def zero(number):
+    return {"deepspeed": {"zero_optimization": {"stage": number}}}
+
+
+@pytest.fixture(scope="module")
+def staged(runs, tmp_path_factory):
+    """Folder with whole-<ZeRO stage> and killed-<i>, which were killed and resumed."""
+    root = tmp_path_factory.mktemp("staged")
+    names = [f"whole-{number}" for number in (0, 2)]
+    jobs = [
+        runs.jobs.Job(name, runs.values(root / name, stages(root), zero(int(name[-1])))) for name in names
+    ]
+    rng = random.Random(3)
+    killed = []
+    for i in range(KILLS):
+        values = runs.values(root / f"killed-{i}", stages(root), zero(2 * (i % 2)))
+        moment = (names[i % 2], (i + rng.random()) / KILLS)
+        killed.append(runs.jobs.Job(f"killed-{i}", values, killed=moment))
+    runs.elsewhere(root / "killing", [*jobs, *killed], ranks=1)
+    resumed = [runs.jobs.Job(job.name, job.config, resume="auto") for job in killed]
+    results = runs.elsewhere(root / "resuming", resumed, ranks=1)
+    assert [result.error for (result,) in results.values()] == [None] * KILLS
+    return root
+
+
+def test_the_log_tells_the_stages(runs, staged):
+    records = runs.log(staged / "whole-0")
+    assert [record["step"] for record in records] == list(range(1, 10))
+    assert [record["stage"] for record in records] == [""] * 3 + ["larger"] * 3 + ["sft"] * 3
+    assert [set(record.get("losses", {})) for record in records] == [{"flow", "repa"}] * 3 + [set()] * 6
+    # The cosine of the first two stages ends at `final` before the third; that one warms up again.
+    assert [record["lr"] for record in records[5:]] == pytest.approx([0.05 * 5e-4, 2.5e-4, 5e-4, 5e-4])
+
+
+@pytest.mark.parametrize("i", range(KILLS))
+def test_killed_anywhere_and_resumed_is_bit_identical(runs, staged, i):
+    runs.assert_same_bits(staged / f"killed-{i}", staged / f"whole-{2 * (i % 2)}")
+
+
+def test_a_boundary_is_a_checkpoint_and_is_announced(runs, tmp_path, capsys):
+    assert runs.here(tmp_path / "run", stages(tmp_path)).error is None
+    said = capsys.readouterr().err
+    assert "stage 1 of 3: steps 1 to 3\n" in said
+    changed = "alignment.kind, data.micro_batch, data.resolution, optimizer.lr"
+    assert f"stage 2 of 3 (larger): steps 4 to 6; changed: {changed}\n" in said
+    assert (
+        "stage 3 of 3 (sft): steps 7 to 9; changed: data.global_batch, data.keys, data.long_caption" in said
+    )
+    assert "data: 22 pictures" in said
+    assert "data: 3 pictures" in said
+    published = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert published >= {"step-00000003", "step-00000006", "step-00000009"}
+    held = {
+        step: set(CheckpointReader(path).names())
+        for step, path in list_checkpoints(tmp_path / "run" / "checkpoints")
+    }
+    assert any(name.startswith("master/alignment.") for name in held[3])
+    assert not any("/alignment." in name for name in held[6])
+    assert "finished: 9 steps, 60 samples" in said
