@@ -1,0 +1,302 @@
+"""The logbook: what its table says, what making a configuration small keeps, and that its runs run."""
+
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from millrace.engine.config_file import parse_config
+from millrace.engine.errors import UserError
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name):
+    """A file of benchmarks/, found as when one of them runs as a script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+ablations, scales, table, page, one_run = (
+    load(name)
+    for name in ("ablations", "ablations_scales", "ablations_table", "logbook_page", "ablations_run")
+)
+ASSETS = scales.Assets(Path("teacher"), Path("curated.txt"))
+CPU = scales.SCALES["cpu"]
+
+
+def run(name, seed, frechet, loss=0.5, lr=None, **others):
+    look = {"step": 4, "held_out_loss": 0.3, "accuracy": 0.5, "frechet": frechet}
+    return {
+        "name": name,
+        "seed": seed,
+        "lr": lr,
+        "status": "done",
+        "compute": "bfloat16",
+        "master": "float32",
+        "steps": 4,
+        "loss_steps": [1, 2, 3, 4],
+        "loss": [4 * loss, 3 * loss, 2 * loss, loss],
+        "images_per_second": 100.0,
+        "looks": [look | {"step": 2, "frechet": 9.0}, look],
+    } | others
+
+
+def results(*runs, names=("latent_256", "latent_256_muon", "bf16_master", "latent_256_tread", "mine")):
+    return {
+        "benchmark": "ablations",
+        "file": "ablations.json",
+        "quick": False,
+        "time": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "command": "python benchmarks/ablations.py",
+        "cpu": "Some CPU",
+        "cpu_cores": 2,
+        "gpus": [],
+        "versions": {"torch": "2.13.0"},
+        "scale": "cpu",
+        "sizes": CPU._asdict(),
+        "source": "digits",
+        "seeds": [0, 1],
+        "judge": None,
+        "learning_rates": [0.001, 0.002],
+        "sweep_seed": 1000,
+        "at_scale": "def at_scale(): ...",
+        "rows": [{"name": name, "source": "somewhere", "changes": {"a.b": 1}} for name in names],
+        "runs": list(runs),
+    }
+
+
+FULL = results(
+    *(run("latent_256", seed, frechet) for seed, frechet in enumerate((2.0, 3.0))),
+    *(run("latent_256_muon", seed, frechet) for seed, frechet in enumerate((1.0, 2.0))),
+    *(run("bf16_master", seed, frechet, master="bfloat16") for seed, frechet in enumerate((1.0, 2.5))),
+    *(run("latent_256_tread", seed, frechet) for seed, frechet in enumerate((1.9, 3.1))),
+    run("mine", 1, 6.0),
+    run("latent_256", 1000, 0.5, lr=0.001),
+    run("latent_256", 1000, 0.4, lr=0.002),
+    {"name": "mine", "seed": 0, "lr": None, "status": "failed", "error": "it broke"},
+)
+
+
+def test_means_and_spreads_are_over_seeds_without_the_sweep():
+    found = table.table(FULL)
+    assert found["latent_256"]["frechet"] == (2.5, statistics.stdev([2.0, 3.0]), 2)
+    assert found["mine"]["frechet"] == (6.0, None, 1)
+    assert found["latent_256"]["loss"].mean == 0.5
+    assert table.show(found["latent_256"]["frechet"]) == "2.50 ± 0.71"
+    assert table.show(table.Value(0.012345, None, 1)) == "0.0123"
+
+
+def test_rows_are_compared_with_the_baseline_seed_by_seed():
+    assert table.compare(FULL, "latent_256") is None
+    muon = table.compare(FULL, "latent_256_muon")
+    assert (muon.measure, muon.better, muon.seeds, muon.verdict) == ("frechet", 2, 2, "better")
+    assert muon.ratio == pytest.approx(1.5 / 2.5)
+    assert table.compare(FULL, "latent_256_tread").verdict == "unclear"
+    alone = table.compare(FULL, "mine")
+    assert (alone.ratio, alone.seeds, alone.verdict) == (2.0, 1, "unclear")
+
+
+def test_losses_at_times():
+    assert [v.mean for v in table.at_times(FULL, "latent_256", (0.25, 0.5, 1.0))] == [2.0, 1.5, 0.5]
+
+
+def test_the_best_learning_rate_has_the_best_samples():
+    assert table.best_rate(table.swept(FULL)["latent_256"]) == 0.002
+
+
+def test_the_page_says_what_the_numbers_say_beside_the_post():
+    text = page.page([FULL])
+    assert "| `latent_256` | 2 | 2.50 ± 0.71 |" in text
+    muon = next(line for line in text.splitlines() if line.startswith("- `latent_256_muon`"))
+    assert "**better**" in muon
+    assert "The post: better, FID 15.55 against 18.20. The same here." in muon
+    weights = next(line for line in text.splitlines() if line.startswith("- `bf16_master`"))
+    assert "The post: worse, FID 21.87 against 18.20. It does not hold here." in weights
+    tread = next(line for line in text.splitlines() if line.startswith("- `latent_256_tread`"))
+    assert "**unclear**" in tread
+    assert "Whether that holds here is not clear." in tread
+    assert "- `mine` seed 0: it broke" in text
+    assert "| `latent_256` | 0.500 | 0.400 | - | 0.002 |".replace(" - |", "") in text
+    assert "bfloat16 / bfloat16" in text
+    assert "| `latent_256_flux2` | Flux2-AE | 12.07 |" in text.partition("that were not run")[2]
+
+
+def test_without_results_and_with_trial_runs_nothing_is_said_to_be_measured():
+    for found in ([], [FULL | {"quick": True}]):
+        text = page.page(found)
+        assert "Not measured" in text
+        assert "| `latent_256` | Baseline | 18.20 |" in text
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    wanted = page.page(page.load(page.RESULTS))
+    assert wanted == page.PAGE.read_text(), "run python benchmarks/logbook_page.py"
+
+
+def test_the_learning_rates_are_the_best_of_the_committed_sweep():
+    for result in page.load(page.RESULTS):
+        if result["benchmark"] != "ablations" or result["quick"]:
+            continue
+        for name, rates in table.swept(result).items():
+            kind = scales.open_config(name).optimizer.kind
+            assert result["sizes"]["lr"][kind] == table.best_rate(rates)
+
+
+def test_a_sweep_sets_the_learning_rate_of_its_optimizer():
+    assert ablations.best_rates({"adamw": 1.0, "muon": 5.0}, FULL) == {"adamw": 0.002, "muon": 5.0}
+
+
+KEPT = {
+    "latent_256_x_prediction": {"objective.prediction": "sample"},
+    "latent_256_contrastive": {"objective.contrastive_weight": 0.05},
+    "latent_256_repa_dinov2": {"alignment.kind": "repa", "alignment.weight": 0.5},
+    "latent_256_repa_until": {"alignment.kind": "repa", "alignment.until": round(CPU.steps * 2 / 3)},
+    "latent_256_tread": {"routing.policy": "tread", "routing.drop": 0.5, "routing.end": CPU.depth - 4},
+    "latent_256_sprint": {"routing.policy": "sprint", "routing.drop": 0.75, "routing.end": CPU.depth - 4},
+    "latent_256_muon": {"optimizer.kind": "muon", "optimizer.muon.scale": "rms"},
+    "bf16_master": {"precision.master": "bfloat16"},
+    "latent_256_short_captions": {"data.long_caption": 0.0},
+    "sft_alchemist": {"objective.prediction": "velocity"},
+}
+MAY_DIFFER = ("source", "run.output_dir", "optimizer.lr", "optimizer.eps", "stages", "routing.start")
+
+
+def small(name):
+    return scales.at_scale(scales.open_config(name), CPU, "digits", ASSETS)
+
+
+def test_every_row_of_the_default_table_is_looked_at_here():
+    assert set(ablations.ROWS) == {"latent_256", *KEPT}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_small_configuration_keeps_its_technique_and_nothing_else(name):
+    baseline, row = (ablations.flat(small(n).model_dump(mode="json")) for n in ("latent_256", name))
+    for key, wanted in KEPT[name].items():
+        assert row[key] == wanted, key
+    changed = {key for key in row if row[key] != baseline[key]}
+    assert changed <= KEPT[name].keys() | {*MAY_DIFFER}
+    assert row["model.width"] == CPU.width
+    assert row["conditioning.autoencoder.kind"] == "pixels"
+    assert row["data.source"] == "digits"
+
+
+def test_the_aligned_block_and_the_teacher_follow():
+    config = small("latent_256_repa_dinov2")
+    assert config.alignment.block == CPU.depth // 2 - 1  # the eighth of sixteen
+    assert (config.alignment.teacher.kind, config.alignment.teacher.path) == ("classifier", "teacher")
+
+
+def test_fine_tuning_is_a_stage_on_curated_pictures():
+    (stage,) = small("sft_alchemist").stages
+    assert stage["at"] == round(0.8 * CPU.steps)
+    assert stage["data"] == {"keys": "curated.txt"}
+
+
+def test_stages_move_with_the_steps():
+    config = small("latent_256_caption_mix")
+    assert config.stages == (
+        {"name": "mixed captions", "at": round(100 / 110 * CPU.steps), "data": {"long_caption": 0.5}},
+    )
+
+
+def test_a_run_is_known_by_what_it_sets_and_not_by_where_it_lies():
+    job = ablations.Job("a", 0, small("latent_256"))
+    moved = small("latent_256").model_copy(
+        update={"run": job.config.run.model_copy(update={"output_dir": "x"})}
+    )
+    assert ablations.Job("a", 0, moved).digest() == job.digest()
+    assert ablations.Job("a", 0, small("latent_256_tread")).digest() != job.digest()
+
+
+def test_what_cannot_be_made_small_is_refused_in_one_line():
+    with pytest.raises(
+        UserError, match="flux2 is what this row is about; run it with --scale post"
+    ) as caught:
+        small("latent_256_flux2")
+    assert "\n" not in str(caught.value)
+
+
+def test_averages_forget_their_start():
+    values = [1.0, 2.0, float("nan"), 4.0]
+    found = one_run.averages(values, 2)
+    assert found[0] == 1.0
+    assert found[1] == pytest.approx((0.25 * 1 + 0.5 * 2) / 0.75)
+    assert found[2] == found[1]
+    assert found[3] == pytest.approx((0.125 * 1 + 0.25 * 2 + 0.5 * 4) / 0.875)
+
+
+def test_the_held_out_loss_of_a_model_that_says_nothing():
+    """A velocity of zero leaves |n - x0|^2 per element."""
+    config = small("latent_256")
+    denoiser = one_run.Denoiser(config.model, config.routing)
+    denoiser.init_weights(0)
+    weights = {name: torch.zeros_like(w) for name, w in denoiser.state_dict().items()}
+    source, pictures = one_run.held_out(config)
+    pictures, captions = pictures[:9], one_run.prompts(source, config.data)[:9]
+    found = one_run.held_out_loss(one_run.build_sampler(config, weights), pictures, captions)
+    generator = torch.Generator().manual_seed(one_run.LOOK_SEED)
+    noise = torch.randn(9 * (CPU.edge // CPU.patch) ** 2, 3 * CPU.patch**2, generator=generator)
+    tokens = pictures.unfold(2, CPU.patch, CPU.patch).unfold(3, CPU.patch, CPU.patch)
+    tokens = tokens.permute(0, 2, 3, 1, 4, 5).reshape(noise.shape)
+    assert found == pytest.approx((noise - tokens).square().mean().item(), rel=1e-5)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A configuration whose run stops at its first step."""
+    values = json.loads((BENCHMARKS.parent / "configs" / "latent_256.json").read_text())
+    values = {key: value for key, value in values.items() if key not in ("$schema", "extends")}
+    values["run"] |= {"max_bad_steps": 1}
+    values["objective"] = {"noise_scale": 1e30}
+    parse_config(values, "broken")
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.slow
+def test_a_quick_run_end_to_end(tmp_path, broken):
+    names = ["latent_256", str(broken), "latent_256_x_prediction", "latent_256_flux2"]
+    words = [sys.executable, str(BENCHMARKS / "ablations.py"), "--quick", "--work", str(tmp_path / "work")]
+    output = tmp_path / "results.json"
+
+    def start(*configs):
+        return subprocess.run(
+            [*words, "--output", str(output), "--configs", *configs],
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    done = start(*names)
+    assert done.returncode == 1, done.stdout + done.stderr
+    result = json.loads(output.read_text())
+    by_name = {found["name"]: found for found in result["runs"]}
+    assert by_name["latent_256"]["status"] == by_name["latent_256_x_prediction"]["status"] == "done"
+    assert "no finite loss" in by_name["broken"]["error"]
+    assert "--scale post" in by_name["latent_256_flux2"]["error"]
+    steps = [look["step"] for look in by_name["latent_256"]["looks"]]
+    assert steps == [ablations.QUICK_STEPS // 2, ablations.QUICK_STEPS]
+    assert by_name["latent_256"]["looks"][-1]["frechet"] > 0
+    assert by_name["latent_256"]["terms"] == ["flow"]
+    changed = {row["name"]: row["changes"] for row in result["rows"]}
+    assert changed["latent_256_x_prediction"] == {"objective.prediction": "sample"}
+    assert (tmp_path / "results-curves.png").exists()
+    assert (tmp_path / "results-samples.png").exists()
+
+    again = start("latent_256", "latent_256_x_prediction")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "table: 2 runs, 2 of them finished before" in again.stdout
+    assert len(json.loads(output.read_text())["runs"]) == 2
