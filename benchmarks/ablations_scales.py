@@ -116,6 +116,8 @@ def at_scale(config: Config, scale: Scale, source: str, assets: Assets) -> Confi
         stage["data"] = {k: v for k, v in data.items() if k == "long_caption"}
         if {"path", "keys", "source", "mixture"} & data.keys():
             stage["data"]["keys"] = str(assets.curated)
+        if given.get("schedule", {}).get("warmup"):
+            stage["schedule"] = stage["schedule"] | {"warmup": step(stage["schedule"]["warmup"])}
         if "lr" in given.get("optimizer", {}):
             stage["optimizer"] = {"lr": given["optimizer"]["lr"] * rate}
         for section, names in (("routing", ("drop",)), ("alignment", ("kind", "weight"))):

@@ -220,6 +220,15 @@ def test_a_run_is_known_by_what_it_sets_and_not_by_where_it_lies():
     assert ablations.Job("a", 0, small("latent_256_tread")).digest() != job.digest()
 
 
+def test_a_stage_keeps_its_schedule_and_its_learning_rate_beside_the_run():
+    stage = {"at": 50_000, "schedule": {"kind": "cosine", "warmup": 1000}, "optimizer": {"lr": 5e-5}}
+    values = scales.open_config("latent_256").model_dump(mode="json") | {"stages": [stage]}
+    (found,) = scales.at_scale(parse_config(values, "test"), CPU, "digits", ASSETS).stages
+    assert found["at"] == CPU.steps // 2
+    assert found["schedule"] == {"kind": "cosine", "warmup": CPU.steps // 100}
+    assert found["optimizer"]["lr"] == pytest.approx(CPU.lr["adamw"] / 2)
+
+
 def test_what_cannot_be_made_small_is_refused_in_one_line():
     with pytest.raises(
         UserError, match="flux2 is what this row is about; run it with --scale post"
