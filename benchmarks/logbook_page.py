@@ -1,4 +1,4 @@
-"""Write docs/logbook.md from benchmarks/results/ablations*.json and benchmarks/published.json alone.
+"""Write docs/logbook.md from the results of ablations.py and guidance.py and benchmarks/published.json alone.
 
 python benchmarks/logbook_page.py            # write the page
 python benchmarks/logbook_page.py --check    # exit code 1 if the page is not what the results say
@@ -31,7 +31,8 @@ TITLE = "# Logbook"
 INTRODUCTION = """\
 The techniques of Photoroom's *Training Design for Text-to-Image Models*, each run here by its configuration
 and set beside what the post reports. Written by `benchmarks/logbook_page.py` from the files
-`benchmarks/results/ablations*.json`, which `benchmarks/ablations.py` writes: change those, not this page.
+`benchmarks/results/ablations*.json`, which `benchmarks/ablations.py` writes, and `guidance*.json` of
+`benchmarks/guidance.py`: change those, not this page.
 Sentences about what helped are made from the numbers by a fixed rule: better or worse is what was so with
 every seed, of at least two; everything else is called unclear."""
 WORDS = {
@@ -56,6 +57,8 @@ def page(results: list[Result]) -> str:
     text += [section(result) for result in newest.values()]
     if not newest:
         text.append("Not measured: no result of `benchmarks/ablations.py`.")
+    guided = [result for result in results if result["benchmark"] == "guidance"]
+    text += [guidance_section(guided[-1])] if guided else []
     text.append(not_run({name for result in newest.values() for name in table(result)}))
     return "\n\n".join(text) + "\n"
 
@@ -181,6 +184,36 @@ def verdict(result: Result, name: str) -> str | None:
     if beside.verdict == "unclear":
         return f"{text} Whether that holds here is not clear."
     return f"{text} {'The same here.' if theirs == beside.verdict else 'It does not hold here.'}"
+
+
+def guidance_section(result: Result) -> str:
+    """What each guidance does to models trained with routing."""
+    rows = [row for row in result["rows"] if row["accuracy"] is not None]
+    text = [
+        "## Guidance of models trained with routing",
+        origin(result),
+        f"{rows[0]['pictures']} pictures of each row, one seed; the measures are those above, by a judge "
+        "trained in this run. What each guidance is: [guidance.md](guidance.md). FLOPs are the denoiser's "
+        "for one picture, as multiples of the unguided ones.",
+    ]
+    lines, sentences = [], []
+    for run in dict.fromkeys(row["run"] for row in rows):
+        mine = [row for row in rows if row["run"] == run]
+        unguided = next(row for row in mine if row["guidance"] == "none")
+        for row in mine:
+            cost = row["flops_per_picture"] / unguided["flops_per_picture"]
+            lines.append(
+                [run, row["guidance"], f"{row['accuracy']:.2f}", f"{row['frechet']:.2f}", f"{cost:.2f}"]
+            )
+        closest = min(mine, key=lambda row: row["frechet"])
+        truest = max(mine, key=lambda row: row["accuracy"])
+        sentences.append(
+            f"- `{run}`: the lowest Frechet distance is that of {closest['guidance']} "
+            f"({closest['frechet']:.2f}, unguided {unguided['frechet']:.2f}), the highest caption accuracy "
+            f"that of {truest['guidance']} ({truest['accuracy']:.2f}, unguided {unguided['accuracy']:.2f})."
+        )
+    head = ["trained with", "guidance", WORDS["accuracy"], WORDS["frechet"], "FLOPs"]
+    return "\n\n".join([*text, markdown(head, lines), "\n".join(sentences)])
 
 
 def loss_table(result: Result, rows: dict[str, dict[str, Value]]) -> str:

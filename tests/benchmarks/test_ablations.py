@@ -139,6 +139,29 @@ def test_without_results_and_with_trial_runs_nothing_is_said_to_be_measured():
         assert "| `latent_256` | Baseline | 18.20 |" in text
 
 
+def test_the_page_tells_which_guidance_helps_which_model():
+    def row(run, guidance, accuracy, frechet, flops):
+        measures = {"accuracy": accuracy, "frechet": frechet, "flops_per_picture": flops}
+        return {"run": run, "guidance": guidance, "pictures": 100, **measures}
+
+    rows = [
+        row("tread", "none", 0.5, 2.0, 4e9),
+        row("tread", "cfg 2", 0.75, 1.5, 8e9),
+        row("tread", "self 2", 0.625, 1.25, 6e9),
+        row("sprint", "none", 0.5, 1.0, 4e9),
+    ]
+    about = {"commit": "c" * 40, "dirty": False, "gpus": [], "cpu": "X", "cpu_cores": 2, "command": "it"}
+    found = page.guidance_section(
+        {"rows": rows, "file": "guidance.json", "time": "2026-01-02T", "versions": {"torch": "2"}, **about}
+    )
+    assert "| tread | self 2 | 0.62 | 1.25 | 1.50 |" in found
+    assert (
+        "- `tread`: the lowest Frechet distance is that of self 2 (1.25, unguided 2.00), the highest caption "
+        "accuracy that of cfg 2 (0.75, unguided 0.50)." in found
+    )
+    assert "- `sprint`: the lowest Frechet distance is that of none (1.00, unguided 1.00)" in found
+
+
 def test_the_committed_page_is_what_the_committed_results_say():
     wanted = page.page(page.load(page.RESULTS))
     assert wanted == page.PAGE.read_text(), "run python benchmarks/logbook_page.py"
