@@ -8,6 +8,7 @@ Rank r writes RESULTS/<name>-<r>.pt.
 
 import contextlib
 import hashlib
+import importlib
 import math
 import os
 import signal
@@ -44,6 +45,8 @@ class Job:
     """Steps in which the loss is finite and its gradient is not."""
     killed: tuple[str, float] | None = None
     """(name of an earlier job, share): kill -9 after this share of that job's events."""
+    imports: tuple[str, ...] = ()
+    """Modules that the process imports once, before it forks for its first job."""
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Command:
 
     name: str
     arguments: list[str]
+    imports: tuple[str, ...] = ()
     killed = None
 
 
@@ -271,6 +275,8 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401 - once here and not in every fork
 
+    for module in {module for job in jobs for module in job.imports}:
+        importlib.import_module(module)
     for job in jobs:
         if isinstance(job, Command):
             run_command_forked(job, folder / f"{job.name}-0.pt")

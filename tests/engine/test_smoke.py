@@ -60,6 +60,15 @@ def test_overrides_have_the_last_word(tmp_path):
     assert (small.run.output_dir, small.run.steps, small.model.depth) == (f"{tmp_path}/own", 7, 3)
 
 
+TOWERS = (
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit",
+    "transformers.models.t5gemma.modeling_t5gemma",
+)
+"""Modules of the networks that most configurations use."""
+
+
 @pytest.fixture(scope="module")
 def smoked(runs, tmp_path_factory):
     """The command with --smoke on each configuration: results and output folders by name."""
@@ -69,7 +78,7 @@ def smoked(runs, tmp_path_factory):
         config = root / path.name
         values = merge(read_json(path), {"run": {"output_dir": str(root / path.stem)}})
         config.write_text(json.dumps(values))
-        commands.append(runs.jobs.Command(path.stem, ["--config", str(config), "--smoke"]))
+        commands.append(runs.jobs.Command(path.stem, ["--config", str(config), "--smoke"], TOWERS))
     results = runs.elsewhere(root / "results", commands, ranks=1)
     return {name: (result, root / f"{name}-smoke") for name, (result,) in results.items()}
 
@@ -106,10 +115,10 @@ def sharded(request, runs, tmp_path_factory):
                 f"run.output_dir={root / name}",
                 f"deepspeed.zero_optimization.stage={stage}",
                 "sampling.every_steps=0",
+                "logging.tensorboard=false",
             ]
-            jobs.append(
-                runs.jobs.Job(name, smoke(load_config(path, overrides), overrides).model_dump(mode="json"))
-            )
+            values = smoke(load_config(path, overrides), overrides).model_dump(mode="json")
+            jobs.append(runs.jobs.Job(name, values, imports=TOWERS))
     results = runs.elsewhere(root / "results", jobs, ranks=request.param)
     return {name: (ranks, root / name) for name, ranks in results.items()}
 
