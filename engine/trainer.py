@@ -90,7 +90,7 @@ class Trainer:
         for part in self.stages:
             zero.accumulation_steps(part.config)
             zero.deepspeed_config(part.config)
-            self.open_source(part.config.data)
+        sources = {data: self.open_source(data) for data in {part.config.data for part in self.stages}}
         make_output(self.output)
         reader, messages = find_start(self.output, resume)
         self.step = 0 if reader is None else reader.meta["step"]
@@ -101,7 +101,7 @@ class Trainer:
         self.accumulate = zero.accumulation_steps(config)
         seed, compute = config.run.seed, DTYPES[config.precision.compute]
 
-        self.source = self.open_source(config.data)
+        self.source = sources[config.data]
         self.data_digest = fingerprint(self.source)
         self.samples, self.skipped, updates = 0, 0, 0
         if reader is not None:

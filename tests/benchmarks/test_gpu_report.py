@@ -113,9 +113,12 @@ def test_a_bare_machine_still_measures_the_kernels(report):
 
 
 def test_a_stage_out_of_time_is_stopped(report):
-    done = report("--seconds", "12", cases="*kernels.py*) exec sleep 30 ;;")
+    done = report("--seconds", "30", cases="*kernels.py*) exec sleep 90 ;;")
     outcomes = summary(done)
-    assert re.fullmatch(r"failed: out of time \([1-6] s\), [1-8] s", outcomes["kernels"])
+    stopped = re.fullmatch(r"failed: out of time \((\d+) s\), (\d+) s", outcomes["kernels"])
+    given, taken = map(int, stopped.groups())
+    assert given < 20, "the stages after it have their share"
+    assert given <= taken < given + 20, "a busy machine may be slow to notice"
     assert outcomes["throughput of latent_256"].startswith("passed")
     assert done.returncode == failures(outcomes)
 
