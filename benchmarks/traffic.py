@@ -68,8 +68,12 @@ def caption_lengths(config: Config) -> list[int]:
     return [round(n) for n in np.linspace(longest / 4, 3 * longest / 4, config.data.micro_batch).tolist()]
 
 
-def record(config: Config, side: str) -> Ledger:
-    """The ledger of one step of `side` under this configuration, routing included."""
+def record(config: Config, side: str, lengths: list[int] | None = None) -> Ledger:
+    """The ledger of one step of `side` under this configuration, routing included.
+
+    Args:
+        lengths: text tokens of each sample; default `caption_lengths`.
+    """
     edge, samples = side_of_grid(config), config.data.micro_batch
     with torch.device("meta"):
         denoiser = Denoiser(config.model, config.routing)
@@ -79,7 +83,7 @@ def record(config: Config, side: str) -> Ledger:
         samples,
         (edge, edge),
         config.conditioning.text.max_tokens,
-        caption_lengths(config),
+        lengths or caption_lengths(config),
         torch.device("meta"),
     )
     batch = batch.without_noise().cast(torch.bfloat16)

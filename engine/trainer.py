@@ -80,6 +80,7 @@ class Trainer:
     open_source = staticmethod(open_source)
     open_autoencoder = staticmethod(open_autoencoder)
     open_text_tower = staticmethod(open_text_tower)
+    open_teacher = staticmethod(teacher_of)
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.whole = config
@@ -128,10 +129,10 @@ class Trainer:
         text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
         aligned = config.alignment
-        teacher = teacher_of(aligned, self.device, self.data_digest)
+        teacher = self.open_teacher(aligned, self.device, self.data_digest)
         denoiser = Denoiser(config.model, config.routing)
         self.model = TrainingModel(denoiser, aligned, teacher.dim if teacher else 0)
-        self.model.init_weights(seed)
+        self.init_weights(seed)
         if reader is not None:
             messages += state.load_weights(self.model, reader, str(reader.folder), begins)
         elif config.run.init_from:
@@ -198,6 +199,10 @@ class Trainer:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
             self.log.say(line)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill the weights of a run that begins."""
+        self.model.init_weights(seed)
 
     def train(self) -> bool:
         """Train to the end of the stage, or until asked to stop; either way with a checkpoint of the end.

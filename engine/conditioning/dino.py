@@ -29,7 +29,7 @@ _CLASSES: dict[str, dict[str, str]] = {
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_ATTENTION = "millrace_dino"
+ATTENTION = "millrace_dino"
 
 
 def load_dino(
@@ -53,14 +53,14 @@ def load_dino(
         raise UserError(
             f"{source!r} holds a {config.model_type}, not a {kind}; set {key} to a folder or hub id of one"
         )
-    _register_attention(key)
+    register_attention(key)
     network = load_network(
         import_class("transformers", name, key).from_pretrained,
         source,
         key,
         device,
         dtype=dtype,
-        attn_implementation=_ATTENTION,
+        attn_implementation=ATTENTION,
     )
     revision = getattr(network.config, "_commit_hash", None)
     return Dino(network, f"{kind} {source}" + (f"@{revision}" if revision else ""), device, dtype)
@@ -126,9 +126,9 @@ class Dino:
         return tokens, [tuple(x[:, :, -n:].transpose(1, 2) for x in taken[layer]) for layer in layers]
 
 
-def _register_attention(key: str) -> None:
+def register_attention(key: str) -> None:
     """Make transformers know `_attend`; without padding it needs no mask, which registering none means."""
-    import_class("transformers", "AttentionInterface", key).register(_ATTENTION, _attend)
+    import_class("transformers", "AttentionInterface", key).register(ATTENTION, _attend)
 
 
 def _attend(

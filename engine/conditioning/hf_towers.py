@@ -24,7 +24,14 @@ _KEY = "conditioning.text.path"
 
 def open_hf_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """See `text.open_text_tower`."""
-    tower = (T5GemmaTower if config.kind == "t5gemma" else Qwen3VLTower)(config, device, dtype)
+    kind = T5GemmaTower if config.kind == "t5gemma" else Qwen3VLTower
+    source = config.path or _PUBLISHED[config.kind]
+    tokenizer = import_class("transformers", "AutoTokenizer", f"conditioning.text.kind {config.kind}")
+    tokenizer = load(tokenizer.from_pretrained, source, _KEY)
+    network = kind.read_network(source, device, dtype)
+    revision = getattr(network.config, "_commit_hash", None)
+    identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
+    tower = kind(config, tokenizer, network, identity, device, dtype)
     if tower.dim != dim:
         raise UserError(
             f"model.context_dim is {dim} but the text tower {tower.identity} emits {tower.dim} features "
@@ -34,20 +41,23 @@ def open_hf_tower(config: TextTower, dim: int, device: torch.device, dtype: torc
 
 
 class HFTower(TextEncoder):
-    """Tokenizer and network from one source; subclasses load the network and call it."""
+    """A tokenizer and a network; subclasses load the network and call it."""
 
-    def __init__(self, config: TextTower, device: torch.device, dtype: torch.dtype) -> None:
-        source = config.path or _PUBLISHED[config.kind]
-        tokenizer = import_class("transformers", "AutoTokenizer", f"conditioning.text.kind {config.kind}")
-        self.tokenizer = load(tokenizer.from_pretrained, source, _KEY)
-        self.network = self._load(source, device, dtype)
-        revision = getattr(self.network.config, "_commit_hash", None)
-        identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
-        super().__init__(self.network.get_input_embeddings().embedding_dim, identity, device, dtype)
-        self.max_tokens = config.max_tokens
+    def __init__(
+        self,
+        config: TextTower,
+        tokenizer: Any,
+        network: Any,
+        identity: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(network.get_input_embeddings().embedding_dim, identity, device, dtype)
+        self.tokenizer, self.network, self.max_tokens = tokenizer, network, config.max_tokens
 
+    @staticmethod
     @abstractmethod
-    def _load(self, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:
         """The frozen network that emits one row a token."""
 
     @abstractmethod
@@ -84,8 +94,16 @@ class T5GemmaTower(HFTower):
 
     clean = staticmethod(clean_text)
 
-    def __init__(self, config: TextTower, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, device, dtype)
+    def __init__(
+        self,
+        config: TextTower,
+        tokenizer: Any,
+        network: Any,
+        identity: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(config, tokenizer, network, identity, device, dtype)
         window = self.network.encoder.config.sliding_window
         if config.max_tokens > window:
             raise UserError(
@@ -93,7 +111,8 @@ class T5GemmaTower(HFTower):
                 f"tokens of {self.identity}; set it to {window} or less"
             )
 
-    def _load(self, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    @staticmethod
+    def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:
         model = import_class("transformers", "T5GemmaEncoderModel", "conditioning.text.kind t5gemma")
         return load_network(
             model.from_pretrained,
@@ -119,7 +138,8 @@ class Qwen3VLTower(HFTower):
 
     clean = staticmethod(unescape)
 
-    def _load(self, source: str, device: torch.device, dtype: torch.dtype) -> Any:
+    @staticmethod
+    def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:
         model = import_class("transformers", "Qwen3VLModel", "conditioning.text.kind qwen3vl")
         whole = load_network(
             model.from_pretrained, source, _KEY, torch.device("cpu"), dtype=dtype, attn_implementation="sdpa"

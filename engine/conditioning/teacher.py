@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from millrace.engine.conditioning.dino import PUBLISHED, load_dino
+from millrace.engine.conditioning.dino import PUBLISHED, Dino, load_dino
 from millrace.engine.conditioning.small_classifier import PATCH, load_classifier
 from millrace.engine.config import Alignment, AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
@@ -157,13 +157,10 @@ class DinoTeacher(Teacher):
     """DINOv2 or DINOv3: tokens after the final norm, and attention of the layers that HASTE aligns with."""
 
     def __init__(
-        self, config: TeacherConfig, device: torch.device, attention: AttentionAlignment | None
+        self, config: TeacherConfig, dino: Dino, device: torch.device, attention: AttentionAlignment | None
     ) -> None:
-        default, dtype = PUBLISHED[config.kind], _DTYPES[config.dtype]
-        self.dino = load_dino(config.kind, config.path, _KEY, device, dtype, default)
-        super().__init__(
-            config, self.dino.patch, self.dino.dim, self.dino.network, self.dino.identity, device
-        )
+        self.dino = dino
+        super().__init__(config, dino.patch, dino.dim, dino.network, dino.identity, device)
         self.layers: tuple[int, ...] = ()
         if attention is not None and attention.weight > 0:
             self.layers, self.heads = self._layers(attention), attention.heads
@@ -229,7 +226,9 @@ def open_teacher(
     if config.kind == "classifier":
         teacher: Teacher = ClassifierTeacher(config, device)
     else:
-        teacher = DinoTeacher(config, device, attention)
+        default, dtype = PUBLISHED[config.kind], _DTYPES[config.dtype]
+        dino = load_dino(config.kind, config.path, _KEY, device, dtype, default)
+        teacher = DinoTeacher(config, dino, device, attention)
     teacher.keep_features(data)
     return teacher
 

@@ -1,0 +1,272 @@
+"""What the cases of the throughput suite say about the post's rows: figures, and tables for people."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import throughput_report as report
+from columns import aligned
+
+from millrace.engine.conditioning.autoencoder import published_factor
+from millrace.engine.config import Config
+from millrace.engine.config_file import load_config
+from millrace.engine.model.flops import dense_training_flops, training_flops
+
+Row = dict[str, Any]
+
+LEAST_SAVED = 0.01
+"""Share of FLOPs below which time saved over FLOPs saved is noise."""
+
+
+def post_rows() -> list[Row]:
+    """The rows of the post's tables with a speed of their own, once each, with their table's baseline."""
+    found: dict[str, Row] = {}
+    for table in report.PUBLISHED["tables"]:
+        base = table["rows"][0]
+        for row in table["rows"]:
+            if row["batches_per_second"] and row["config"] and not table["section"].startswith("Data:"):
+                entry = row | {"resolution": table["resolution"], "baseline": base["config"]}
+                found.setdefault(row["config"], entry)
+    return list(found.values())
+
+
+def config_flops(name: str) -> tuple[float, float]:
+    """Model FLOPs of an image as configs/`name`.json trains it, and if it routed nothing; full captions."""
+    config: Config = load_config(report.CONFIGS / f"{name}.json")
+    edge = published_factor(config.conditioning.autoencoder) * config.model.patch_size
+    tokens, text = (config.data.resolution // edge) ** 2, config.conditioning.text.max_tokens
+    return training_flops(config, tokens, text), dense_training_flops(config, tokens, text)
+
+
+def all_flops(row: Row) -> float:
+    """FLOPs of an image in a measured row, those of the frozen networks included."""
+    return row["model_flops_per_image"] + sum(row["frozen_flops_per_image"].values())
+
+
+def saved_per_saved(speedup: float, flop_ratio: float) -> float | None:
+    """Share of the baseline's time saved over share of its FLOPs saved; None where too few are saved."""
+    if flop_ratio > 1 - LEAST_SAVED:
+        return None
+    return (1 - 1 / speedup) / (1 - flop_ratio)
+
+
+def derive(cases: Iterable[Row], routing: Row | None) -> list[Row]:
+    """One row for each of the post's, from the measured cases.
+
+    Args:
+        cases: of the suite, with `status`.
+        routing: result of `routing.py` whose efficiencies stand beside TREAD's and SPRINT's.
+
+    Returns:
+        post: batches/s, relative to its baseline, saved time over saved FLOPs (FLOPs of the denoiser with
+        full captions); by conditioning: the same of the measured row, MFU, and `ideal`, the speed relative to
+        the baseline if time followed the FLOPs of everything that runs.
+    """
+    measured = {
+        (case["config"], case["conditioning"]): case
+        for case in cases
+        if case["status"] == "measured" and not case.get("peer")
+    }
+    kinds = list(dict.fromkeys(kind for _, kind in measured))
+    speeds = {row["config"]: row["batches_per_second"] for row in post_rows()}
+    found = []
+    for row in post_rows():
+        name, base = row["config"], row["baseline"]
+        flops, dense = config_flops(name)
+        relative = row["batches_per_second"] / speeds[base]
+        policy = load_config(report.CONFIGS / f"{name}.json").routing.policy
+        entry = {
+            "method": row["method"],
+            "resolution": row["resolution"],
+            "config": name,
+            "baseline": base,
+            "post": {
+                "batches_per_second": row["batches_per_second"],
+                "relative": relative,
+                "flop_ratio": flops / dense,
+                "ideal": dense / flops,
+                "saved_time_per_saved_flops": saved_per_saved(relative, flops / dense),
+            },
+            "routing": _routing_figures(routing, policy),
+        }
+        for kind in kinds:
+            entry[kind] = _ours(measured.get((name, kind)), measured.get((base, kind)))
+        found.append(entry)
+    return found
+
+
+def _ours(case: Row | None, base: Row | None) -> Row | None:
+    if case is None:
+        return None
+    keys = ("images_per_second_per_device", "batches_per_second", "mfu", "mfu_with_frozen", "micro_batch")
+    entry: Row = {key: case[key] for key in keys}
+    if base is None:
+        return entry | {"relative": None, "ideal": None, "saved_time_per_saved_flops": None}
+    relative = case["images_per_second"] / base["images_per_second"]
+    ratio = all_flops(case) / all_flops(base)
+    return entry | {
+        "relative": relative,
+        "flop_ratio": ratio,
+        "ideal": 1 / ratio,
+        "saved_time_per_saved_flops": saved_per_saved(relative, ratio),
+        "same_micro_batch": case["micro_batch"] == base["micro_batch"],
+    }
+
+
+def _routing_figures(routing: Row | None, policy: str) -> dict[str, float] | None:
+    """Saved time over saved FLOPs by side, of the result of `routing.py`."""
+    if routing is None or policy == "none":
+        return None
+    rows = (row for row in routing["rows"] if row["variant"] == policy)
+    return {row["side"]: row["saved_time_per_saved_flops"] for row in rows}
+
+
+def speed_lines(rows: list[Row]) -> list[list[str]]:
+    """Head and cells: speed and utilisation of every row."""
+    kinds = kinds_of(rows)
+    head = ["row", "px", "post"]
+    for kind in kinds:
+        head += [f"{kind}: images/s/device", "batches/s", "MFU", "with frozen"]
+    lines = [head]
+    for row in rows:
+        cells = [row["method"], str(row["resolution"]), f"{row['post']['batches_per_second']:.2f}"]
+        for kind in kinds:
+            ours = row[kind]
+            if ours is None:
+                cells += ["-"] * 4
+                continue
+            cells += [f"{ours['images_per_second_per_device']:.1f}", f"{ours['batches_per_second']:.3f}"]
+            cells += [_percent(ours["mfu"]), _percent(ours["mfu_with_frozen"])]
+        lines.append(cells)
+    return lines
+
+
+def relative_lines(rows: list[Row]) -> list[list[str]]:
+    """Head and cells: every row against its own baseline."""
+    kinds = kinds_of(rows)
+    head = ["row", "px", "against", "post", *kinds]
+    head += [f"ideal {kind}" for kind in kinds] or ["ideal"]
+    head += ["saved post", *(f"saved {kind}" for kind in kinds), "routing.py ours", "routing.py peer"]
+    lines = [head]
+    for row in rows:
+        ours = [row[kind] or {} for kind in kinds]
+        figures = row["routing"] or {}
+        cells = [row["method"], str(row["resolution"]), row["baseline"], _ratio(row["post"]["relative"])]
+        cells += [
+            _ratio(one.get("relative")) + ("" if one.get("same_micro_batch", True) else "~") for one in ours
+        ]
+        cells += [_ratio(one.get("ideal")) for one in ours] or [_ratio(row["post"]["ideal"])]
+        cells.append(_ratio(row["post"]["saved_time_per_saved_flops"]))
+        cells += [_ratio(one.get("saved_time_per_saved_flops")) for one in ours]
+        cells += [_ratio(figures.get(side)) for side in ("ours", "peer")]
+        lines.append(cells)
+    return lines
+
+
+def kinds_of(rows: list[Row]) -> list[str]:
+    """Kinds of inputs that were measured."""
+    return [kind for kind in ("cached", "pictures", "live") if kind in rows[0]]
+
+
+def peer_lines(cases: list[Row]) -> list[list[str]]:
+    """Head and cells: every peer beside our step with the same inputs; empty without peers."""
+    ours = {
+        case["config"]: case
+        for case in cases
+        if case["status"] == "measured" and not case.get("peer") and case["conditioning"] == "cached"
+    }
+    lines = [["configuration", "peer", "batch", "step ms", "images/s/device", "MFU", "GiB", "ours to peer"]]
+    for case in cases:
+        if not case.get("peer") or case["status"] != "measured":
+            continue
+        own = ours.get(case["config"])
+        speed = case["images_per_second_per_device"]
+        lines.append(
+            [
+                case["config"],
+                case["peer"],
+                str(case["micro_batch"]),
+                f"{case['step_seconds_median'] * 1e3:.1f}",
+                f"{speed:.1f}",
+                _percent(case["mfu"]),
+                f"{case['peak_memory_bytes'] / 2**30:.1f}",
+                f"{own['images_per_second_per_device'] / speed:.2f}" if own else "-",
+            ]
+        )
+    return lines if len(lines) > 1 else []
+
+
+def other_lines(cases: list[Row]) -> list[str]:
+    """A line for each case that has no figures, with the reason."""
+    return [
+        f"{case['case']}: {case['status']}: {case['reason']}"
+        for case in cases
+        if case["status"] != "measured"
+    ]
+
+
+def notes(result: Row) -> list[str]:
+    """What the columns mean."""
+    cases = [case for case in result["cases"] if case["status"] == "measured"]
+    includes = {case["conditioning"]: case["includes"] for case in cases if not case.get("peer")}
+    batch = report.PUBLISHED["global_batch"]
+    lines = [f"{kind}: {text}" for kind, text in includes.items()]
+    if not all(case["global_batch"] == batch for case in cases):
+        lines.append(
+            f"batches/s: of {batch} images, derived: measured images/s over {batch}; a measured step has "
+            + ", ".join(dict.fromkeys(str(case["global_batch"]) for case in cases))
+            + " images"
+        )
+    else:
+        lines.append(f"batches/s: of {batch} images; so many has a measured step")
+    lines += [
+        "MFU: model FLOPs of the denoiser over the dense BF16 peak; with frozen: and those of teacher, "
+        "autoencoder and text tower where they run",
+        "post: batches/s of the post's whole job, on GPUs whose model and count it does not say",
+        "second table: speed relative to the row named under `against`, of the same table and inputs",
+        "ideal: that speed if time followed the FLOPs of all that runs; saved: share of the baseline's time "
+        "saved over share of its FLOPs saved",
+    ]
+    if result["routing_file"]:
+        lines.append(
+            f"routing.py: the same share from {result['routing_file']} ({result['routing_device']}), "
+            "forward and backward alone"
+        )
+    if any(case["overrides"] for case in cases):
+        lines.append(f"overridden: {' '.join(cases[0]['overrides'])}")
+    if result["smoke"]:
+        lines.append("--smoke: small models on a CPU; the speeds mean nothing, the program does")
+    if any(case["skipped_steps"] for case in cases):
+        lines.append("some steps had no finite gradient and were skipped; do not use these times")
+    lines.append("~: micro-batches of another size than the baseline's")
+    return lines
+
+
+def text(result: Row) -> str:
+    """The whole result for people."""
+    rows = result["table"]
+    parts = [aligned(speed_lines(rows), 1), aligned(relative_lines(rows), 1)]
+    peers = peer_lines(result["cases"])
+    if peers:
+        parts.append(aligned(peers, 2))
+    others = other_lines(result["cases"])
+    parts += [others] if others else []
+    return "\n\n".join("\n".join(part) for part in [*parts, notes(result)])
+
+
+def routing_result(folder: Path, device_type: str) -> Row | None:
+    """The newest result of `routing.py` in a folder, of this kind of device if there is one."""
+    import json
+
+    found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("routing*.json")]
+    found = [result for result in found if result.get("benchmark") == "routing"]
+    found.sort(key=lambda result: (result["options"]["device"] == device_type, result["time"]))
+    return found[-1] if found else None
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
