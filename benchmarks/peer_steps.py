@@ -12,6 +12,8 @@ those of `cached`: random, on the device, text padded to its longest with a mask
 """
 
 import argparse
+import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,9 +175,6 @@ def expanded_mask() -> Iterator[None]:
 
 
 def _time(step: Callable[[], None], device: torch.device, warmup: int, count: int) -> list[float]:
-    import gc
-    import time
-
     seconds = []
     gc.collect()
     gc.freeze()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels_report
+import suite_page
 from operation_cases import OPERATIONS as OTHERS
 from recording import RESULTS, ROOT
 
@@ -36,8 +37,9 @@ def load(folder: Path) -> list[Result]:
     """The results of a folder, each with the names of its file and of its chart; oldest first."""
     results = []
     for path in sorted(folder.glob("*.json")):
-        chart = path.with_suffix(".svg")
-        names = {"file": path.name, "chart": chart.name if chart.exists() else None}
+        charts = (path.with_suffix(ending) for ending in (".svg", ".png"))
+        chart = next((chart.name for chart in charts if chart.exists()), None)
+        names = {"file": path.name, "chart": chart}
         results.append(json.loads(path.read_text()) | names)
     return sorted(results, key=lambda result: (result.get("time", ""), result["file"]))
 
@@ -47,7 +49,9 @@ def page(results: list[Result]) -> str:
     sections = [
         "\n\n".join([TITLE, INTRODUCTION]),
         kernels_section(of(results, "kernels")),
+        suite_page.suite_section(of(results, "suite"), of(results, "routing"), _origin, markdown),
         throughput_section(of(results, "throughput")),
+        suite_page.profile_section(of(results, "profile"), _origin, markdown, CHARTS),
         routing_section(of(results, "routing")),
         traffic_section(of(results, "traffic")),
         resources_section(of(results, "resources")),

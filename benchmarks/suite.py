@@ -106,7 +106,6 @@ class Run:
     def _begin(self) -> Row:
         kind = "cpu" if self.arguments.smoke or not torch.cuda.is_available() else "cuda"
         routing = report.routing_result(recording.RESULTS, kind)
-        device = routing and (routing["gpus"][0]["name"] if routing["gpus"] else routing["cpu"])
         return {
             "benchmark": "suite",
             "suite": self.arguments.suite,
@@ -114,8 +113,7 @@ class Run:
             "device": kind,
             "smoke": self.arguments.smoke,
             "seconds_limit": self.arguments.seconds,
-            "routing_file": routing and routing["file"],
-            "routing_device": device,
+            **report.named(routing),
             "running": None,
             "cases": [],
             "table": report.derive([], routing),

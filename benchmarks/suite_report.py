@@ -1,5 +1,6 @@
 """What the cases of the throughput suite say about the post's rows: figures, and tables for people."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -206,32 +207,19 @@ def other_lines(cases: list[Row]) -> list[str]:
 
 
 def notes(result: Row) -> list[str]:
-    """What the columns mean."""
+    """What the columns of a measured suite mean."""
     cases = [case for case in result["cases"] if case["status"] == "measured"]
     includes = {case["conditioning"]: case["includes"] for case in cases if not case.get("peer")}
     batch = report.PUBLISHED["global_batch"]
     lines = [f"{kind}: {text}" for kind, text in includes.items()]
-    if not all(case["global_batch"] == batch for case in cases):
-        lines.append(
-            f"batches/s: of {batch} images, derived: measured images/s over {batch}; a measured step has "
-            + ", ".join(dict.fromkeys(str(case["global_batch"]) for case in cases))
-            + " images"
-        )
-    else:
-        lines.append(f"batches/s: of {batch} images; so many has a measured step")
+    steps = list(dict.fromkeys(str(case["global_batch"]) for case in cases))
     lines += [
+        f"batches/s: of {batch} images, derived: measured images/s over {batch}; a measured step has "
+        f"{', '.join(steps) or 'no'} images",
         "MFU: model FLOPs of the denoiser over the dense BF16 peak; with frozen: and those of teacher, "
         "autoencoder and text tower where they run",
-        "post: batches/s of the post's whole job, on GPUs whose model and count it does not say",
-        "second table: speed relative to the row named under `against`, of the same table and inputs",
-        "ideal: that speed if time followed the FLOPs of all that runs; saved: share of the baseline's time "
-        "saved over share of its FLOPs saved",
+        *meanings(result),
     ]
-    if result["routing_file"]:
-        lines.append(
-            f"routing.py: the same share from {result['routing_file']} ({result['routing_device']}), "
-            "forward and backward alone"
-        )
     if any(case["overrides"] for case in cases):
         lines.append(f"overridden: {' '.join(cases[0]['overrides'])}")
     if result["smoke"]:
@@ -239,6 +227,22 @@ def notes(result: Row) -> list[str]:
     if any(case["skipped_steps"] for case in cases):
         lines.append("some steps had no finite gradient and were skipped; do not use these times")
     lines.append("~: micro-batches of another size than the baseline's")
+    return lines
+
+
+def meanings(result: Row) -> list[str]:
+    """What the columns that set a row against its baseline mean."""
+    lines = [
+        "post: of the post's whole job, on GPUs whose model and count it does not say",
+        "post, cached, live: speed relative to the row named under `against`, with the same inputs",
+        "ideal: that speed if time followed the FLOPs of all that runs",
+        "saved: share of the baseline's time saved over share of its FLOPs saved",
+    ]
+    if result["routing_file"]:
+        lines.append(
+            f"routing.py: the same share from {result['routing_file']} ({result['routing_device']}), "
+            "forward and backward alone"
+        )
     return lines
 
 
@@ -255,13 +259,27 @@ def text(result: Row) -> str:
 
 
 def routing_result(folder: Path, device_type: str) -> Row | None:
-    """The newest result of `routing.py` in a folder, of this kind of device if there is one."""
-    import json
-
+    """The newest result of `routing.py` in a folder, as `newest_routing` chooses."""
     found = [json.loads(path.read_text()) | {"file": path.name} for path in folder.glob("routing*.json")]
-    found = [result for result in found if result.get("benchmark") == "routing"]
-    found.sort(key=lambda result: (result["options"]["device"] == device_type, result["time"]))
-    return found[-1] if found else None
+    return newest_routing([r for r in found if r.get("benchmark") == "routing"], device_type)
+
+
+def newest_routing(results: list[Row], device_type: str) -> Row | None:
+    """The newest result on a kind of device, or where there is none, the newest of all."""
+    return max(
+        results, key=lambda r: (r["options"]["device"] == device_type, r["time"], r["file"]), default=None
+    )
+
+
+def named(routing: Row | None) -> Row:
+    """What a suite says about the result of `routing.py` that it shows."""
+    if routing is None:
+        return {"routing_file": None, "routing_device": None}
+    on_gpu = routing["options"]["device"] == "cuda"
+    return {
+        "routing_file": routing["file"],
+        "routing_device": routing["gpus"][0]["name"] if on_gpu else routing["cpu"],
+    }
 
 
 def _ratio(value: float | None) -> str:

@@ -16,7 +16,7 @@ STAGES = (
     "build csrc",
     "tests of the kernels",
     "kernels",
-    *(f"throughput of {name}" for name in ("latent_256", "jit_1024", "jit_1024_tread", "jit_1024_sprint")),
+    "throughput suite",
     "routing",
     "tests of the engine",
 )
@@ -74,14 +74,14 @@ def test_runs_everything_in_order_and_hands_arguments_on(report):
     assert outcomes["build csrc"] == "left out, missing: nvcc cmake"
     assert all(outcomes[stage].startswith("passed") for stage in STAGES[2:])
     assert "ran -m pytest -q -m cuda tests/kernels tests/csrc" in done.stdout
-    throughput = [line for line in done.stdout.splitlines() if line.startswith("ran benchmarks/throughput")]
-    assert len(throughput) == 4
-    assert "throughput-jit_1024_sprint-NVIDIA-H200-" in throughput[-1]
-    assert all(line.endswith("--set a.b=1") for line in throughput)
+    (suite,) = (line for line in done.stdout.splitlines() if line.startswith("ran benchmarks/throughput"))
+    assert "/suite-NVIDIA-H200-" in suite
+    assert suite.endswith("--set a.b=1")
     (kernels,) = (line for line in done.stdout.splitlines() if line.startswith("ran benchmarks/kernels"))
     assert "--set" not in kernels
-    given, wanted = limits(done), int(re.search(r"--seconds (\d+)", kernels)[1])
-    assert wanted == given[1] * 9 // 10, "kernels.py must stop before it is stopped"
+    for place, line in ((1, kernels), (2, suite)):
+        wanted = int(re.search(r"--seconds (\d+)", line)[1])
+        assert wanted == limits(done)[place] * 9 // 10, "it must stop before it is stopped"
 
 
 def test_unused_time_goes_to_the_later_stages(report):
@@ -89,15 +89,15 @@ def test_unused_time_goes_to_the_later_stages(report):
     given = limits(done)
     assert all(limit <= 1000 for limit in given)
     assert 980 <= given[-1] <= 1000, "the last stage may use all that is left"
-    assert given[1] > 360, "the kernels have at least their share"
+    assert given[1] > 300, "the kernels have at least their share"
 
 
 def test_failures_are_counted_and_stop_nothing(report):
-    done = report(cases="*jit_1024.json*) exit 3 ;;\n    *kernels.py*) exit 1 ;;")
+    done = report(cases="*--suite*) exit 3 ;;\n    *kernels.py*) exit 1 ;;")
     assert done.returncode == 2
     outcomes = summary(done)
     assert outcomes["kernels"].startswith("failed: exit code 1")
-    assert outcomes["throughput of jit_1024"].startswith("failed: exit code 3")
+    assert outcomes["throughput suite"].startswith("failed: exit code 3")
     assert outcomes["tests of the engine"].startswith("passed")
 
 
@@ -107,7 +107,7 @@ def test_a_bare_machine_still_measures_the_kernels(report):
     outcomes = summary(done)
     assert outcomes["tests of the kernels"].startswith("passed")
     assert outcomes["kernels"].startswith("passed")
-    assert outcomes["throughput of latent_256"] == "left out, missing: deepspeed"
+    assert outcomes["throughput suite"] == "left out, missing: deepspeed"
     assert outcomes["routing"] == "left out, missing: deepspeed diffusers"
     assert outcomes["tests of the engine"] == "left out, missing: deepspeed"
 
@@ -119,7 +119,7 @@ def test_a_stage_out_of_time_is_stopped(report):
     given, taken = map(int, stopped.groups())
     assert given < 20, "the stages after it have their share"
     assert given <= taken < given + 20, "a busy machine may be slow to notice"
-    assert outcomes["throughput of latent_256"].startswith("passed")
+    assert outcomes["throughput suite"].startswith("passed")
     assert done.returncode == failures(outcomes)
 
 

@@ -91,7 +91,7 @@ def test_the_committed_page_is_what_the_committed_results_say():
 def test_without_results_everything_is_said_not_to_be_measured():
     text = performance_page.page([])
     assert text.count(performance_page.NEVER) == len(performance_page.OPERATIONS)
-    assert text.count("Not measured") == 2
+    assert text.count("Not measured") == 4
     assert "Not counted" in text
     assert "Not compiled" in text
 
@@ -158,6 +158,100 @@ def test_training_steps():
     text = performance_page.page([result])
     assert "| 1 x NVIDIA H200 | `jit_1024` | cached | 500.0 (400.0-600.0) | 64.0 | 45.1% | 50.0 |" in text
     assert text.count("`jit_1024`") == 1
+
+
+def routing_result(device, saved):
+    rows = [
+        {"variant": variant, "side": side, "saved_time_per_saved_flops": saved}
+        for variant in ("tread", "sprint")
+        for side in ("ours", "peer")
+    ]
+    options = {"device": device}
+    return ORIGIN | {
+        "benchmark": "routing",
+        "file": f"routing-{device}.json",
+        "options": options,
+        "rows": rows,
+    }
+
+
+def suite_section(suites, routings):
+    arguments = (performance_page._origin, performance_page.markdown)
+    return performance_page.suite_page.suite_section(suites, routings, *arguments)
+
+
+def test_the_posts_rows_stand_there_without_a_measurement():
+    text = suite_section([], [routing_result("cpu", 0.875)])
+    assert "Not measured: no result of `benchmarks/throughput.py --suite post`" in text
+    (tread,) = (line for line in text.splitlines() if line.startswith("| TREAD | 1024"))
+    assert tread.endswith("| 0.88 | 0.88 |"), "of routing.py"
+    assert "routing-cpu.json (Some CPU)" in text
+    assert text.count("| Baseline |") == 2
+
+
+def test_the_newest_suite_of_each_gpu():
+    def case(config, images, flops, **others):
+        speed = {"images_per_second": images, "images_per_second_per_device": images}
+        row = {
+            "case": f"{config}/cached",
+            "status": "measured",
+            "config": config,
+            "conditioning": "cached",
+            "includes": "inputs",
+            "batches_per_second": images / 256,
+            "model_flops_per_image": flops,
+            "frozen_flops_per_image": {},
+            "mfu": 0.4,
+            "mfu_with_frozen": 0.41,
+            "micro_batch": 32,
+            "global_batch": 32,
+            "step_seconds_median": 0.1,
+            "peak_memory_bytes": 2**30,
+            "overrides": [],
+            "skipped_steps": 0,
+        }
+        return row | speed | others
+
+    cases = [
+        case("jit_1024", 100.0, 4.0),
+        case("jit_1024_tread", 125.0, 2.0),
+        case("jit_1024", 40.0, 4.0, peer="diffusers"),
+        {"case": "jit_1024_sprint/cached", "status": "failed", "reason": "RuntimeError: no", "config": "x"},
+    ]
+    result = ORIGIN | {
+        "benchmark": "suite",
+        "file": "s.json",
+        "device": "cuda",
+        "smoke": False,
+        "cases": cases,
+    }
+    text = suite_section([result | {"cases": []}, result], [routing_result("cuda", 0.5)])
+    assert "| TREAD | 1024 | 1.64 | 125.0 | 0.488 | 40.0% | 41.0% |" in text
+    assert "| TREAD | 1024 | jit_1024 | 1.23 | 1.25 | 2.00 |" in text
+    assert "| jit_1024 | diffusers | 32 | 100.0 | 40.0 | 40.0% | 1.0 | 2.50 |" in text
+    assert "- jit_1024_sprint/cached: failed: RuntimeError: no" in text
+    assert "a measured step has 32 images" in text
+    assert text.count("### NVIDIA H200") == 1
+
+
+def test_the_time_of_a_step():
+    seconds = dict.fromkeys(performance_page.suite_page.CATEGORIES, 0.0) | {"GEMM": 0.075, "host gaps": 0.025}
+    result = ORIGIN | {
+        "benchmark": "profile",
+        "file": "p.json",
+        "chart": "p.png",
+        "device": "cuda",
+        "config": "latent_256",
+        "conditioning": "cached",
+        "step_seconds": 0.1,
+        "seconds": seconds,
+        "roofline_seconds": {"GEMM": 0.06, "communication": None},
+    }
+    text = performance_page.page([result])
+    assert "| GEMM | 75.00 | 75.0% | 60.00 |" in text
+    assert "| communication | 0.00 | 0.0% | - |" in text
+    assert "(../benchmarks/results/p.png)" in text
+    assert "Not measured: no result of `benchmarks/throughput.py --profile`" not in text
 
 
 def test_routing_on_a_cpu_is_called_so():

@@ -29,6 +29,7 @@ def load(name):
 
 
 recording, report, throughput = load("recording"), load("throughput_report"), load("throughput")
+measurement = load("step_measurement")
 PUBLISHED = json.loads((BENCHMARKS / "published.json").read_text())
 ROWS = [(table, row) for table in PUBLISHED["tables"] for row in table["rows"]]
 MAPPED = [(table, row) for table, row in ROWS if row["config"]]
@@ -109,6 +110,12 @@ def test_unknown_peak_and_unpublished_speed_stay_unknown():
     assert summary([1.0])["ratio_to_published"] is None
 
 
+def test_frozen_networks_are_counted_apart():
+    found = report.summarise([1.0], 64, 2, 5e12, 400e12, None, {"teacher": 1e12, "text": 0.25e12})
+    assert found["mfu"] == pytest.approx(32 * 5 / 400)
+    assert found["mfu_with_frozen"] == pytest.approx(32 * 6.25 / 400)
+
+
 @pytest.mark.parametrize(
     ("path", "overrides", "speed"),
     [
@@ -132,7 +139,10 @@ def test_default_configurations_are_those_with_a_speed():
     names = [Path(path).stem for path in report.published_configs()]
     assert names == [
         "latent_256",
+        "latent_256_repa_dinov3",
+        "latent_256_repa_dinov2",
         "latent_256_flux2",
+        "latent_256_repa_e",
         "latent_256_contrastive",
         "latent_256_x_prediction",
         "latent_256_tread",
@@ -205,7 +215,7 @@ class Steps:
 
 def test_warm_up_is_not_measured():
     trainer = Steps()
-    assert len(throughput.time_steps(trainer, warmup=3, steps=5)) == 5
+    assert len(measurement.time_steps(trainer, warmup=3, steps=5)) == 5
     assert (trainer.done, trainer.counted_from) == (8, 3)
     assert trainer.closed == ["stream", "log"]
 
@@ -213,7 +223,7 @@ def test_warm_up_is_not_measured():
 def test_a_stop_request_ends_the_measurement():
     trainer = Steps(stop_after=4)
     with pytest.raises(KeyboardInterrupt):
-        throughput.time_steps(trainer, warmup=3, steps=5)
+        measurement.time_steps(trainer, warmup=3, steps=5)
     assert trainer.done == 4
     assert trainer.closed == ["stream", "log"]
 
@@ -253,15 +263,15 @@ def test_mistakes_are_told_before_anything_is_built(monkeypatch, capsys):
 def test_a_step_is_one_micro_batch_per_process_unless_accumulated(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
     given = SimpleNamespace(
-        overrides=["data.micro_batch=2"], warmup=3, steps=9, smoke=False, accumulate=False
+        overrides=["data.micro_batch=2"], warmup=3, steps=9, smoke=False, accumulate=False, profile=None
     )
     path = str(ROOT / "configs" / "quickstart.json")
-    config = throughput.resolve(path, given, tmp_path)
+    config = measurement.resolve(path, given, tmp_path)
     assert (config.data.global_batch, config.run.steps) == (8, 12)
     assert config.run.output_dir == str(tmp_path)
-    assert throughput.resolve(path, SimpleNamespace(**vars(given) | {"accumulate": True}), tmp_path).data == (
-        load_config(path, given.overrides).data
-    )
+    assert measurement.resolve(
+        path, SimpleNamespace(**vars(given) | {"accumulate": True}), tmp_path
+    ).data == (load_config(path, given.overrides).data)
 
 
 def measured(folder, *arguments):

@@ -1,0 +1,391 @@
+"""The throughput suite: its cases, what they amount to, cases that fail, and the whole of it on small models."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from millrace.engine.config_file import load_config, parse_config
+from millrace.engine.errors import UserError
+from millrace.engine.smoke import smoke
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+CPU = torch.device("cpu")
+
+
+def load(name):
+    """A file of benchmarks/, found as when one of them runs as a script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+suite, report, throughput = load("suite"), load("suite_report"), load("throughput")
+frozen, measurement, peers = load("frozen_networks"), load("step_measurement"), load("peer_steps")
+pictures = load("sample_pictures")
+ROWS = report.post_rows()
+NAMES = [row["config"] for row in ROWS]
+
+
+def test_the_rows_are_those_of_the_post_with_a_speed():
+    assert len(NAMES) == 12
+    methods = [(row["method"], row["resolution"], row["batches_per_second"]) for row in ROWS]
+    assert ("REPA-Dinov3", 256, 3.46) in methods
+    assert ("REPA-E-VAE", 256, 3.39) in methods
+    assert methods[-3:] == [("Baseline", 1024, 1.33), ("TREAD", 1024, 1.64), ("SPRINT", 1024, 1.89)]
+    assert {row["baseline"] for row in ROWS} == {"latent_256", "jit_1024"}
+
+
+def test_every_row_is_measured_with_all_inputs_and_the_most_telling_come_first():
+    cases = suite.all_cases(("cached", "live"))
+    names = [case.name for case in cases]
+    assert len(names) == len(set(names))
+    assert {(name, kind) for name in NAMES for kind in ("cached", "live")} == {
+        (case.config, case.conditioning) for case in cases if not case.peer
+    }
+    assert names[:4] == [
+        f"{name}/cached" for name in ("latent_256", "jit_1024", "jit_1024_tread", "jit_1024_sprint")
+    ]
+    first_live = names.index("latent_256/live")
+    assert names.index("jit_1024/diffusers, FSDP2") < first_live
+    assert all("/live" not in name for name in names[:first_live])
+
+
+def test_a_case_that_is_none_is_refused():
+    cases = suite.all_cases(("cached",))
+    assert suite.choose(cases, ["jit_1024/cached"]) == [suite.Case("jit_1024", "cached")]
+    with pytest.raises(UserError, match="'latent_256/live' is not in the suite"):
+        suite.choose(cases, ["latent_256/live"])
+
+
+def case(name, kind="cached", images=100.0, flops=4.0, teacher=0.0, **changes):
+    """A measured case."""
+    row = {
+        "case": f"{name}/{kind}",
+        "status": "measured",
+        "config": name,
+        "conditioning": kind,
+        "includes": "what it takes",
+        "images_per_second": 8 * images,
+        "images_per_second_per_device": images,
+        "batches_per_second": 8 * images / 256,
+        "model_flops_per_image": flops,
+        "frozen_flops_per_image": {"teacher": teacher, "autoencoder": 0.0, "text": 0.0},
+        "mfu": 0.4,
+        "mfu_with_frozen": 0.5,
+        "micro_batch": 32,
+        "global_batch": 256,
+        "step_seconds_median": 0.1,
+        "peak_memory_bytes": 2**30,
+        "overrides": [],
+        "skipped_steps": 0,
+        "seconds": 1.0,
+    }
+    return row | changes
+
+
+ROUTING = {
+    "benchmark": "routing",
+    "file": "routing.json",
+    "time": "2026",
+    "cpu": "Some CPU",
+    "gpus": [],
+    "options": {"device": "cpu"},
+    "rows": [
+        {"variant": "tread", "side": "ours", "saved_time_per_saved_flops": 0.8},
+        {"variant": "tread", "side": "peer", "saved_time_per_saved_flops": 0.4},
+    ],
+}
+
+
+def result(cases):
+    """A run with these cases."""
+    return {
+        "cases": cases,
+        "table": report.derive(cases, ROUTING),
+        "smoke": False,
+        **report.named(ROUTING),
+    }
+
+
+def test_figures_are_arithmetic_on_the_cases():
+    cases = [
+        case("jit_1024", images=100.0, flops=4.0),
+        case("jit_1024_tread", images=125.0, flops=2.0),
+        case("latent_256", images=400.0, flops=1.0),
+        case("latent_256_repa_dinov3", images=320.0, flops=1.0, teacher=0.25, micro_batch=16),
+    ]
+    rows = {row["config"]: row for row in report.derive(cases, ROUTING)}
+    assert list(rows) == NAMES
+    tread = rows["jit_1024_tread"]
+    assert tread["cached"]["relative"] == pytest.approx(1.25)
+    assert tread["cached"]["ideal"] == pytest.approx(2.0)
+    # A fifth of the time is saved, with half of the FLOPs.
+    assert tread["cached"]["saved_time_per_saved_flops"] == pytest.approx(0.2 / 0.5)
+    assert tread["routing"] == {"ours": 0.8, "peer": 0.4}
+    assert tread["post"]["relative"] == pytest.approx(1.64 / 1.33)
+    ratio = tread["post"]["flop_ratio"]
+    assert ratio == pytest.approx(0.658, abs=0.001), "as counted by hand for full captions"
+    assert tread["post"]["saved_time_per_saved_flops"] == pytest.approx((1 - 1.33 / 1.64) / (1 - ratio))
+    aligned = rows["latent_256_repa_dinov3"]["cached"]
+    assert (aligned["relative"], aligned["ideal"]) == pytest.approx((0.8, 0.8))
+    assert aligned["saved_time_per_saved_flops"] is None, "nothing is saved"
+    assert not aligned["same_micro_batch"]
+    assert rows["latent_256_tread"]["cached"] is None
+
+
+def test_the_text_has_all_rows_peers_and_failures():
+    cases = [
+        case("latent_256"),
+        case("latent_256_repa_dinov2", micro_batch=16),
+        case("latent_256", images=50.0, peer="diffusers, FSDP2"),
+        suite.without(suite.Case("latent_256_sprint", "cached"), "failed", "RuntimeError: no"),
+    ]
+    text = report.text(result(cases))
+    speeds, relatives, beside, failures, notes = text.split("\n\n")
+    assert [line.split()[0] for line in speeds.splitlines()[1:]] == [row["method"] for row in ROWS]
+    assert len(relatives.splitlines()) == 13
+    (tread,) = (line for line in relatives.splitlines() if line.startswith("TREAD") and " 1024 " in line)
+    assert tread.split()[-2:] == ["0.80", "0.40"], "the figures of routing.py"
+    assert "1.00~" in relatives, "another micro-batch than the baseline's"
+    assert beside.splitlines()[1].split()[-1] == "2.00", "ours to the peer"
+    assert failures == "latent_256_sprint/cached: failed: RuntimeError: no"
+    assert "derived: measured images/s over 256" in notes
+    assert "routing.json (Some CPU)" in notes
+
+
+def test_the_newest_routing_result_on_the_device_is_taken():
+    gpu = ROUTING | {"options": {"device": "cuda"}, "time": "2025", "gpus": [{"name": "H200"}]}
+    assert report.newest_routing([gpu, ROUTING], "cuda") is gpu
+    assert report.newest_routing([gpu, ROUTING], "cpu") is ROUTING
+    assert report.newest_routing([ROUTING], "cuda") is ROUTING
+    assert report.newest_routing([], "cpu") is None
+    assert report.named(gpu)["routing_device"] == "H200"
+
+
+def given(**changes):
+    """Arguments of the command."""
+    values = {
+        "suite": "post",
+        "conditioning": ["cached"],
+        "case": ["latent_256/cached", "latent_256_tread/cached"],
+        "continue_file": False,
+        "smoke": True,
+        "seconds": None,
+        "until": None,
+        "overrides": [],
+        "accumulate": False,
+        "warmup": 1,
+        "steps": 1,
+        "text_tokens": None,
+        "profile": None,
+    }
+    return argparse.Namespace(**values | changes)
+
+
+def test_a_case_that_fails_is_recorded_and_the_others_go_on(monkeypatch, tmp_path):
+    def measure(path, config, conditioning, arguments):
+        if "tread" not in path:
+            raise RuntimeError("CUDA error: it broke\nmore")
+        return case("latent_256_tread")
+
+    monkeypatch.setattr(measurement, "measure", measure)
+    run = suite.Run(given(), tmp_path / "out.json", tmp_path)
+    run.run()
+    failed, good = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: CUDA error: it broke")
+    assert good["status"] == "measured"
+
+    # Where another process watches, it goes on in a fresh one, with the cases that have no row.
+    (tmp_path / "out.json").unlink()
+    watched = given(continue_file=True)
+    with pytest.raises(SystemExit) as leaving:
+        suite.Run(watched, tmp_path / "out.json", tmp_path).run()
+    assert leaving.value.code == suite.RESTART
+    suite.Run(watched, tmp_path / "out.json", tmp_path).run()
+    statuses = [row["status"] for row in json.loads((tmp_path / "out.json").read_text())["cases"]]
+    assert statuses == ["failed", "measured"]
+
+
+def test_no_case_begins_that_may_end_too_late(monkeypatch, tmp_path):
+    monkeypatch.setattr(measurement, "measure", lambda *_: case("latent_256"))
+    run = suite.Run(given(until=0.0), None, tmp_path)
+    run.run()
+    assert {row["reason"] for row in run.result["cases"]} == {"no time left (--seconds)"}
+
+
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+path = Path(sys.argv[1])
+result = json.loads(path.read_text())
+if not result["cases"]:
+    result["running"] = "latent_256/cached"
+    path.write_text(json.dumps(result))
+    os.kill(os.getpid(), signal.SIGKILL)
+result["cases"].append({"case": "latent_256_tread/cached", "status": "left out", "reason": "-",
+                        "config": "latent_256_tread", "conditioning": "cached", "peer": None, "seconds": 0.0})
+path.write_text(json.dumps(result))
+"""
+
+
+def test_a_process_that_dies_costs_one_case(tmp_path):
+    output = tmp_path / "out.json"
+    output.write_text(json.dumps({"routing_file": None, "running": None, "cases": [], "table": []}))
+    suite.watch([sys.executable, "-c", CHILD, str(output)], output, None)
+    died, after = json.loads(output.read_text())["cases"]
+    assert (died["case"], died["status"]) == ("latent_256/cached", "failed")
+    assert "SIGKILL" in died["reason"]
+    assert after["case"] == "latent_256_tread/cached"
+
+
+def test_a_process_that_cannot_begin_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="exit code 3"):
+        suite.watch([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "out.json", None)
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved():
+    config = load_config(ROOT / "configs" / "latent_256.json")
+    config = measurement.of_one_micro_batch(config)
+    tried = []
+
+    def call(fitting):
+        tried.append((fitting.data.micro_batch, fitting.data.global_batch))
+        if fitting.data.micro_batch > 8:
+            raise torch.OutOfMemoryError("no")
+        return {"micro_batch": fitting.data.micro_batch}
+
+    assert measurement.halving(config, call) == {"micro_batch": 8}
+    assert tried == [(32, 32), (16, 16), (8, 8)]
+
+
+def test_options_that_do_not_go_together(monkeypatch):
+    for arguments, problem in (
+        (["--suite", "post", "--config", "a.json"], "has its own configurations"),
+        (["--seconds", "5"], "--seconds belongs to --suite"),
+        (["--suite", "post", "--watch"], "needs --output"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+        with pytest.raises(UserError, match=problem):
+            throughput.parse()
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_frozen_networks_have_the_published_sizes():
+    """Built on meta tensors: parameters of the published weights, in millions."""
+    meta = torch.device("meta")
+    config = load_config(ROOT / "configs" / "latent_256.json")
+    for kind, millions in (("flux1", 84), ("flux2", 84)):
+        with torch.device("meta"):
+            name, values = frozen.AUTOENCODERS[kind]
+            network = getattr(importlib.import_module("diffusers"), name)(**values)
+        assert parameters(network) / 1e6 == pytest.approx(millions, abs=1), kind
+    for kind, millions in (("dinov2", 304), ("dinov3", 303)):
+        name, values = frozen.DINOS[kind]
+        transformers = importlib.import_module("transformers")
+        with torch.device("meta"):
+            network = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**values))
+        assert parameters(network) / 1e6 == pytest.approx(millions, abs=1.5), kind
+    tower = frozen.open_text_tower(config.conditioning.text, 2304, meta, torch.bfloat16)
+    assert tower.dim == 2304
+    # 26 layers of four attention matrices and a gated MLP, and 256,000 embeddings.
+    layer = 2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216
+    assert parameters(tower.network) == pytest.approx(26 * layer + 256000 * 2304, rel=1e-3)
+
+
+def test_frozen_networks_run_and_do_not_disturb_random_numbers(tmp_path):
+    config = load_config(ROOT / "configs" / "latent_256_repa_dinov3.json")
+    before = torch.random.get_rng_state()
+    small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    small |= {"sliding_window": 256}
+    tower = frozen.open_text_tower(config.conditioning.text, 32, CPU, torch.float32, small)
+    packed = tower.encode(["two words", ""])
+    assert packed.cu_seqlens.tolist() == [0, 4, 5], "two, wo|rds and an end; an end alone"
+    assert packed.embeddings.isfinite().all()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_sample_pictures_are_a_folder_that_trains(tmp_path):
+    folder = pictures.write(tmp_path / "p", max_tokens=64, count=3, edge=40)
+    source = importlib.import_module("millrace.engine.data.folder").FolderSource(folder)
+    assert len(source) == 3
+    assert source.image(0).size == (40, 40)
+    tokenizer = frozen.PieceTokenizer(100)
+    lengths = [len(ids) for ids in tokenizer([source.captions(i).long for i in range(3)])["input_ids"]]
+    for length, wanted in zip(lengths, (16, 32, 48), strict=True):
+        assert wanted - 5 <= length <= wanted
+
+
+def small(name):
+    config = smoke(load_config(ROOT / "configs" / f"{name}.json", ["run.output_dir=/nonexistent/x"]))
+    return parse_config(config.model_dump(mode="json"), "test")
+
+
+def test_an_expanded_mask_changes_nothing_but_its_size():
+    steps = load("training_steps")
+    config = small("jit_1024")
+    batch = steps.random_batch(config, 2, (8, 8), 6, [6, 3], CPU)
+    peer = peers.build(config, CPU)
+    forward = steps.PeerStep(peer, config, batch).forward
+    plain = forward().item()
+    shapes = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    with peers.expanded_mask():
+        transformer = importlib.import_module("diffusers.models.transformers.transformer_prx")
+        expanded = transformer.dispatch_attention_fn
+
+        def note(query, key, value, attn_mask, **options):
+            shapes.append(attn_mask.shape)
+            return expanded(query, key, value, attn_mask, **options)
+
+        transformer.dispatch_attention_fn = note
+        try:
+            assert forward().item() == pytest.approx(plain, rel=1e-5)
+        finally:
+            transformer.dispatch_attention_fn = expanded
+    assert len(shapes) == config.model.depth
+    assert real is torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.mark.slow
+def test_the_whole_suite_on_small_models(tmp_path):
+    """All rows, both kinds of inputs and all peers, in a process that another watches; with profiles."""
+    output = tmp_path / "out.json"
+    command = [sys.executable, BENCHMARKS / "throughput.py", "--suite", "post", "--smoke", "--steps", "1"]
+    command += ["--watch", "--output", output, "--set", "data.workers=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(output.read_text())
+    assert content["benchmark"] == "suite"
+    assert content["running"] is None
+    rows = content["cases"]
+    assert [row["case"] for row in rows] == [case.name for case in suite.all_cases(("cached", "live"))]
+    assert {row["status"] for row in rows} == {"measured"}, [row.get("reason") for row in rows]
+    found = {(row["config"], row["conditioning"]): row for row in rows if not row.get("peer")}
+    for row in found.values():
+        ran = {name for name, flops in row["frozen_flops_per_image"].items() if flops}
+        wanted = {"teacher"} if "repa" in row["config"] else set()
+        if row["conditioning"] == "live":
+            wanted |= {"text"} | (set() if row["config"].startswith("jit") else {"autoencoder"})
+        assert ran == wanted, row["case"]
+        assert row["batches_per_second"] == pytest.approx(row["images_per_second"] / 256)
+    for entry in content["table"]:
+        assert entry["cached"]["relative"] > 0
+        assert entry["live"]["relative"] > 0
+        routed = entry["method"] in ("TREAD", "SPRINT")
+        assert bool(entry["routing"]) == routed
+        assert (entry["cached"]["saved_time_per_saved_flops"] is not None) == routed
+    assert done.stdout.count("REPA-Dinov3") == 2
+    assert "diffusers, FSDP2" in done.stdout

@@ -1,0 +1,116 @@
+"""The waterfall of a step: its roofline, its files, and a real step of a small model."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from millrace.engine.config_file import load_config
+from millrace.engine.smoke import smoke
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def load(name):
+    """A file of benchmarks/, found as when one of them runs as a script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+waterfall, traffic, throughput = load("waterfall"), load("traffic"), load("throughput")
+LIMITS = {"copy_bytes_per_second": 1e12, "gemm_flops_per_second": 1e14}
+
+
+def test_the_roofline_is_the_ledger_at_the_measured_rates():
+    config = smoke(load_config(ROOT / "configs" / "jit_1024_tread.json", ["run.output_dir=/nonexistent/x"]))
+    lengths = [16] * config.data.micro_batch
+    found = waterfall.roofline(config, LIMITS, lengths, 1000, 2, 5e9)
+    counted = traffic.steps.with_values(config, {"model": {"attention_backend": "varlen"}})
+    entries = traffic.record(counted, "ours", lengths).entries
+    flops = sum(entry.cost.flops for entry in entries if entry.cost.kind == "attention")
+    assert found["attention"] == pytest.approx(2 * flops / 1e14)
+    moved = sum(
+        entry.cost.moved
+        for entry in entries
+        if entry.cost.kind == "other" and entry.operator.startswith("millrace::")
+    )
+    assert moved > 0
+    assert found["fused kernels"] == pytest.approx(2 * moved / 1e12)
+    assert found["optimizer"] == pytest.approx(32 * 1000 / 1e12)
+    assert found["data and conditioning"] == pytest.approx(2 * len(lengths) * 5e9 / 1e14)
+    assert (found["communication"], found["host gaps"]) == (0.0, 0.0)
+    other = waterfall.roofline(config, LIMITS, lengths, 0, 1, 0.0)
+    assert found["GEMM"] == pytest.approx(2 * other["GEMM"])
+    assert found["other operators"] - 2 * other["other operators"] == pytest.approx(2 * 12 * 1000 / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("folder", "output", "path"),
+    [
+        (".", "a/b.json", "a/b-profile-latent_256-cached"),
+        (".", None, "runs/profiles/profile-latent_256-cached"),
+        ("x", "a/b.json", "x/profile-latent_256-cached"),
+    ],
+)
+def test_where_a_profile_goes(folder, output, path):
+    arguments = SimpleNamespace(profile=folder)
+    assert waterfall.target(arguments, output and Path(output), "latent_256/cached") == Path(path)
+
+
+def test_a_profiled_step_of_a_small_model(monkeypatch, tmp_path, capsys):
+    config, output = ROOT / "configs" / "latent_256_tread.json", tmp_path / "out.json"
+    arguments = ["--config", config, "--smoke", "--steps", "1", "--output", output, "--profile"]
+    arguments += ["--set", "data.workers=0"]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *map(str, arguments)])
+    assert throughput.main() == 0
+    stem = tmp_path / "out-profile-latent_256_tread-cached"
+    found = json.loads(stem.with_suffix(".json").read_text())
+    seconds = found["seconds"]
+    assert tuple(seconds) == waterfall.CATEGORIES
+    assert sum(seconds.values()) == pytest.approx(found["step_seconds"], rel=1e-6)
+    for category in ("GEMM", "attention", "fused kernels", "other operators", "optimizer", "host gaps"):
+        assert seconds[category] > 0, category
+    assert seconds["communication"] == 0
+    bounds = found["roofline_seconds"]
+    assert set(bounds) == set(waterfall.CATEGORIES)
+    assert 0 < bounds["GEMM"] < found["step_seconds"]
+    assert found["ceilings"]["gemm_flops_per_second"] > 0
+    assert found["unprofiled_step_seconds_median"] > 0
+    assert found["heaviest"][0]["seconds"] > 0
+    assert found["commit"] is None or len(found["commit"]) == 40
+    with Image.open(stem.with_suffix(".png")) as picture:
+        assert picture.width == 1200
+        assert len(picture.convert("RGB").getcolors(100_000)) > 8, "bars of several colours"
+    assert "host gaps" in capsys.readouterr().out
+    (row,) = json.loads(output.read_text())["rows"]
+    assert "profile" not in row, "it has a file of its own"
+
+
+def test_without_a_roofline_the_picture_says_so(tmp_path):
+    found = {
+        "seconds": dict.fromkeys(waterfall.CATEGORIES, 0.125),
+        "step_seconds": 1.0,
+        "roofline_seconds": None,
+        "roofline_missing": "Triton is not installed",
+        "device": "cpu",
+        "cpu": "Some CPU",
+        "devices": 1,
+        "config": "a",
+        "conditioning": "cached",
+        "micro_batch": 2,
+        "global_batch": 4,
+        "smoke": True,
+        "versions": {"torch": torch.__version__},
+    }
+    waterfall.waterfall_chart.draw(found, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert "12.5%" in waterfall.lines(found)[1]
