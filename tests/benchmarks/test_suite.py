@@ -1,4 +1,4 @@
-"""The throughput suite: its cases, what they amount to, cases that fail, and the whole of it on small models."""
+"""The throughput suite: its cases, what they amount to, what fails, and the whole of it on small models."""
 
 import argparse
 import importlib
