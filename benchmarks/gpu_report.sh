@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA GPU, in one call and within a time: builds csrc/, runs the CUDA tests of the
-# kernels, measures the kernels, the training steps of the post's rows and routing, then runs the CUDA tests of
-# the rest.
+# kernels, measures the kernels, the post's rows and routing, then runs the CUDA tests of the rest.
 #
 #   benchmarks/gpu_report.sh [--seconds N] [arguments for throughput.py, e.g. --set data.micro_batch=16]
 #   PYTHON=.venv/bin/python benchmarks/gpu_report.sh --seconds 600

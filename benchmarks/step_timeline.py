@@ -185,14 +185,17 @@ def attribute(host: Sequence[Event], device: Sequence[Event]) -> tuple[int, list
         category = category_of(chain, kernel.name) or "other operators"
         kernels.append(Span(kernel.start, kernel.end, category, kernel.name))
     spans = []
+    waiting = mine.spans(step.start, step.end)
+    starts = [piece.start for piece in waiting]
     for span in kernel_spans(kernels, step.start, step.end):
         if span.category != "host gaps":
             spans.append(span)
             continue
         # The device waits for the host: for pictures and captions, or for anything else.
-        for piece in mine.spans(span.start, span.end):
-            waits = piece.category == "data and conditioning"
-            spans.append(piece._replace(category=piece.category if waits else "host gaps"))
+        for piece in waiting[bisect_right(starts, span.start) - 1 : bisect_right(starts, span.end - 1)]:
+            prepares = piece.category == "data and conditioning"
+            left, right = max(piece.start, span.start), min(piece.end, span.end)
+            spans.append(Span(left, right, piece.category if prepares else "host gaps", piece.name))
     return step.end - step.start, spans
 
 

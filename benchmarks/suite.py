@@ -147,7 +147,6 @@ class Run:
         except Exception as error:  # whatever it is, the other cases are worth measuring
             first = next(iter(str(error).strip().splitlines()), "")
             row, fatal = without(case, "failed", f"{type(error).__name__}: {first}"), True
-        measurement.release()
         return row | {"seconds": time.perf_counter() - started}, fatal
 
     def _figures(self, case: Case) -> Row:
@@ -155,7 +154,10 @@ class Run:
         config = self._resolve(case, path)
         if case.peer:
             return peer_steps.measure(path, config, case.peer, self.arguments)
-        row = measurement.measure(path, config, case.conditioning, self.arguments)
+        arguments = self.arguments
+        if case.config not in {row["baseline"] for row in report.post_rows()}:
+            arguments = argparse.Namespace(**vars(arguments) | {"profile": None})
+        row = measurement.measure(path, config, case.conditioning, arguments)
         # Rows that are set against each other have the same micro-batch, if it fits all of them.
         smallest = self.micro_batches.get(config.data.resolution, row["micro_batch"])
         self.micro_batches[config.data.resolution] = min(smallest, row["micro_batch"])

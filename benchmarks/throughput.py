@@ -27,7 +27,7 @@ compiled loop (with its broadcast attention mask, and with the materialised one 
 the same under FSDP2. The most telling cases come first; --seconds bounds the time; a case that fails is
 recorded with its error, and the others go on. The JSON is written after every case.
 
---profile also writes where one step's time went, as JSON and PNG.
+--profile also writes where one step's time went, as JSON and PNG; of a suite, for the baselines.
 """
 
 import sys

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.engine.config_file import load_config, parse_config
+from millrace.engine.config_file import load_config
 from millrace.engine.errors import UserError
 from millrace.engine.smoke import smoke
 
@@ -176,12 +176,12 @@ def given(**changes):
     values = {
         "suite": "post",
         "conditioning": ["cached"],
-        "case": ["latent_256/cached", "latent_256_tread/cached"],
+        "case": ["jit_1024/cached", "jit_1024_tread/cached"],
         "continue_file": False,
         "smoke": True,
         "seconds": None,
         "until": None,
-        "overrides": [],
+        "overrides": ["conditioning.text.kind=hash"],
         "accumulate": False,
         "warmup": 1,
         "steps": 1,
@@ -195,7 +195,7 @@ def test_a_case_that_fails_is_recorded_and_the_others_go_on(monkeypatch, tmp_pat
     def measure(path, config, conditioning, arguments):
         if "tread" not in path:
             raise RuntimeError("CUDA error: it broke\nmore")
-        return case("latent_256_tread")
+        return case("jit_1024_tread")
 
     monkeypatch.setattr(measurement, "measure", measure)
     run = suite.Run(given(), tmp_path / "out.json", tmp_path)
@@ -216,7 +216,7 @@ def test_a_case_that_fails_is_recorded_and_the_others_go_on(monkeypatch, tmp_pat
 
 
 def test_no_case_begins_that_may_end_too_late(monkeypatch, tmp_path):
-    monkeypatch.setattr(measurement, "measure", lambda *_: case("latent_256"))
+    monkeypatch.setattr(measurement, "measure", lambda *_: case("jit_1024"))
     run = suite.Run(given(until=0.0), None, tmp_path)
     run.run()
     assert {row["reason"] for row in run.result["cases"]} == {"no time left (--seconds)"}
@@ -328,35 +328,25 @@ def test_sample_pictures_are_a_folder_that_trains(tmp_path):
         assert wanted - 5 <= length <= wanted
 
 
-def small(name):
-    config = smoke(load_config(ROOT / "configs" / f"{name}.json", ["run.output_dir=/nonexistent/x"]))
-    return parse_config(config.model_dump(mode="json"), "test")
-
-
-def test_an_expanded_mask_changes_nothing_but_its_size():
+def test_an_expanded_mask_changes_nothing_but_its_size(monkeypatch, tmp_path):
     steps = load("training_steps")
-    config = small("jit_1024")
+    overrides = [f"run.output_dir={tmp_path}", "conditioning.text.kind=hash"]
+    config = smoke(load_config(ROOT / "configs" / "jit_1024.json", overrides), overrides)
     batch = steps.random_batch(config, 2, (8, 8), 6, [6, 3], CPU)
-    peer = peers.build(config, CPU)
-    forward = steps.PeerStep(peer, config, batch).forward
+    forward = steps.PeerStep(peers.build(config, CPU), config, batch).forward
+    transformer = importlib.import_module("diffusers.models.transformers.transformer_prx")
+    attend, shapes = transformer.dispatch_attention_fn, []
+
+    def noting(query, key, value, attn_mask, **options):
+        shapes.append(tuple(attn_mask.shape))
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(transformer, "dispatch_attention_fn", noting)
     plain = forward().item()
-    shapes = []
-    real = torch.nn.functional.scaled_dot_product_attention
     with peers.expanded_mask():
-        transformer = importlib.import_module("diffusers.models.transformers.transformer_prx")
-        expanded = transformer.dispatch_attention_fn
-
-        def note(query, key, value, attn_mask, **options):
-            shapes.append(attn_mask.shape)
-            return expanded(query, key, value, attn_mask, **options)
-
-        transformer.dispatch_attention_fn = note
-        try:
-            assert forward().item() == pytest.approx(plain, rel=1e-5)
-        finally:
-            transformer.dispatch_attention_fn = expanded
-    assert len(shapes) == config.model.depth
-    assert real is torch.nn.functional.scaled_dot_product_attention
+        assert forward().item() == pytest.approx(plain, rel=1e-5)
+    depth, heads = config.model.depth, config.model.heads
+    assert shapes == [(2, 1, 1, 70)] * depth + [(2, heads, 64, 70)] * depth
 
 
 @pytest.mark.slow

@@ -30,8 +30,9 @@ waterfall, traffic, throughput = load("waterfall"), load("traffic"), load("throu
 LIMITS = {"copy_bytes_per_second": 1e12, "gemm_flops_per_second": 1e14}
 
 
-def test_the_roofline_is_the_ledger_at_the_measured_rates():
-    config = smoke(load_config(ROOT / "configs" / "jit_1024_tread.json", ["run.output_dir=/nonexistent/x"]))
+def test_the_roofline_is_the_ledger_at_the_measured_rates(tmp_path):
+    overrides = [f"run.output_dir={tmp_path}", "conditioning.text.kind=hash"]
+    config = smoke(load_config(ROOT / "configs" / "jit_1024_tread.json", overrides), overrides)
     lengths = [16] * config.data.micro_batch
     found = waterfall.roofline(config, LIMITS, lengths, 1000, 2, 5e9)
     counted = traffic.steps.with_values(config, {"model": {"attention_backend": "varlen"}})
