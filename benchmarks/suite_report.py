@@ -146,7 +146,7 @@ def relative_lines(rows: list[Row]) -> list[list[str]]:
     """Head and cells: every row against its own baseline."""
     kinds = kinds_of(rows)
     head = ["row", "px", "against", "post", *kinds]
-    head += [f"ideal {kind}" for kind in kinds] or ["ideal"]
+    head += [f"ideal {kind}" for kind in kinds] or ["ideal, denoiser"]
     head += ["saved post", *(f"saved {kind}" for kind in kinds), "routing.py ours", "routing.py peer"]
     lines = [head]
     for row in rows:
@@ -233,9 +233,9 @@ def notes(result: Row) -> list[str]:
 def meanings(result: Row) -> list[str]:
     """What the columns that set a row against its baseline mean."""
     lines = [
-        "post: of the post's whole job, on GPUs whose model and count it does not say",
-        "post, cached, live: speed relative to the row named under `against`, with the same inputs",
-        "ideal: that speed if time followed the FLOPs of all that runs",
+        "post, cached, pictures, live: speed relative to the row named under `against`, with the same inputs; "
+        "the post's is of its whole job, on GPUs whose model and count it does not say",
+        "ideal: that speed if time followed the FLOPs of all that runs, or of the denoiser alone",
         "saved: share of the baseline's time saved over share of its FLOPs saved",
     ]
     if result["routing_file"]:

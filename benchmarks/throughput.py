@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
         choices=tuple(TRAINERS),
         help="where the inputs come from: a row for each (default cached; with --suite cached and live)",
     )
-    add("--steps", type=_positive, help="measured steps (default 20, with --smoke 4)")
+    add("--steps", type=_positive, help="measured steps (default 20, with --smoke 4, or 2 for a suite)")
     add("--warmup", type=_positive, help="steps before them (default 5, with --smoke 1)")
     add(
         "--text-tokens",
@@ -101,7 +101,8 @@ def parse() -> argparse.Namespace:
     arguments.conditioning = arguments.conditioning or ["cached", *(["live"] if arguments.suite else [])]
     arguments.conditioning = list(dict.fromkeys(arguments.conditioning))
     arguments.config = arguments.config or report.published_configs()
-    arguments.steps = arguments.steps or (4 if arguments.smoke else 20)
+    few = 2 if arguments.suite else 4
+    arguments.steps = arguments.steps or (few if arguments.smoke else 20)
     arguments.warmup = arguments.warmup or (1 if arguments.smoke else 5)
     return arguments
 

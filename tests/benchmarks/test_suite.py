@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -355,7 +356,8 @@ def test_the_whole_suite_on_small_models(tmp_path):
     output = tmp_path / "out.json"
     command = [sys.executable, BENCHMARKS / "throughput.py", "--suite", "post", "--smoke", "--steps", "1"]
     command += ["--watch", "--output", output, "--set", "data.workers=0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     content = json.loads(output.read_text())
     assert content["benchmark"] == "suite"

@@ -80,7 +80,7 @@ def test_a_profiled_step_of_a_small_model(monkeypatch, tmp_path, capsys):
     assert sum(seconds.values()) == pytest.approx(found["step_seconds"], rel=1e-6)
     for category in ("GEMM", "attention", "fused kernels", "other operators", "optimizer", "host gaps"):
         assert seconds[category] > 0, category
-    assert seconds["communication"] == 0
+    assert seconds["communication"] < 0.05 * found["step_seconds"], "one process has nobody to talk to"
     bounds = found["roofline_seconds"]
     assert set(bounds) == set(waterfall.CATEGORIES)
     assert 0 < bounds["GEMM"] < found["step_seconds"]
