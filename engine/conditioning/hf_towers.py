@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.conditioning.pretrained import import_class, load, load_network
+from millrace.engine.conditioning.pretrained import import_class, load, load_network, name_of
 from millrace.engine.conditioning.text import TextEncoder, clean_text, unescape
 from millrace.engine.config import TextTower
 from millrace.engine.errors import UserError
@@ -42,8 +42,8 @@ class HFTower(TextEncoder):
         self.tokenizer = load(tokenizer.from_pretrained, source, _KEY)
         self.network = self._load(source, device, dtype)
         revision = getattr(self.network.config, "_commit_hash", None)
-        identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
-        super().__init__(self.network.get_input_embeddings().embedding_dim, identity, device, dtype)
+        dim = self.network.get_input_embeddings().embedding_dim
+        super().__init__(dim, name_of(config.kind, source, revision), device, dtype)
         self.max_tokens = config.max_tokens
 
     @abstractmethod
