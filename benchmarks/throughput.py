@@ -147,6 +147,9 @@ class Cached(Live):
     def make_batch(self) -> Prepared:
         return self.batch
 
+    def look_ahead(self) -> None:
+        """The one micro-batch is there."""
+
     def open_source(self, _config: Data) -> tuple:
         return ()
 

@@ -242,7 +242,7 @@ class Trainer:
         for _ in range(self.accumulate - 1):
             flops += self._micro_batch(seen)
             self.engine.step()
-        flops += self._micro_batch(seen)
+        flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
         norm, applied = zero.apply_gradients(self.engine, self.model, self.optimizer, self.config)
         self.tuning.finish(applied, self.step - begun, end - begun)
 
@@ -256,12 +256,14 @@ class Trainer:
         if not applied:
             self._report_bad(seen)
 
-    def _micro_batch(self, seen: list[tuple[list[str], Tensor]]) -> float:
-        """Forward and backward of one micro-batch; returns its model FLOPs."""
+    def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
+        """Forward and backward of one micro-batch, the `last` of the stage or not; returns its model FLOPs."""
         batch = self.next_batch()
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
         self.engine.backward(per_sample.mean())
+        if not last:
+            self.look_ahead()
         self.losses.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
@@ -270,6 +272,10 @@ class Trainer:
     def next_batch(self) -> Prepared:
         """The next micro-batch of this process, encoded and packed."""
         return self.tuning.next_batch(self.stream, self.step)
+
+    def look_ahead(self) -> None:
+        """Have the micro-batch after this one prepared while the device is busy with this one."""
+        self.tuning.look_ahead(self.stream)
 
     def sample_losses(self, batch: Prepared) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
@@ -292,7 +298,7 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
-            "captions_cut": self.prepare.text_tower.truncated,
+            "captions_cut": self.tuning.captions_cut,
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
@@ -368,6 +374,7 @@ class Trainer:
     def sample_grid(self) -> None:
         """Write a grid of pictures for `sampling.prompts`. Collective: gathers the weights; rank 0 draws."""
         config = self.config
+        self.tuning.settle()
         source = Tensor.detach if self.ema is None else self.ema.source(config.sampling.weights)
         weights = gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
         if distributed.rank() != 0:

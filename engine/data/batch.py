@@ -1,17 +1,20 @@
 """What one process trains on in one forward pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from millrace.engine.data.cache import CachedText
 
 
 @dataclass(frozen=True)
 class Batch:
     """B samples on the CPU; in `mixed` aspect their sizes differ."""
 
-    images: list[Tensor]
-    """B tensors (3, h, w) float32 in [-1, 1]; h and w are multiples of the patch in pixels."""
+    images: list[Tensor | None]
+    """B tensors (3, h, w) float32 in [-1, 1]; h and w are multiples of the patch in pixels. None for
+    a sample whose posterior is cached: its picture is not decoded."""
     captions: list[str]
     """The caption chosen for each sample; "" where it was dropped."""
     keys: list[str]
@@ -19,6 +22,11 @@ class Batch:
     mixture after the name of its part and a slash."""
     sample_index: Tensor
     """(B,) int64: global index of each sample in the training stream, the root of all its randomness."""
+    text: list[CachedText | None] = field(default_factory=list)
+    """Rows of each sample's caption where they are cached; empty if no sample's are."""
+    posteriors: list[Tensor | None] = field(default_factory=list)
+    """What the autoencoder made of each sample's picture where that is cached, (2, C, h, w) mean and logarithm
+    of the variance, or (1, C, h, w) of an autoencoder without a posterior; empty if no sample's is."""
 
     @property
     def dropped(self) -> Tensor:
