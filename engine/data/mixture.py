@@ -35,7 +35,7 @@ class MixtureSource:
 
     def __init__(self, parts: tuple[Part, ...], sources: list[Source]) -> None:
         self.parts = parts
-        self._sources = sources
+        self.sources = sources
         self.offsets = np.cumsum([0, *map(len, sources)])
         """(parts + 1,) int64: part p has the pictures from offsets[p] to offsets[p + 1]."""
 
@@ -44,15 +44,15 @@ class MixtureSource:
 
     def key(self, index: int) -> str:
         part, place = self._find(index)
-        return f"{self.parts[part].name}/{self._sources[part].key(place)}"
+        return f"{self.parts[part].name}/{self.sources[part].key(place)}"
 
     def captions(self, index: int) -> Captions:
         part, place = self._find(index)
-        return self._sources[part].captions(place)
+        return self.sources[part].captions(place)
 
     def image(self, index: int) -> Image.Image:
         part, place = self._find(index)
-        return self._sources[part].image(place)
+        return self.sources[part].image(place)
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""
