@@ -9,7 +9,7 @@ from torch import Tensor
 from millrace.engine.conditioning.autoencoder import Autoencoder, Posterior
 from millrace.engine.conditioning.teacher import Teacher, TeacherFeatures
 from millrace.engine.conditioning.text import TextEncoder
-from millrace.engine.data import Batch
+from millrace.engine.data import Batch, signed_unit
 from millrace.engine.model.packing import Layout, LayoutCache, patchify
 from millrace.kernels.packed import joined, to_device
 from millrace.kernels.random import normal, sample_keys
@@ -84,10 +84,11 @@ class Preparation:
         return self.pack(batch, latents, images)
 
     def stacks(self, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """Places in the batch of the pictures of each size, these pictures (n, 3, h, w) on the device, and
-        the noise of their posterior, if there is one. Samples whose posterior is kept have no picture."""
+        """Places in the batch of the pictures of each size, these pictures (n, 3, h, w) FP32 in [-1, 1] on
+        the device, and the noise of their posterior, if there is one. Samples whose posterior is kept have no picture."""
         for members in _by_shape(batch.images).values():
-            stack = to_device(torch.stack([batch.images[i] for i in members]), self.device)
+            pixels = joined([batch.images[i][None] for i in members], self.device)
+            stack = signed_unit(pixels)
             height, width = (edge // self.autoencoder.factor for edge in stack.shape[2:])
             shape = (len(members), self.autoencoder.channels, height, width)
             yield members, stack, self._posterior_noise(shape, batch.sample_index[members])

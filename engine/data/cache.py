@@ -18,11 +18,8 @@ mapped into memory: what is read of them are the pages of one sample, from any t
 """
 
 import json
-import os
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -333,19 +330,3 @@ class TensorFile:
 
     def _write(self, tensor: Tensor) -> None:
         self._file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-@contextmanager
-def new_file(path: Path, name: str, metadata: dict[str, str]) -> Iterator[TensorFile]:
-    """A `TensorFile` that appears at `path` whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            yield TensorFile(file, name, metadata)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
