@@ -85,7 +85,8 @@ class Preparation:
 
     def stacks(self, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """Places in the batch of the pictures of each size, these pictures (n, 3, h, w) FP32 in [-1, 1] on
-        the device, and the noise of their posterior, if there is one. Samples whose posterior is kept have no picture."""
+        the device, and the noise of their posterior, if there is one. A sample whose posterior is kept has no
+        picture."""
         for members in _by_shape(batch.images).values():
             pixels = joined([batch.images[i][None] for i in members], self.device)
             stack = signed_unit(pixels)

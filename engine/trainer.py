@@ -25,6 +25,7 @@ from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.end_to_end import open_end_to_end
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
+from millrace.engine.frozen import open_frozen
 from millrace.engine.grids import training_pictures
 from millrace.engine.introduction import introduction
 from millrace.engine.losses import Losses
@@ -99,7 +100,7 @@ class Trainer:
         self.config = config = self.stage.config
         self.zero_stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
-        seed, compute = config.run.seed, DTYPES[config.precision.compute]
+        seed = config.run.seed
 
         self.source = sources[config.data]
         self.data_digest = fingerprint(self.source)
@@ -115,7 +116,8 @@ class Trainer:
             if changed:
                 messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
 
-        autoencoder = self.open_autoencoder(config.conditioning.autoencoder, self.device)
+        frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
+        autoencoder = frozen.autoencoder
         if autoencoder.channels != config.model.in_channels:
             raise UserError(
                 f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
@@ -124,8 +126,6 @@ class Trainer:
         tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
         require_grid(config, autoencoder.factor * config.model.patch_size)
-        text = config.conditioning.text
-        text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
         aligned = config.alignment
         teacher = teacher_of(aligned, self.device, self.data_digest)
@@ -165,7 +165,7 @@ class Trainer:
             MeanTarget.load(config.sampling.mean_target)  # so that a bad file is refused now, not at a grid
         keep = config.objective.perceptual
         self.prepare = Preparation(
-            autoencoder, text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
+            autoencoder, frozen.text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
         )
         self.stream = SampleStream(
             self.source,
@@ -177,6 +177,7 @@ class Trainer:
             world_size=distributed.world_size(),
             first_sample=self.samples,
             origin=(self.stage.data_sample, self.stage.data_step),
+            caches=frozen.caches,
         )
 
         self.tuning = open_end_to_end(
@@ -192,6 +193,7 @@ class Trainer:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
+        messages += frozen.lines
         messages += describe_optimizer(self.named_shapes, self.optimizer)
         messages += self.tuning.describe()
         if self.step > self.stage.first:
@@ -257,7 +259,7 @@ class Trainer:
             self._report_bad(seen)
 
     def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
-        """Forward and backward of one micro-batch, the `last` of the stage or not; returns its model FLOPs."""
+        """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
         batch = self.next_batch()
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())

@@ -82,8 +82,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """CPU tensors of one dtype end to end on `device`, without waiting for its queue: for CUDA their bytes are
-    copied once on the host, into pinned memory."""
+    """CPU tensors of one dtype end to end on `device`, without waiting for its queue. For CUDA their bytes
+    are copied once on the host, into pinned memory."""
     if device.type != "cuda":
         return torch.cat(list(tensors))
     shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])

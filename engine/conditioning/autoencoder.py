@@ -2,8 +2,8 @@
 
     encode: z = scale · (mean + std · noise - shift)        decode: picture = D(z / scale + shift)
 
-`encode` is `sample(posterior(pictures), noise)`. Only the first half needs the network, so a posterior that was
-kept gives the same latents without it, to the last bit: the network is loaded when it is first used.
+`encode` is `sample(posterior(pictures), noise)`. Only the first half needs the network, so a posterior that
+was kept gives the same latents without it, to the last bit: the network is loaded when it is first used.
 
 | kind   | network (diffusers)  | channels | factor | posterior | scale and shift                     |
 |--------|----------------------|----------|--------|-----------|-------------------------------------|
@@ -70,6 +70,11 @@ class Posterior(NamedTuple):
         if noise is None or self.logvar is None:
             return latents
         return latents + torch.exp(0.5 * self.logvar.float()) * noise
+
+
+def source_of(config: settings.Autoencoder) -> str:
+    """Folder or hub id of the weights."""
+    return config.path or _PUBLISHED[config.kind][1]
 
 
 def published_factor(config: settings.Autoencoder) -> int:
@@ -246,9 +251,7 @@ def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> Auto
         return Pixels()
     origin = locate(config)
     network, constants = _load(config, origin, device)
-    return _latents(
-        config, name_of(config.kind, origin.source, origin.revision), lambda: network, constants
-    )
+    return _latents(config, name_of(config.kind, origin.source, origin.revision), lambda: network, constants)
 
 
 def open_later(
@@ -260,8 +263,7 @@ def open_later(
         constants: of the same weights, on `device`.
         revision: of the hub repository; None for a local folder.
     """
-    source = config.path or _PUBLISHED[config.kind][1]
-    name = name_of(config.kind, source, revision)
+    name = name_of(config.kind, source_of(config), revision)
     return _latents(config, name, lambda: _load(config, locate(config), device)[0], constants)
 
 
@@ -327,8 +329,7 @@ class Origin(NamedTuple):
 
 def locate(config: settings.Autoencoder) -> Origin:
     """Find the weights of an autoencoder without loading them. Raises UserError."""
-    name, published = _PUBLISHED[config.kind]
-    source = config.path or published
+    name, source = _PUBLISHED[config.kind][0], source_of(config)
     network_class = import_class("diffusers", name, f"conditioning.autoencoder.kind {config.kind}")
     subfolder, revision, held = _find(network_class, source)
     if held not in (name, None):

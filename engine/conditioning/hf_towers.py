@@ -22,6 +22,11 @@ _PUBLISHED = {"t5gemma": "google/t5gemma-2b-2b-ul2", "qwen3vl": "Qwen/Qwen3-VL-E
 _KEY = "conditioning.text.path"
 
 
+def source_of(config: TextTower) -> str:
+    """Folder or hub id of the weights."""
+    return config.path or _PUBLISHED[config.kind]
+
+
 def open_hf_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """See `text.open_text_tower`."""
     tower = (T5GemmaTower if config.kind == "t5gemma" else Qwen3VLTower)(config, device, dtype)
@@ -37,7 +42,7 @@ class HFTower(TextEncoder):
     """Tokenizer and network from one source; subclasses load the network and call it."""
 
     def __init__(self, config: TextTower, device: torch.device, dtype: torch.dtype) -> None:
-        source = config.path or _PUBLISHED[config.kind]
+        source = source_of(config)
         tokenizer = import_class("transformers", "AutoTokenizer", f"conditioning.text.kind {config.kind}")
         self.tokenizer = load(tokenizer.from_pretrained, source, _KEY)
         self.network = self._load(source, device, dtype)

@@ -1,6 +1,6 @@
-"""Work of a frozen network on a CUDA stream of its own, beside the training step. On a CPU it is done in place.
+"""Work of a frozen network on a CUDA stream of its own, beside the training step; on a CPU in place.
 
-    with side.after_current(inputs):    waits for what makes the inputs, and keeps them alive until it has read them
+    with side.after_current(inputs):    waits for what makes the inputs; keeps them until it has read them
         results = network(inputs)
         ready = side.event()
     ...

@@ -6,8 +6,8 @@ Padding never leaves a tower: the denoiser's text keys carry no position, so att
 a caption equals attention over its padded rows under a mask. Row counts are known on the host from the
 tokenizer, so packing neither masks on the device nor waits for it.
 
-Rows that were kept from an earlier pass of the same tower take the place of those it would compute, caption by
-caption; the tower then sees only the others.
+Rows that were kept from an earlier pass of the same tower take the place of those it would compute, caption
+by caption; the tower then sees only the others.
 """
 
 import html

@@ -26,8 +26,8 @@ class Batch:
     text: list[CachedText | None] = field(default_factory=list)
     """Rows of each sample's caption where they are cached; empty if no sample's are."""
     posteriors: list[Tensor | None] = field(default_factory=list)
-    """What the autoencoder made of each sample's picture where that is cached, (2, C, h, w) mean and logarithm
-    of the variance, or (1, C, h, w) of an autoencoder without a posterior; empty if no sample's is."""
+    """What the autoencoder made of each sample's picture where that is cached, (2, C, h, w) mean and log-
+    variance, or (1, C, h, w) of an autoencoder without a posterior; empty if no sample's is."""
 
     @property
     def dropped(self) -> Tensor:

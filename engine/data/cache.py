@@ -1,7 +1,7 @@
 """What frozen networks made of the samples of shards, beside them.
 
     DATASET/768x1344/00000.text.safetensors       rows of the captions of the shard's samples
-        rows     (S, E) bf16, or int8: row i is then scale[i] * rows[i]     captions end to end, valid rows only
+        rows     (S, E) bf16, or int8: row i is then scale[i] * rows[i]; captions end to end, without padding
         scale    (S,) FP32, for int8
         offsets  (U + 1,) int64     caption c has rows offsets[c] to offsets[c + 1]; equal captions are one
         cut      (U,) uint8         whether it was longer than the tower's max_tokens
@@ -111,8 +111,8 @@ class Cache:
         manifest: of it, which names the cache.
         verify: compare the SHA-256 of each file when it is first touched.
 
-    Raises UserError for a record that does not fit the shards; and from reading, for a file that is not the one
-    that was written.
+    Raises UserError for a record that does not fit the shards; and from reading, for a file that is not the
+    one that was written.
     """
 
     def __init__(self, root: Path, manifest: Manifest, kind: Kind, verify: bool = False) -> None:
@@ -212,7 +212,7 @@ class TextCache(Cache):
             and ("scale" not in tensors or tensors["scale"].shape == rows.shape[:1])
             and offsets.shape == (count + 1,)
             and len(indices) == 2 * samples
-            and -1 <= int(indices.min())
+            and int(indices.min()) >= -1
             and int(indices.max()) < count
             and int(offsets[0]) == 0
             and int(offsets[-1]) == len(rows)
@@ -267,7 +267,7 @@ def record_of(root: Path, manifest: Manifest, kind: Kind) -> CacheRecord | None:
 
 def touch(tensor: Tensor) -> None:
     """Bring the mapped bytes of a contiguous tensor into memory, in the thread that asks for them and not in
-    the one that trains. Reads one byte a page; torch lets other threads run meanwhile."""
+    the one that trains. Reads one byte a page; other threads run meanwhile."""
     tensor.flatten().view(torch.uint8)[::_PAGE].sum()
 
 

@@ -14,11 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import value_at
 from millrace.engine.data.batch import Batch
+from millrace.engine.data.cache import CachedText
+from millrace.engine.data.cached import Caches
 from millrace.engine.data.crop import check_resolution, crop_box, cut, output_size
 from millrace.engine.data.mixture import Pool, order_of
 from millrace.engine.data.pictures import Source, UnreadablePicture
@@ -29,8 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class _Sample(NamedTuple):
-    image: Tensor
+    image: Tensor | None
     caption: str
+    text: CachedText | None
+    moments: Tensor | None
     key: str
     pool: Pool
     bad: tuple[tuple[str, UnreadablePicture], ...]
@@ -49,6 +54,7 @@ class SampleStream:
     mixture are counted from there, and sample i belongs to step origin step + (i - origin sample) // G of the
     run, at which schedules are read. Randomness stays with the sample's number in the run.
 
+    Where `caches` have the latents of a picture, it is not decoded; they are of the crop that is trained on.
     `patch` is the edge of a token in pixels; `caption_drop` the share of samples whose caption becomes "".
     `bad` maps the key of each unreadable picture that this process met to the reason. Such a picture is
     replaced by the next readable one in the order of the source.
@@ -69,13 +75,14 @@ class SampleStream:
         world_size: int,
         first_sample: int = 0,
         origin: tuple[int, int] = (0, 0),
+        caches: Caches | None = None,
     ) -> None:
         if first_sample < origin[0]:
             raise ValueError(f"first_sample is {first_sample}, before the origin at sample {origin[0]}")
         check_resolution(config, patch)
         _check_division(config, world_size)
         self.bad: dict[str, str] = {}
-        self._source = source
+        self._source, self._caches = source, caches
         self._config = config
         self._seed = seed
         self._patch = patch
@@ -148,6 +155,8 @@ class SampleStream:
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             sample_index=torch.tensor(indices, dtype=torch.int64),
+            text=[sample.text for sample in samples] if self._caches else [],
+            posteriors=[sample.moments for sample in samples] if self._caches else [],
         )
 
     def _load(self, i: int, picture: int, pool: Pool) -> _Sample:
@@ -157,24 +166,29 @@ class SampleStream:
         while True:
             key = self._source.key(picture)
             try:
-                image = self._source.image(picture)
+                moments = self._caches.moments(picture) if self._caches else None
+                captions = self._source.captions(picture)
+                pixels = self._pixels(i, self._source.image(picture), key) if moments is None else None
                 break
             except UnreadablePicture as problem:
                 bad.append((key, problem))
                 self._check_bad(len(bad), pool, problem)
                 picture = pool.start + (picture - pool.start + 1) % pool.size
+        step = self._origin_step + (i - self._origin_sample) // config.global_batch
+        which = "long" if self._chance(i, "caption", value_at(pool.long_caption, step)) else "short"
+        caption = getattr(captions, which)
+        if self._chance(i, "caption drop", self._caption_drop):
+            caption, which = "", "empty"
+        text = self._caches.text(picture, which) if self._caches else None
+        return _Sample(pixels, caption, text, moments, key, pool, tuple(bad))
+
+    def _pixels(self, i: int, image: Image.Image, key: str) -> Tensor:
+        """The crop of sample `i`, (3, h, w) uint8."""
+        config = self._config
         rng = self._generator(i, "crop") if config.crop == "random" else None
         size = output_size(image.width, image.height, config, self._patch)
         pixels = cut(image, crop_box(image.width, image.height, size, config, rng, key), size)
-        if self._chance(i, "flip", config.flip):
-            pixels = pixels.flip(-1)
-        captions = self._source.captions(picture)
-        step = self._origin_step + (i - self._origin_sample) // config.global_batch
-        share = value_at(pool.long_caption, step)
-        caption = captions.long if self._chance(i, "caption", share) else captions.short
-        if self._chance(i, "caption drop", self._caption_drop):
-            caption = ""
-        return _Sample(pixels, caption, key, pool, tuple(bad))
+        return pixels.flip(-1) if self._chance(i, "flip", config.flip) else pixels
 
     def _generator(self, i: int, purpose: str) -> np.random.Generator:
         return host_generator(self._seed, i, purpose)
