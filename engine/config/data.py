@@ -60,7 +60,7 @@ class Part(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """Names the part in keys, log and errors: letters, digits, `_`, `.` and `-`."""
-    source: Literal["builtin", "digits", "folder"] = "folder"
+    source: Literal["builtin", "digits", "folder", "shards"] = "folder"
     """As `data.source`."""
     path: str | None = None
     """As `data.path`."""
@@ -81,12 +81,13 @@ class Part(Section):
 class Data(Section):
     """Pictures, captions, mixtures, crops and batches."""
 
-    source: Literal["builtin", "digits", "folder", "mixture"] = "builtin"
+    source: Literal["builtin", "digits", "folder", "shards", "mixture"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
-    `folder`: images with a .txt or .json file of the same name beside each. `mixture`: several of these."""
+    `folder`: images with a .txt or .json file of the same name beside each.
+    `shards`: a folder that prepare.py has made. `mixture`: several of these."""
     path: str | None = None
-    """Folder of `source: folder`."""
+    """Folder of `source: folder` and `source: shards`."""
     keys: str | None = None
     """File that lists the pictures to keep, one key a line; null keeps all."""
     mixture: tuple[Part, ...] = ()
@@ -156,8 +157,8 @@ class Data(Section):
 
 
 def _check_path(section: Data | Part, where: str) -> None:
-    if section.source == "folder" and not section.path:
-        raise ValueError(f"{where}source folder needs data.path")
+    if section.source in ("folder", "shards") and not section.path:
+        raise ValueError(f"{where}source {section.source} needs data.path")
 
 
 def _check_mixture(data: Data) -> None:

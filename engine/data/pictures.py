@@ -6,6 +6,8 @@ turns into an error or, where the configuration tolerates it, into a counted rep
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -52,38 +54,59 @@ def read_picture(path: Path) -> Image.Image:
     that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
     decompression bombs.
     """
-    # Another library in this process may have told Pillow to pad truncated files with grey.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and probe.width * probe.height > limit:
-                raise UnreadablePicture(str(path), _too_many_pixels(f"{probe.width}x{probe.height}", limit))
-            # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
-            if getattr(probe, "is_animated", False) and probe.format != "MPO":
-                raise UnreadablePicture(str(path), "it is animated; store the wanted frame alone")
-            probe.verify()  # checksums of PNG; leaves the object unusable for decoding
+    except OSError as error:
+        raise UnreadablePicture(str(path), error.strerror or str(error)) from error
+    return decode_picture(data, str(path))
+
+
+def decode_picture(data: bytes, where: str) -> Image.Image:
+    """As `read_picture`, from the bytes of a file; `where` names it in errors."""
+    with picture_errors(where):
+        check_picture(data, where)
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(image)
+
+
+def check_picture(data: bytes, where: str) -> None:
+    """Refuse what must not be decoded, and compare the checksums of a PNG; within `picture_errors`."""
+    # Another library in this process may have told Pillow to pad truncated files with grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and probe.width * probe.height > limit:
+            raise UnreadablePicture(where, _too_many_pixels(f"{probe.width}x{probe.height}", limit))
+        # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
+        if getattr(probe, "is_animated", False) and probe.format != "MPO":
+            raise UnreadablePicture(where, "it is animated; store the wanted frame alone")
+        probe.verify()  # leaves the object unusable for decoding
+
+
+@contextmanager
+def picture_errors(where: str) -> Iterator[None]:
+    """Everything that Pillow raises for a file becomes UnreadablePicture."""
+    try:
+        yield
     except UnreadablePicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadablePicture(str(path), _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)) from None
+        raise UnreadablePicture(where, _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)) from None
     except Image.UnidentifiedImageError:
-        raise UnreadablePicture(str(path), "not a JPEG, PNG or WebP picture") from None
+        raise UnreadablePicture(where, "not a JPEG, PNG or WebP picture") from None
     except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadablePicture(str(path), reason) from error
+        raise UnreadablePicture(where, reason) from error
 
 
 def _too_many_pixels(what: str, limit: int | None) -> str:
     return f"{what} is more than the {limit} pixels that Pillow considers safe to decode; store it smaller"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture in mode RGB: transparency over white, sixteen-bit grey by its high byte."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would clip these at 255 instead of scaling them.
         values = np.array(image)
