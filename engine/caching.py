@@ -58,7 +58,7 @@ def write_caches(
     replace: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write the caches of a data set with the networks of `config.conditioning`, those that are not there yet.
+    """Write the caches of a data set with the networks of `config.conditioning`, those that are not there.
 
     Args:
         dataset: folder of shards.
@@ -125,8 +125,8 @@ class _Text(Maker):
                 scales.append(scale.cpu())
                 if not bool(scales[-1].isfinite().all()):
                     raise UserError(
-                        f"shard of samples {samples[0]} to {samples[-1]}: the text tower gives numbers that are "
-                        "not finite; keep them as they are with --text-dtype bf16"
+                        f"shard of samples {samples[0]} to {samples[-1]}: the text tower gives numbers "
+                        "that are not finite; keep them as they are with --text-dtype bf16"
                     )
             else:
                 rows = rows.bfloat16()

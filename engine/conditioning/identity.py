@@ -6,8 +6,8 @@ wherever the folder lies:
 
 - configuration and tokenizer (.json, .model, .txt) whole;
 - weights (.safetensors, .bin) by size, and by the SHA-256 of 64 blocks of 64 KiB spread over the file with
-  its first and last bytes; files of up to 4 MiB whole. Training or rounding changes every tensor, and so every
-  block. A change of a few bytes between the blocks would be missed; hashing 10 GB in every process at every
+  its first and last bytes; files of up to 4 MiB whole. Training or rounding changes every tensor, and so
+  every block. A change of a few bytes between the blocks would be missed; hashing 10 GB in every process at every
   start was thought too dear for that.
 """
 

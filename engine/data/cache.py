@@ -245,7 +245,7 @@ class LatentCache(Cache):
 
 
 def record_of(root: Path, manifest: Manifest, kind: Kind) -> CacheRecord | None:
-    """What the manifest says of a cache, checked against the shards; None if it has none. Raises UserError."""
+    """What the manifest says of a cache, checked against the shards; None if it has none. Or UserError."""
     values = manifest.caches.get(kind)
     if values is None:
         return None
