@@ -6,8 +6,8 @@ wherever the folder lies:
 
 - configuration and tokenizer (.json, .model, .txt) whole;
 - weights (.safetensors, .bin) by size, and by the SHA-256 of 64 blocks of 64 KiB spread over the file with
-  its first and last bytes; files of up to 4 MiB whole. Training or rounding changes every tensor, and so
-  every block. A change of a few bytes between the blocks would be missed; hashing 10 GB in every process at every
+  its first and last bytes; up to 4 MiB whole. Training or rounding changes every tensor, and so every
+  block. A change of a few bytes between the blocks would be missed; hashing 10 GB in every process at every
   start was thought too dear for that.
 """
 
@@ -65,7 +65,12 @@ def autoencoder_identity(config: settings.Autoencoder) -> Identity:
     own["dtype"] = _DTYPE_NAMES[autoencoders.arithmetic(config)]
     source = autoencoders.source_of(config)
     if Path(source).is_dir():
-        folder = Path(source, autoencoders.locate(config).subfolder or "")
+        # diffusers looks at the top first.
+        folder = next((f for f in (Path(source), Path(source, "vae")) if (f / "config.json").is_file()), None)
+        if folder is None:
+            raise UserError(
+                f"{source!r} holds no config.json of an autoencoder; set conditioning.autoencoder.path"
+            )
         # Statistics of a tuned autoencoder lie in either folder.
         files = {*_files(folder), *(path for path in _files(Path(source)) if path.name == STATISTICS_FILE)}
         return own | {"source": source, "digest": digest_of(files)}

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from millrace.engine.config import Data
@@ -169,7 +168,7 @@ class SampleStream:
             try:
                 moments = self._caches.moments(picture) if self._caches else None
                 captions = self._source.captions(picture)
-                pixels = self._pixels(i, self._source.image(picture), key) if moments is None else None
+                pixels = None if moments is not None else self._pixels(i, picture, pool, key)
                 break
             except UnreadablePicture as problem:
                 bad.append((key, problem))
@@ -183,11 +182,12 @@ class SampleStream:
         text = self._caches.text(picture, which) if self._caches else None
         return _Sample(pixels, caption, text, moments, key, pool, tuple(bad))
 
-    def _pixels(self, i: int, image: Image.Image, key: str) -> Tensor:
+    def _pixels(self, i: int, picture: int, pool: Pool, key: str) -> Tensor:
         """The crop of sample `i`, (3, h, w) uint8."""
         config = self._config
         rng = self._generator(i, "crop") if config.crop == "random" else None
-        size = output_size(image.width, image.height, config, self._patch)
+        image = self._source.image(picture)
+        size = pool.size or output_size(image.width, image.height, config, self._patch)
         pixels = cut(image, crop_box(image.width, image.height, size, config, rng, key), size)
         return pixels.flip(-1) if self._chance(i, "flip", config.flip) else pixels
 
