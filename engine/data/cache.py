@@ -21,14 +21,14 @@ import json
 import threading
 from collections import OrderedDict, defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from millrace.engine.data.shard_index import Manifest, Shard
+from millrace.engine.data.shard_index import Manifest, Shard, read_manifest
 from millrace.engine.data.shards import sha256_of
 from millrace.engine.errors import UserError
 
@@ -144,7 +144,7 @@ class Cache:
             file = self.record.files[number]
             found, _ = self._map(file)
             if problem := self._problem(found, self.shards[number].samples):
-                raise self._damaged(file, problem)
+                raise _damaged(self.root / file.file, self.kind, problem)
         with self._lock:
             self._maps[number] = found
             while len(self._maps) > MAPPED_FILES:
@@ -157,23 +157,12 @@ class Cache:
         raise NotImplementedError
 
     def _map(self, file: CacheFile) -> tuple[dict[str, Tensor], dict[str, str]]:
-        path = self.root / file.file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; {remake(self.kind)}") from None
-        if size != file.bytes:
-            raise self._damaged(file, f"has {size} bytes, the manifest says {file.bytes}")
-        if self.verify and sha256_of(path) != file.sha256:
-            raise self._damaged(file, "its SHA-256 is not that of the manifest")
+        path = _compare(self.root, file, self.kind, self.verify)
         try:
             with safe_open(path, "pt") as held:
                 return {name: held.get_tensor(name) for name in held.keys()}, held.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise self._damaged(file, " ".join(str(error).split())[:200]) from None
-
-    def _damaged(self, file: CacheFile, problem: str) -> UserError:
-        return UserError(f"{self.root / file.file}: damaged: {problem}; {remake(self.kind)}")
+            raise _damaged(path, self.kind, " ".join(str(error).split())[:200]) from None
 
 
 class TextCache(Cache):
@@ -186,7 +175,7 @@ class TextCache(Cache):
             self.empty = CachedText(rows, None, bool(self.common["cut"][0]))
             self.dim: int = rows.shape[1]
         except (KeyError, IndexError):
-            raise self._damaged(self.record.common, "not what prepare.py writes") from None
+            raise _damaged(root / self.record.common.file, "text", "not what prepare.py writes") from None
 
     def rows(self, place: tuple[int, int], which: Literal["long", "short"]) -> CachedText | None:
         """Rows of a caption of the sample at (shard, row); None where its record could not be read."""
@@ -263,6 +252,42 @@ def record_of(root: Path, manifest: Manifest, kind: Kind) -> CacheRecord | None:
     if made_from != [(cache_path(shard, kind), shard.sha256) for shard in manifest.shards]:
         raise UserError(f"{where} was made from other shards; {remake(kind)}")
     return record
+
+
+def cache_problems(root: Path) -> list[str]:
+    """What is wrong with the caches of the data set `root`, a line each: every byte of every file is compared
+    with the manifest."""
+    manifest, found = read_manifest(root), []
+    for kind in get_args(Kind):
+        try:
+            record = record_of(root, manifest, kind)
+        except UserError as error:
+            found.append(str(error))
+            continue
+        for file in () if record is None else (record.common, *record.files):
+            try:
+                _compare(root, file, kind, True)
+            except UserError as error:
+                found.append(str(error))
+    return found
+
+
+def _compare(root: Path, file: CacheFile, kind: Kind, verify: bool) -> Path:
+    """Path of a file of the size, and if `verify` with the checksum, that the manifest says. Or UserError."""
+    path = root / file.file
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {remake(kind)}") from None
+    if size != file.bytes:
+        raise _damaged(path, kind, f"has {size} bytes, the manifest says {file.bytes}")
+    if verify and sha256_of(path) != file.sha256:
+        raise _damaged(path, kind, "its SHA-256 is not that of the manifest")
+    return path
+
+
+def _damaged(path: Path, kind: Kind, problem: str) -> UserError:
+    return UserError(f"{path}: damaged: {problem}; {remake(kind)}")
 
 
 def touch(tensor: Tensor) -> None:

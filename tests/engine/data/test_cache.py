@@ -1,6 +1,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from millrace.engine.data.cache import (
     TensorFile,
     TextCache,
     cache_path,
+    cache_problems,
     common_path,
     quantise,
 )
@@ -198,7 +200,8 @@ def test_reading_copies_nothing(dataset):
     whole = cache.tensors(0)["moments"]
     found = cache.moments((0, 2))
     assert found.data_ptr() == whole.data_ptr() + 2 * found.numel() * 2
-    mapped = [line for line in open("/proc/self/maps") if cache_path(cache.shards[0], "latents") in line]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line for line in maps if cache_path(cache.shards[0], "latents") in line]
     bounds = [[int(x, 16) for x in line.split()[0].split("-")] for line in mapped]
     assert any(start <= found.data_ptr() < end for start, end in bounds)
 
@@ -273,6 +276,21 @@ def test_captions_that_do_not_fit_their_rows_are_named(dataset, name):
     publish(dataset, "text", files, "bfloat16")
     cache = TextCache(dataset, read_manifest(dataset))
     refused(lambda: cache.rows((0, 0), "long"), path, "do not fit")
+
+
+def test_all_damaged_files_are_found(dataset):
+    assert cache_problems(dataset) == []
+    write_text(dataset)
+    write_latents(dataset)
+    assert cache_problems(dataset) == []
+    shards = read_manifest(dataset).shards
+    paths = [dataset / cache_path(shards[2], "text"), dataset / cache_path(shards[0], "latents")]
+    for path in paths:
+        damage(path, -20)
+    found = cache_problems(dataset)
+    assert len(found) == 2
+    for path, line in zip(paths, found, strict=True):
+        assert line.startswith(f"{path}: damaged: its SHA-256")
 
 
 def test_a_data_set_without_the_cache_says_how_to_make_it(dataset):
