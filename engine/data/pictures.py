@@ -47,6 +47,29 @@ class Source(Protocol):
         """The picture upright in mode RGB; may be shared, so do not modify it. Raises UnreadablePicture."""
 
 
+class Files(Source, Protocol):
+    """A source whose pictures are files."""
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of a picture; None where it is no JPEG. Raises UnreadablePicture."""
+
+
+def stored_size(source: Source, index: int) -> tuple[int, int] | None:
+    """(width, height) in pixels that the index of a source says its picture has; None where there is none."""
+    return source.stored_size(index) if hasattr(source, "stored_size") else None
+
+
+def holds_files(source: Source) -> bool:
+    """Whether `source`, or a part of it, is a `Files`."""
+    parts = getattr(source, "sources", None)
+    return hasattr(source, "encoded") if parts is None else any(map(holds_files, parts))
+
+
+def encoded(source: Source, index: int) -> bytes | None:
+    """`Files.encoded` of any source; None where it has no files."""
+    return source.encoded(index) if hasattr(source, "encoded") else None
+
+
 def read_picture(path: Path) -> Image.Image:
     """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
 
@@ -54,11 +77,15 @@ def read_picture(path: Path) -> Image.Image:
     that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
     decompression bombs.
     """
+    return decode_picture(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file. Raises UnreadablePicture where that fails."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UnreadablePicture(str(path), error.strerror or str(error)) from error
-    return decode_picture(data, str(path))
 
 
 def decode_picture(data: bytes, where: str) -> Image.Image:
