@@ -88,11 +88,21 @@ class Preparation:
         the device, and the noise of their posterior, if there is one. A sample whose posterior is kept has no
         picture."""
         for members in _by_shape(batch.images).values():
-            pixels = joined([batch.images[i][None] for i in members], self.device)
-            stack = signed_unit(pixels)
+            stack = signed_unit(self._pixels([batch.images[i] for i in members]))
             height, width = (edge // self.autoencoder.factor for edge in stack.shape[2:])
             shape = (len(members), self.autoencoder.channels, height, width)
             yield members, stack, self._posterior_noise(shape, batch.sample_index[members])
+
+    def _pixels(self, images: Sequence[Tensor]) -> Tensor:
+        """Pictures (n, 3, h, w) on the device; those that a GPU decoded are there already."""
+        if all(image.device.type == "cpu" for image in images):
+            return joined([image[None] for image in images], self.device)
+        for image in images:
+            if image.device.type == "cuda":  # from another stream's memory
+                image.record_stream(torch.cuda.current_stream(self.device))
+        return torch.stack(
+            [to_device(image, self.device) if image.device.type == "cpu" else image for image in images]
+        )
 
     def kept(self, batch: Batch) -> Iterator[tuple[list[int], Posterior, Tensor | None]]:
         """Places in the batch of the samples of each size whose posterior is kept, these posteriors on the

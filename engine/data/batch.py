@@ -10,12 +10,12 @@ from millrace.engine.data.cache import CachedText
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples on the CPU; in `mixed` aspect their sizes differ."""
+    """B samples; in `mixed` aspect their sizes differ."""
 
     images: list[Tensor | None]
-    """B tensors (3, h, w) uint8; h and w are multiples of the patch in pixels. Bytes are what is pinned and
-    copied to the device; `signed_unit` turns them into what networks take. None for a sample whose posterior
-    is cached: its picture is not decoded."""
+    """B tensors (3, h, w) uint8, on the CPU unless a GPU decoded them; h and w are multiples of the patch in
+    pixels. Bytes are what is pinned and copied to the device; `signed_unit` makes of them what networks take.
+    None for a sample whose posterior is cached: its picture is not decoded."""
     captions: list[str]
     """The caption chosen for each sample; "" where it was dropped."""
     keys: list[str]

@@ -4,15 +4,13 @@ A source may be shards, chosen pictures of shards, or a mixture in which some pa
 has no cache has None here, and the frozen networks do its work.
 """
 
-from typing import Literal
-
 import numpy as np
 from torch import Tensor
 
 from millrace.engine.data.cache import Cache, CachedText, Kind, LatentCache, TextCache
 from millrace.engine.data.keys import KeptSource
 from millrace.engine.data.mixture import MixtureSource
-from millrace.engine.data.pictures import Source
+from millrace.engine.data.pictures import Source, WhichCaption
 from millrace.engine.data.shards import ShardsSource
 from millrace.engine.errors import UserError
 
@@ -58,7 +56,7 @@ class Caches:
         """Whether every picture lies in a part that has this kind."""
         return self._complete.get(kind, False)
 
-    def text(self, picture: int, which: Literal["long", "short", "empty"]) -> CachedText | None:
+    def text(self, picture: int, which: WhichCaption) -> CachedText | None:
         """Rows of a caption of a picture, or of the empty caption."""
         leaf, index = _find(self._source, picture)
         cache = self._text.get(id(leaf))

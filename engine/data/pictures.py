@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -19,11 +19,18 @@ from millrace.engine.data.reasons import Reason, Rejected
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
+WhichCaption = Literal["long", "short", "empty"]
+
+
 class Captions(NamedTuple):
     """Both captions of a picture; equal where it has only one."""
 
     long: str
     short: str
+
+    def chosen(self, which: WhichCaption) -> str:
+        """One of them, or the empty caption."""
+        return "" if which == "empty" else getattr(self, which)
 
 
 class UnreadablePicture(Exception):
@@ -50,6 +57,29 @@ class Source(Protocol):
         """The picture upright in mode RGB; may be shared, so do not modify it. Raises UnreadablePicture."""
 
 
+class Files(Source, Protocol):
+    """A source whose pictures are files."""
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of a picture; None where it is no JPEG. Raises UnreadablePicture."""
+
+
+def stored_size(source: Source, index: int) -> tuple[int, int] | None:
+    """(width, height) in pixels that the index of a source says its picture has; None where there is none."""
+    return source.stored_size(index) if hasattr(source, "stored_size") else None
+
+
+def holds_files(source: Source) -> bool:
+    """Whether `source`, or a part of it, is a `Files`."""
+    parts = getattr(source, "sources", None)
+    return hasattr(source, "encoded") if parts is None else any(map(holds_files, parts))
+
+
+def encoded(source: Source, index: int) -> bytes | None:
+    """`Files.encoded` of any source; None where it has no files."""
+    return source.encoded(index) if hasattr(source, "encoded") else None
+
+
 def read_picture(path: Path) -> Image.Image:
     """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
 
@@ -57,11 +87,15 @@ def read_picture(path: Path) -> Image.Image:
     that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
     decompression bombs.
     """
+    return decode_picture(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file. Raises UnreadablePicture where that fails."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UnreadablePicture(str(path), error.strerror or str(error), Reason.UNREADABLE_FILE) from error
-    return decode_picture(data, str(path))
 
 
 def decode_picture(data: bytes, where: str) -> Image.Image:
