@@ -361,7 +361,7 @@ def open_end_to_end(
             "start another one with run.init_from"
         )
     if not enabled:
-        return Feed(prepare)
+        return Feed(prepare, None if config.conditioning.overlap else False)
     tuning = EndToEnd(config, prepare, model, flow, accumulate)
     if reader is not None:
         tuning.load(reader)

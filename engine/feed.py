@@ -32,7 +32,7 @@ class Feed:
 
     Args:
         prepare: runs the frozen networks.
-        ahead: whether `look_ahead` does anything; by default on CUDA.
+        ahead: whether `look_ahead` does anything; None: on CUDA.
     """
 
     def __init__(self, prepare: Preparation, ahead: bool | None = None) -> None:
