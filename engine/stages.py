@@ -138,7 +138,7 @@ def _with_origins(found: list[tuple[int, str, Config, dict[str, Any]]], steps: i
         seen, micro = samples - stage.data_sample, config.data.micro_batch
         if config.data.aspect == "bucket" and seen % micro:
             raise UserError(
-                f"stage {name!r} begins after {seen} samples, which micro-batches of {micro} do not divide, so "
+                f"stage {name!r} begins after {seen} samples, which micro-batches of {micro} do not divide: "
                 "they would hold two buckets; set its data.micro_batch to a divisor"
             )
         stages.append(stage)
