@@ -78,6 +78,11 @@ def open_frozen(
         autoencoder = open_later(section.autoencoder, device, _constants(cache, device), revision)
     else:
         autoencoder = open_autoencoder(section.autoencoder, device)
+    if autoencoder.channels != config.model.in_channels:
+        raise UserError(
+            f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
+            f"{autoencoder.channels} channels; set it to {autoencoder.channels}"
+        )
     if caches is not None and caches.complete("text") and section.text.kind != "hash":
         revision = caches.of("text")[0].record.network.get("revision")
         name = name_of(section.text.kind, source_of(section.text), revision)

@@ -26,7 +26,7 @@ from millrace.engine.end_to_end import open_end_to_end
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
 from millrace.engine.frozen import open_frozen
-from millrace.engine.grids import training_pictures
+from millrace.engine.grids import draw_grid
 from millrace.engine.introduction import introduction
 from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
@@ -44,8 +44,8 @@ from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import DTYPES, audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
 from millrace.engine.runtime.resumption import find_start
+from millrace.engine.runtime.sample_log import SampleLog
 from millrace.engine.runtime.shards import gather_parameters, local_shards
-from millrace.engine.sampling import save_grid
 from millrace.engine.stages import resolve_stages, stage_at
 from millrace.engine.training_model import TrainingModel
 
@@ -118,11 +118,6 @@ class Trainer:
 
         frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
         autoencoder = frozen.autoencoder
-        if autoencoder.channels != config.model.in_channels:
-            raise UserError(
-                f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
-                f"{autoencoder.channels} channels; set it to {autoencoder.channels}"
-            )
         tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
         require_grid(config, autoencoder.factor * config.model.patch_size)
@@ -178,6 +173,7 @@ class Trainer:
             first_sample=self.samples,
             origin=(self.stage.data_sample, self.stage.data_step),
             caches=frozen.caches,
+            device=self.device,
         )
 
         self.tuning = open_end_to_end(
@@ -189,13 +185,13 @@ class Trainer:
         self.bad_in_row = 0
         self.stop = StopRequests(self.output)
         self.log = RunLog(config, self.output, self.step)
+        self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
         if distributed.rank() == 0:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
-        messages += frozen.lines
         messages += describe_optimizer(self.named_shapes, self.optimizer)
-        messages += self.tuning.describe()
+        messages += [f"loader: {self.stream.loader}", *frozen.lines, *self.tuning.describe()]
         if self.step > self.stage.first:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
@@ -231,6 +227,8 @@ class Trainer:
             self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
             return False
         finally:
+            self.sample_log.reject(self.stream.bad)
+            self.sample_log.close()
             self.stream.close()
             self.log.close()
 
@@ -254,6 +252,7 @@ class Trainer:
             self.bad_in_row = 0
             if self.ema is not None:
                 self.ema.update(self.step)
+        self.sample_log.step(self.step, [key for keys, _ in seen for key in keys], self.stream.bad)
         self._record(rates, norm, applied, time.perf_counter() - started, flops)
         if not applied:
             self._report_bad(seen)
@@ -386,10 +385,6 @@ class Trainer:
         held = dict(self.denoiser.named_parameters())
         whole = {name: weight for name, weight in weights if name in held}
         whole |= dict(self.denoiser.named_buffers())
-        pictures, prompts = training_pictures(
-            config, whole, self.flow, self.prepare, self.source, self.device
-        )
         path = self.output / "samples" / f"step-{self.step:08d}.png"
-        save_grid(pictures, path)
-        replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
+        draw_grid(path, config, whole, self.flow, self.prepare, self.source, self.device)
         self.log.grid(path, self.step)

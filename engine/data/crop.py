@@ -119,8 +119,8 @@ def cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Tensor:
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
     """A picture (H, W, 3) uint8, contiguous, resized to `size` (h, w) by Lanczos: (3, h, w) uint8.
 
-    By torch's kernel, which takes a fifth of the time of Pillow's and, where the aspect is kept, is within two
-    levels of it. A torch that does not have it for this filter leaves it to Pillow.
+    By torch's kernel, which takes a fifth of the time of Pillow's and is within two levels of it where the
+    aspect is kept. A torch that does not have it for this filter leaves it to Pillow.
     """
     if _torch_has_lanczos():
         planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]

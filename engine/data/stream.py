@@ -224,12 +224,16 @@ class SampleStream:
     def _check_passed(self, bad: Bad, pool: Pool) -> None:
         """One sample passed over these pictures of its pool."""
         _, latest = bad[-1]
-        self._check_bad(len(bad), pool, latest)
-        if len(bad) == len(pool.members):
-            raise UserError(
-                f"{latest.where}: cannot be read: {latest.reason}; nor can any other that might take "
-                f"its place ({len(bad)} of {len(bad)}); repair or remove them"
-            )
+        try:
+            self._check_bad(len(bad), pool, latest)
+            if len(bad) == len(pool.members):
+                raise UserError(
+                    f"{latest.where}: cannot be read: {latest.reason}; nor can any other that might take "
+                    f"its place ({len(bad)} of {len(bad)}); repair or remove them"
+                )
+        except UserError:
+            self.bad |= {key: problem.reason for key, problem in bad}
+            raise
 
     def _check_bad(self, count: int, pool: Pool, latest: UnreadablePicture) -> None:
         limit = self._config.max_bad_share

@@ -79,7 +79,8 @@ def _read(path: Path, key: str, entry: Entry) -> RawSample:
     for name in entry.captions:
         kind = Path(name).suffix.lower()[1:]
         files[kind] = read_file(path.with_name(name), kind)
-    return RawSample(key, read_file(path), captions_of(files))
+    captions = captions_of(files)
+    return RawSample(key, read_file(path), captions)
 
 
 def read_file(path: Path, caption: str = "") -> bytes:

@@ -19,7 +19,7 @@ from millrace.engine.data.preparing.tars import read_tar
 from millrace.engine.data.reasons import Reject, Rejected
 from millrace.engine.errors import UserError
 
-PART_PICTURES = 512
+PART_PICTURES = 256
 """Pictures of a part of a folder: what is read again after a kill."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 

@@ -8,6 +8,7 @@
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -67,7 +68,8 @@ def do_part(
     rows: list[tuple[object, ...]] = []
     rejects: list[Reject] = []
     offset = 0
-    with replacing(_path(folder, number, "data")) as file:
+    with replacing(_path(folder, number, "data")) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about odd files: what is bad becomes a reject
         for item in read_part(part):
             outcome = _outcome(item, settings)
             if isinstance(outcome, Reject):

@@ -83,7 +83,12 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """For the manifest: the settings, and the libraries on which the stored bytes depend."""
-        return asdict(self) | {"pillow": PIL.__version__, "libjpeg": features.version("jpg")}
+        columns = list(self.caption_columns)  # as it comes back from JSON
+        return asdict(self) | {
+            "caption_columns": columns,
+            "pillow": PIL.__version__,
+            "libjpeg": features.version("jpg"),
+        }
 
 
 def parse_bytes(text: str) -> int:

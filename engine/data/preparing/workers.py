@@ -6,7 +6,6 @@ import queue
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -98,7 +97,6 @@ def _begin(messages: Any, stop: Any) -> None:
     _messages, _stop = messages, stop
     messages.cancel_join_thread()  # a last message that nobody reads must not keep a worker alive
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
-    warnings.simplefilter("ignore")  # Pillow's about odd files: what is bad becomes a reject
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ def test_runs_have_one_size_and_mix_the_buckets():
             assert picture in pool.members
             assert pool.part_size == N
     assert set(sizes) == set(SIZES) == set(order.sizes)
-    assert sum(a != b for a, b in zip(sizes, sizes[1:], strict=False)) > 60
+    assert sum(a != b for a, b in pairwise(sizes)) > 60
 
 
 def test_a_place_far_into_a_run_is_found_at_once():
