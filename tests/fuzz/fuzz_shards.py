@@ -1,0 +1,236 @@
+"""Damaged tars, pictures, captions and data sets against the readers: only documented errors may come out.
+
+    python tests/fuzz/fuzz_shards.py --seconds 600 --seed 0
+    python tests/fuzz/fuzz_shards.py --seed 0 --case 1234        repeat one case
+
+Four targets take turns: the tar reader of prepare.py with what it converts, pictures alone, caption files,
+and ShardsSource on a data set whose tar, index or manifest is damaged. Case n of a seed is always the same. A
+case that hangs, raises anything else, or returns what cannot be is reported with its number; exit code 1.
+"""
+
+import argparse
+import faulthandler
+import hashlib
+import io
+import json
+import resource
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from millrace.engine.data import Captions, UnreadablePicture
+from millrace.engine.data.preparing.captions import captions_of
+from millrace.engine.data.preparing.sample import RawSample, convert
+from millrace.engine.data.preparing.settings import Settings
+from millrace.engine.data.preparing.tars import read_tar
+from millrace.engine.data.reasons import Reason, Reject, Rejected
+from millrace.engine.data.shard_index import Manifest
+from millrace.engine.data.shard_writer import sample_record, write_manifest, write_shard
+from millrace.engine.data.shards import ShardsSource
+from millrace.engine.errors import UserError
+
+SETTINGS = Settings(resolution=32, patch=16)
+CASE_SECONDS = 60
+"""A case that takes longer hangs."""
+MEMORY = 3 * 2**30
+"""Bytes that the process may reach: Pillow's limit of pixels, decoded, and what is imported."""
+HEADER_FIELDS = (
+    (0, 100),  # name
+    (100, 124),  # mode, user, group
+    (124, 136),  # size
+    (148, 156),  # checksum
+    (156, 157),  # type
+    (157, 257),  # name of a link's target
+    (257, 265),  # magic
+    (345, 500),  # prefix of the name
+)
+"""First byte and the one after the last."""
+
+
+class Hang(BaseException):
+    """Raised by the alarm; nothing under test catches it."""
+
+
+def _expect(condition: object, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def pictures() -> list[bytes]:
+    """Small files of the formats that are read."""
+    y, x = np.mgrid[:40, :56]
+    image = Image.fromarray((np.stack([x * 4, y * 6, x + y], -1) % 256).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a description"
+    grey16 = Image.fromarray((np.arange(40 * 56).reshape(40, 56) * 29).astype(np.uint16))
+    made = []
+    for picture, kind, options in (
+        (image, "JPEG", {}),
+        (image, "JPEG", {"progressive": True, "subsampling": 0}),
+        (image, "JPEG", {"exif": exif, "restart_marker_blocks": 2}),
+        (image.convert("CMYK"), "JPEG", {}),
+        (image.convert("L"), "JPEG", {}),
+        (image, "PNG", {}),
+        (image.quantize(8), "PNG", {"transparency": 3}),
+        (grey16, "PNG", {}),
+        (image, "WEBP", {}),
+        (image.convert("RGBA"), "WEBP", {"lossless": True, "exif": exif}),
+        (image, "GIF", {}),
+    ):
+        file = io.BytesIO()
+        picture.save(file, kind, **options)
+        made.append(file.getvalue())
+    return made
+
+
+def tars(samples: list[bytes]) -> list[bytes]:
+    """Small tars in the three dialects, with long names, links, folders and other components."""
+    made = []
+    for dialect in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=dialect) as tar:
+
+            def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, tar: tarfile.TarFile = tar):
+                member = tarfile.TarInfo(name)
+                member.size, member.type = len(data), kind
+                member.linkname = "target" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+                tar.addfile(member, io.BytesIO(data))
+
+            add("folder", kind=tarfile.DIRTYPE)
+            for i, data in enumerate(samples[:4]):
+                add(f"folder/{i}.jpg", data)
+                add(f"folder/{i}.cls", b"7")
+                add(f"folder/{i}.txt", b"a caption")
+            add("link.jpg", kind=tarfile.SYMTYPE)
+            long = "long" * (60 if dialect != tarfile.USTAR_FORMAT else 10)
+            add(f"{long}.png", samples[5])
+            add(f"{long}.json", b'{"long": "a long caption", "short": "short"}')
+        made.append(file.getvalue())
+    return made
+
+
+def mutate(data: bytes, random: np.random.Generator, start: int = 0, end: int | None = None) -> bytes:
+    """A few random changes of `data`, most of them between `start` and `end`."""
+    changed = bytearray(data)
+    end = len(data) if end is None else end
+    for _ in range(int(random.geometric(0.3))):
+        if not changed:
+            break
+        kind = random.integers(0, 10)
+        at = int(random.integers(start, max(start + 1, min(end, len(changed)))))
+        at = min(at, len(changed) - 1)
+        if kind < 4:
+            changed[at] ^= 1 << int(random.integers(0, 8))
+        elif kind < 6:
+            changed[at] = int(random.choice([0, 0xFF, 0x7F, 0x80, ord("0"), ord("7"), random.integers(256)]))
+        elif kind == 6:
+            n = int(random.integers(1, 64))
+            changed[at : at + n] = random.bytes(len(changed[at : at + n]))
+        elif kind == 7:
+            del changed[at : at + int(random.choice([1, 7, 512, 5000]))]
+        elif kind == 8:
+            n = int(random.choice([1, 8, 512, 1024]))
+            changed[at:at] = changed[at : at + n]
+        elif random.random() < 0.3:
+            del changed[at:]
+    return bytes(changed)
+
+
+def mutate_json(data: bytes, random: np.random.Generator) -> bytes:
+    """Another value, or none, in some place of a JSON file."""
+    root = json.loads(data)
+    place = root
+    while True:
+        names = list(place) if isinstance(place, dict) else list(range(len(place)))
+        name = names[int(random.integers(0, len(names)))]
+        if isinstance(place[name], dict | list) and place[name] and random.random() < 0.8:
+            place = place[name]
+            continue
+        values = (None, -1, 0, 1, 2**31, 2**70, 1.5, True, "", "x", "../x", "0" * 64, [], [1, 2], {}, [[]])
+        if random.random() < 0.2:
+            del place[name]
+        else:
+            place[name] = values[int(random.integers(0, len(values)))]
+        return json.dumps(root).encode()
+
+
+def mutate_tar(data: bytes, random: np.random.Generator) -> bytes:
+    """Changes of headers above all, often with a checksum that is right again."""
+    headers = [i for i in range(0, len(data) - 512, 512) if data[i + 257 : i + 262] == b"ustar"]
+    changed = bytearray(data)
+    for _ in range(int(random.geometric(0.4))):
+        at = int(random.choice(headers))
+        first, last = HEADER_FIELDS[int(random.integers(0, len(HEADER_FIELDS)))]
+                shards.append(write_shard(root, bucket, number, some, first))
+                first += len(some)
+        write_manifest(
+            root,
+            Manifest(
+                resolution=32,
+                aspect="mixed",
+                patch=16,
+                buckets=((16, 48), (32, 32)),
+                shards=tuple(shards),
+            ),
+        )
+
+
+def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
+    """Run cases for a time, or one; exit code."""
+
+    def hangs(*_: object) -> None:
+        raise Hang(f"more than {CASE_SECONDS} s")
+
+    faulthandler.enable()
+    warnings.simplefilter("ignore")
+    previous = signal.signal(signal.SIGALRM, hangs)
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-shards-"))
+    try:
+        fuzzer = Fuzzer(seed, folder)
+        started = shown = time.monotonic()
+        number = 0 if only is None else only
+        while (only is None and time.monotonic() - started < seconds) or number == only:
+            try:
+                fuzzer.case(number)
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                traceback.print_exc()
+                print(f"FAILED: --seed {seed} --case {number}: {type(error).__name__}: {error}")
+                return 1
+            number += 1
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                print(f"{number:,} cases, {shown - started:.0f} s", file=sys.stderr, flush=True)
+        passed = time.monotonic() - started
+        print(f"seed {seed}: {number:,} cases in {passed:.0f} s, nothing unexpected")
+        for outcome, n in sorted(fuzzer.outcomes.items()):
+            print(f"  {outcome:<32} {n:>10,}")
+        return 0
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="run this case alone")
+    options = parser.parse_args()
+    sys.exit(fuzz(options.seconds, options.seed, options.case))
+
+
+if __name__ == "__main__":
+    main()
