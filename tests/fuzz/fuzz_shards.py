@@ -172,6 +172,156 @@ def mutate_tar(data: bytes, random: np.random.Generator) -> bytes:
     for _ in range(int(random.geometric(0.4))):
         at = int(random.choice(headers))
         first, last = HEADER_FIELDS[int(random.integers(0, len(HEADER_FIELDS)))]
+        n = int(random.integers(1, last - first + 1))
+        place = at + first + int(random.integers(0, last - first - n + 1))
+        choice = random.integers(0, 3)
+        if choice == 0:
+            changed[place : place + n] = random.bytes(n)
+        elif choice == 1:
+            changed[place : place + n] = bytes(random.choice(list(b"01234567 \0./xXgLKSA"), n).tolist())
+        else:
+            changed[place : place + n] = b"\xff" * n
+        if random.random() < 0.7:
+            changed[at + 148 : at + 156] = b" " * 8
+            total = sum(changed[at : at + 512])
+            changed[at + 148 : at + 156] = b"%06o\0 " % total
+    return mutate(bytes(changed), random) if random.random() < 0.3 else bytes(changed)
+
+
+class Fuzzer:
+    """The targets and what they start from."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.seed, self.folder = seed, folder
+        self.outcomes: Counter[str] = Counter()
+        self.pictures = pictures()
+        self.tars = tars(self.pictures)
+        self.set = folder / "set"
+        self._make_set(self.set)
+        self.files = {
+            path.relative_to(self.set): path.read_bytes() for path in self.set.rglob("*") if path.is_file()
+        }
+        self.targets = (self.tar, self.picture, self.caption, self.shards)
+
+    def case(self, number: int) -> None:
+        """Run one case; raises whatever must not be raised."""
+        random = np.random.default_rng([self.seed, number])
+        target = self.targets[number % len(self.targets)]
+        signal.alarm(CASE_SECONDS)
+        try:
+            target(random)
+        finally:
+            signal.alarm(0)
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _expect(used < MEMORY, f"the process has grown to {used / 2**20:.0f} MiB")
+
+    def tar(self, random: np.random.Generator) -> None:
+        """prepare.py's reading of a tar."""
+        data = mutate_tar(self.tars[int(random.integers(0, len(self.tars)))], random)
+        path = self.folder / "fuzzed.tar"
+        path.write_bytes(data)
+        for n, item in enumerate(read_tar(path, "fuzzed.tar")):
+            _expect(n <= 2 * len(data) // 512 + 2, "more samples than blocks")
+            if isinstance(item, RawSample):
+                self._convert(item)
+            else:
+                _expect(isinstance(item, Reject) and isinstance(item.reason, Reason), f"{item!r}")
+                json.dumps(item).encode()
+                self.outcomes[f"tar {item.reason}"] += 1
+
+    def picture(self, random: np.random.Generator) -> None:
+        """prepare.py's conversion of a picture."""
+        data = self.pictures[int(random.integers(0, len(self.pictures)))]
+        end = len(data) if random.random() < 0.5 else 200  # headers are denser in meaning
+        self._convert(RawSample("a key", mutate(data, random, 0, end), Captions("long", "short")))
+
+    def caption(self, random: np.random.Generator) -> None:
+        """Caption files."""
+        json_file = (
+            b'{"long": "na\xc3\xafve \\u732b", "short": "s", "caption": "c", "n": [1, 2.5, null, {"x": 1}]}'
+        )
+        files = {
+            "txt": mutate(b"a caption, na\xc3\xafve \xe7\x8c\xab", random),
+            "json": mutate(json_file, random),
+        }
+        chosen = [("txt",), ("json",), ("txt", "json"), ()][int(random.integers(0, 4))]
+        try:
+            captions = captions_of({name: files[name] for name in chosen})
+        except Rejected as problem:
+            self.outcomes[f"caption {problem.reason}"] += 1
+            return
+        _expect(captions.long.strip() and captions.short.strip(), "an empty caption")
+        sample_record("key", captions, 1, 1).decode()
+        self.outcomes["caption read"] += 1
+
+    def shards(self, random: np.random.Generator) -> None:
+        """A data set of which one file is damaged, read as training does."""
+        names = sorted(self.files, key=str)
+        name = names[int(random.integers(0, len(names)))]
+        data = self.files[name]
+        sizes_stay = name.suffix == ".tar" and random.random() < 0.7
+        changed = mutate(data, random, 0, 200 if name.suffix == ".npy" else None)
+        if name.suffix == ".json" and random.random() < 0.7:
+            changed = mutate_json(data, random)
+        if sizes_stay:
+            changed = changed[: len(data)].ljust(len(data), b"\0")
+        (self.set / name).write_bytes(changed)
+        if name.suffix == ".npy" and random.random() < 0.8:
+            # As if the index had been written like this: its checksum does not tell.
+            values = json.loads(self.files[Path("manifest.json")])
+            for shard in values["shards"]:
+                if shard["file"] == name.with_suffix(".tar").as_posix():
+                    shard["index_sha256"] = hashlib.sha256(changed).hexdigest()
+            (self.set / "manifest.json").write_text(json.dumps(values))
+        try:
+            self._read_set(verify=bool(random.random() < 0.2))
+        finally:
+            for restored in {name, Path("manifest.json")}:
+                (self.set / restored).write_bytes(self.files[restored])
+
+    def _read_set(self, verify: bool) -> None:
+        try:
+            source = ShardsSource(self.set, verify)
+        except UserError as error:
+            _expect("\n" not in str(error), f"more than one line: {error}")
+            self.outcomes["shards refused"] += 1
+            return
+        for i in range(len(source)):
+            for read in (source.key, source.captions, source.encoded, source.image):
+                try:
+                    read(i)
+                    self.outcomes["shards read"] += 1
+                except UnreadablePicture:
+                    _expect(read != source.key, "no key")
+                    self.outcomes["shards unreadable"] += 1
+                except UserError:
+                    _expect(verify, "a checksum that was not asked for")
+                    self.outcomes["shards checksum"] += 1
+
+    def _convert(self, raw: RawSample) -> None:
+        try:
+            bucket, stored = convert(raw, SETTINGS)
+        except Rejected as problem:
+            _expect(isinstance(problem.reason, Reason), f"{problem!r}")
+            self.outcomes[f"picture {problem.reason}"] += 1
+            return
+        h, w = SETTINGS.buckets[bucket]
+        with Image.open(io.BytesIO(stored.picture)) as image:
+            image.load()
+            _expect((image.format, image.mode) == ("JPEG", "RGB"), "another kind of picture")
+            _expect(image.size == (stored.width, stored.height), "another size than it says")
+            _expect(image.width >= w and image.height >= h, "smaller than its bucket")
+        self.outcomes["picture converted"] += 1
+
+    def _make_set(self, root: Path) -> None:
+        shards, first = [], 0
+        for bucket in ((16, 48), (32, 32)):
+            for number in range(2):
+                raw = [
+                    RawSample(f"{bucket}/{number}/{i}", data, Captions("long", "short"))
+                    for i, data in enumerate(self.pictures[:3])
+                ]
+                some = [convert(sample, SETTINGS).stored for sample in raw]
                 shards.append(write_shard(root, bucket, number, some, first))
                 first += len(some)
         write_manifest(
