@@ -342,7 +342,6 @@ def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
     def hangs(*_: object) -> None:
         raise Hang(f"more than {CASE_SECONDS} s")
 
-    faulthandler.enable()
     warnings.simplefilter("ignore")
     previous = signal.signal(signal.SIGALRM, hangs)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-shards-"))
@@ -350,7 +349,9 @@ def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
         fuzzer = Fuzzer(seed, folder)
         started = shown = time.monotonic()
         number = 0 if only is None else only
+        slowest = (0.0, number)
         while (only is None and time.monotonic() - started < seconds) or number == only:
+            before = time.monotonic()
             try:
                 fuzzer.case(number)
             except BaseException as error:
@@ -359,12 +360,14 @@ def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
                 traceback.print_exc()
                 print(f"FAILED: --seed {seed} --case {number}: {type(error).__name__}: {error}")
                 return 1
+            slowest = max(slowest, (time.monotonic() - before, number))
             number += 1
             if time.monotonic() - shown > 10:
                 shown = time.monotonic()
                 print(f"{number:,} cases, {shown - started:.0f} s", file=sys.stderr, flush=True)
         passed = time.monotonic() - started
         print(f"seed {seed}: {number:,} cases in {passed:.0f} s, nothing unexpected")
+        print(f"slowest: {slowest[0]:.1f} s, --case {slowest[1]}")
         for outcome, n in sorted(fuzzer.outcomes.items()):
             print(f"  {outcome:<32} {n:>10,}")
         return 0
@@ -379,6 +382,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="run this case alone")
     options = parser.parse_args()
+    faulthandler.enable()  # a crash in a library shows where
     sys.exit(fuzz(options.seconds, options.seed, options.case))
 
 
