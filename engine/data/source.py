@@ -43,20 +43,20 @@ def _describe(source: Source, digest: "hashlib._Hash", prefix: str) -> None:
 def open_source(config: Data) -> Source:
     """Open `data.source`; raises UserError where its pictures or captions are not as they should be."""
     if config.source == "mixture":
-        return MixtureSource(config.mixture, [_open(part) for part in config.mixture])
-    return _open(config)
+        return MixtureSource(config.mixture, [_open(part, config.verify) for part in config.mixture])
+    return _open(config, config.verify)
 
 
-def _open(config: Data | Part) -> Source:
-    source = _whole(config)
+def _open(config: Data | Part, verify: bool) -> Source:
+    source = _whole(config, verify)
     return source if config.keys is None else keep_listed(source, config.keys)
 
 
-def _whole(config: Data | Part) -> Source:
+def _whole(config: Data | Part, verify: bool) -> Source:
     if config.source == "builtin":
         return BuiltinSource()
     if config.source == "digits":
         return DigitsSource()
     if config.source == "shards":
-        return ShardsSource(config.path)
+        return ShardsSource(config.path, verify)
     return FolderSource(config.path)
