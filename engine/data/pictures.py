@@ -46,44 +46,53 @@ class Source(Protocol):
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
+    """Decode a JPEG, PNG or WebP file as `decode_picture` does; raises UnreadablePicture."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadablePicture(str(path), error.strerror or str(error)) from error
+    return decode_picture(data, str(path))
 
-    Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture for files
-    that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
-    decompression bombs.
+
+def decode_picture(data: bytes, where: str) -> Image.Image:
+    """Decode a JPEG, PNG or WebP picture completely: upright (EXIF), transparency over white, mode RGB.
+
+    Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture, which names
+    `where`, for pictures that are truncated, corrupt, animated, of another format, or above Pillow's limit
+    for decompression bombs.
     """
     # Another library in this process may have told Pillow to pad truncated files with grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and probe.width * probe.height > limit:
-                raise UnreadablePicture(str(path), _too_many_pixels(f"{probe.width}x{probe.height}", limit))
+                raise UnreadablePicture(where, _too_many_pixels(f"{probe.width}x{probe.height}", limit))
             # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
             if getattr(probe, "is_animated", False) and probe.format != "MPO":
-                raise UnreadablePicture(str(path), "it is animated; store the wanted frame alone")
+                raise UnreadablePicture(where, "it is animated; store the wanted frame alone")
             probe.verify()  # checksums of PNG; leaves the object unusable for decoding
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(image)
     except UnreadablePicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadablePicture(str(path), _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)) from None
+        raise UnreadablePicture(where, _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)) from None
     except Image.UnidentifiedImageError:
-        raise UnreadablePicture(str(path), "not a JPEG, PNG or WebP picture") from None
+        raise UnreadablePicture(where, "not a JPEG, PNG or WebP picture") from None
     except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadablePicture(str(path), reason) from error
+        raise UnreadablePicture(where, reason) from error
 
 
 def _too_many_pixels(what: str, limit: int | None) -> str:
     return f"{what} is more than the {limit} pixels that Pillow considers safe to decode; store it smaller"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture in mode RGB: transparency over white, 16-bit samples by their high byte."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would clip these at 255 instead of scaling them.
         values = np.array(image)
