@@ -9,6 +9,7 @@ from millrace.engine.data.builtin import BuiltinSource
 from millrace.engine.data.digits import DigitsSource
 from millrace.engine.data.folder import FolderSource
 from millrace.engine.data.keys import keep_listed
+from millrace.engine.data.mds import open_mds
 from millrace.engine.data.mixture import MixtureSource
 from millrace.engine.data.pictures import Source
 
@@ -29,18 +30,20 @@ def fingerprint(source: Source) -> str:
 def open_source(config: Data) -> Source:
     """Open `data.source`; raises UserError where its pictures or captions are not as they should be."""
     if config.source == "mixture":
-        return MixtureSource(config.mixture, [_open(part) for part in config.mixture])
-    return _open(config)
+        return MixtureSource(config.mixture, [_open(part, config) for part in config.mixture])
+    return _open(config, config)
 
 
-def _open(config: Data | Part) -> Source:
-    source = _whole(config)
-    return source if config.keys is None else keep_listed(source, config.keys)
+def _open(part: Data | Part, config: Data) -> Source:
+    source = _whole(part, config)
+    return source if part.keys is None else keep_listed(source, part.keys)
 
 
-def _whole(config: Data | Part) -> Source:
-    if config.source == "builtin":
+def _whole(part: Data | Part, config: Data) -> Source:
+    if part.source == "builtin":
         return BuiltinSource()
-    if config.source == "digits":
+    if part.source == "digits":
         return DigitsSource()
-    return FolderSource(config.path)
+    if part.source == "mds":
+        return open_mds(part.path, part.columns, config.resolution)
+    return FolderSource(part.path)
