@@ -138,7 +138,7 @@ class Cached(Live):
         edge, samples = config.data.resolution, config.data.micro_batch
         names = [f"random/{i}" for i in range(samples)]
         index = torch.arange(samples) + distributed.rank() * samples
-        picture = torch.zeros(3, edge, edge)
+        picture = torch.zeros(3, edge, edge, dtype=torch.uint8)
         self.batch = self.prepare(Batch([picture] * samples, names, names, index))
 
     def make_batch(self) -> Prepared:

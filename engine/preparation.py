@@ -9,7 +9,7 @@ from torch import Tensor
 from millrace.engine.conditioning.autoencoder import Autoencoder
 from millrace.engine.conditioning.teacher import Teacher, TeacherFeatures
 from millrace.engine.conditioning.text import TextEncoder
-from millrace.engine.data import Batch
+from millrace.engine.data import Batch, signed_unit
 from millrace.engine.model.packing import Layout, LayoutCache, patchify
 from millrace.kernels.packed import to_device
 from millrace.kernels.random import normal, sample_keys
@@ -74,13 +74,13 @@ class Preparation:
         return self.pack(batch, latents, images)
 
     def stacks(self, batch: Batch) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-        """Places in the batch of the pictures of each size, these pictures (n, 3, h, w) on the device, and
-        the noise of their posterior, if there is one."""
+        """Places in the batch of the pictures of each size, these pictures (n, 3, h, w) FP32 in [-1, 1] on
+        the device, and the noise of their posterior, if there is one."""
         by_size: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(batch.images):
             by_size.setdefault(image.shape, []).append(i)
         for members in by_size.values():
-            stack = to_device(torch.stack([batch.images[i] for i in members]), self.device)
+            stack = signed_unit(to_device(torch.stack([batch.images[i] for i in members]), self.device))
             yield members, stack, self._posterior_noise(stack, batch.sample_index[members])
 
     def pack(self, batch: Batch, latents: Sequence[Tensor], images: Sequence[Tensor]) -> Prepared:

@@ -1,4 +1,4 @@
-"""What one process trains on in one forward pass."""
+"""What one process trains on in one forward pass, and what its pixels mean."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ class Batch:
     """B samples on the CPU; in `mixed` aspect their sizes differ."""
 
     images: list[Tensor]
-    """B tensors (3, h, w) float32 in [-1, 1]; h and w are multiples of the patch in pixels."""
+    """B tensors (3, h, w) uint8; h and w are multiples of the patch in pixels. Bytes are what is pinned and
+    copied to the device; `signed_unit` turns them into what networks take."""
     captions: list[str]
     """The caption chosen for each sample; "" where it was dropped."""
     keys: list[str]
@@ -24,3 +25,10 @@ class Batch:
     def dropped(self) -> Tensor:
         """(B,) bool: whose caption was dropped. No source has empty captions of its own."""
         return torch.tensor([not caption for caption in self.captions], dtype=torch.bool)
+
+
+def signed_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels as FP32 in [-1, 1], on their device: 0 is -1, 255 is 1."""
+    # Divided by a tensor: by a number, CUDA would multiply with its reciprocal and round differently.
+    half = torch.full((), 127.5, device=pixels.device)
+    return pixels.float().div_(half).sub_(1)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from millrace.engine.config import Data
+from millrace.engine.data.batch import signed_unit
 from millrace.engine.errors import UserError
 
 MAX_ASPECT = 2.0
@@ -96,10 +97,10 @@ def crop_box(
 
 
 def cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Tensor:
-    """`box` of an RGB picture, resized to `size` (h, w): (3, h, w) float32 in [-1, 1]."""
+    """`box` of an RGB picture, resized to `size` (h, w): (3, h, w) uint8."""
     h, w = size
     resized = image.crop(box).resize((w, h), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(127.5).sub_(1).contiguous()
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def evaluation_view(image: Image.Image, config: Data, patch: int, key: str = "picture") -> Tensor:
@@ -109,4 +110,4 @@ def evaluation_view(image: Image.Image, config: Data, patch: int, key: str = "pi
     """
     check_resolution(config, patch)
     size = output_size(image.width, image.height, config, patch)
-    return cut(image, crop_box(image.width, image.height, size, config, None, key), size)
+    return signed_unit(cut(image, crop_box(image.width, image.height, size, config, None, key), size))

@@ -17,19 +17,19 @@ class KeptSource:
     """The pictures of `source` at the places `kept`, in the source's order."""
 
     def __init__(self, source: Source, kept: list[int]) -> None:
-        self._source, self._kept = source, sorted(kept)
+        self.whole, self.kept = source, sorted(kept)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.kept)
 
     def key(self, index: int) -> str:
-        return self._source.key(self._kept[index])
+        return self.whole.key(self.kept[index])
 
     def captions(self, index: int) -> Captions:
-        return self._source.captions(self._kept[index])
+        return self.whole.captions(self.kept[index])
 
     def image(self, index: int) -> Image.Image:
-        return self._source.image(self._kept[index])
+        return self.whole.image(self.kept[index])
 
 
 def keep_listed(source: Source, path: str | Path) -> KeptSource:

@@ -6,6 +6,8 @@ turns into an error or, where the configuration tolerates it, into a counted rep
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -46,7 +48,12 @@ class Source(Protocol):
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file as `decode_picture` does; raises UnreadablePicture."""
+    """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
+
+    Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture for files
+    that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
+    decompression bombs.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -55,27 +62,34 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def decode_picture(data: bytes, where: str) -> Image.Image:
-    """Decode a JPEG, PNG or WebP picture completely: upright (EXIF), transparency over white, mode RGB.
-
-    Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture, which names
-    `where`, for pictures that are truncated, corrupt, animated, of another format, or above Pillow's limit
-    for decompression bombs.
-    """
-    # Another library in this process may have told Pillow to pad truncated files with grey.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and probe.width * probe.height > limit:
-                raise UnreadablePicture(where, _too_many_pixels(f"{probe.width}x{probe.height}", limit))
-            # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
-            if getattr(probe, "is_animated", False) and probe.format != "MPO":
-                raise UnreadablePicture(where, "it is animated; store the wanted frame alone")
-            probe.verify()  # checksums of PNG; leaves the object unusable for decoding
+    """As `read_picture`, from the bytes of a file; `where` names it in errors."""
+    with picture_errors(where):
+        check_picture(data, where)
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
+
+
+def check_picture(data: bytes, where: str) -> None:
+    """Refuse what must not be decoded, and compare the checksums of a PNG; within `picture_errors`."""
+    # Another library in this process may have told Pillow to pad truncated files with grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and probe.width * probe.height > limit:
+            raise UnreadablePicture(where, _too_many_pixels(f"{probe.width}x{probe.height}", limit))
+        # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
+        if getattr(probe, "is_animated", False) and probe.format != "MPO":
+            raise UnreadablePicture(where, "it is animated; store the wanted frame alone")
+        probe.verify()  # leaves the object unusable for decoding
+
+
+@contextmanager
+def picture_errors(where: str) -> Iterator[None]:
+    """Everything that Pillow raises for a file becomes UnreadablePicture."""
+    try:
+        yield
     except UnreadablePicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -92,7 +106,7 @@ def _too_many_pixels(what: str, limit: int | None) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture in mode RGB: transparency over white, 16-bit samples by their high byte."""
+    """A decoded picture in mode RGB: transparency over white, sixteen-bit grey by its high byte."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would clip these at 255 instead of scaling them.
         values = np.array(image)

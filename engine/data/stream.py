@@ -20,7 +20,8 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import value_at
 from millrace.engine.data.batch import Batch
 from millrace.engine.data.crop import check_resolution, crop_box, cut, output_size
-from millrace.engine.data.mixture import Pool, order_of
+from millrace.engine.data.mixture import order_of
+from millrace.engine.data.order import Pool
 from millrace.engine.data.pictures import Source, UnreadablePicture
 from millrace.engine.errors import UserError
 from millrace.engine.randomness import host_generator
@@ -162,7 +163,7 @@ class SampleStream:
             except UnreadablePicture as problem:
                 bad.append((key, problem))
                 self._check_bad(len(bad), pool, problem)
-                picture = pool.start + (picture - pool.start + 1) % pool.size
+                picture = pool.after(picture)
         rng = self._generator(i, "crop") if config.crop == "random" else None
         size = output_size(image.width, image.height, config, self._patch)
         pixels = cut(image, crop_box(image.width, image.height, size, config, rng, key), size)
@@ -184,11 +185,11 @@ class SampleStream:
 
     def _check_bad(self, count: int, pool: Pool, latest: UnreadablePicture) -> None:
         limit = self._config.max_bad_share
-        if count / pool.size > limit:
-            part = f"of part {pool.name!r} " if pool.name else ""
+        if count / pool.part_size > limit:
+            pictures = f"pictures of part {pool.name!r}" if pool.name else "pictures"
             raise UserError(
                 f"{latest.where}: cannot be read: {latest.reason}; repair or remove it "
-                f"({count} of {pool.size} pictures {part}unreadable so far, data.max_bad_share is {limit:g})"
+                f"({count} of {pool.part_size} {pictures} unreadable so far, data.max_bad_share is {limit:g})"
             )
 
 

@@ -53,7 +53,8 @@ def test_mixed_centre_crop_is_what_pillow_gives():
 def test_black_and_white_are_exactly_minus_one_and_one():
     for value, expected in ((0, -1.0), (255, 1.0)):
         image = Image.new("RGB", (8, 8), (value,) * 3)
-        assert torch.equal(cut(image, (0, 0, 8, 8), (8, 8)), torch.full((3, 8, 8), expected))
+        assert torch.equal(cut(image, (0, 0, 8, 8), (8, 8)), torch.full((3, 8, 8), value, dtype=torch.uint8))
+        assert torch.equal(evaluation_view(image, Data(resolution=8), 8), torch.full((3, 8, 8), expected))
 
 
 def test_large_reductions_stay_close_to_plain_lanczos():
@@ -61,7 +62,7 @@ def test_large_reductions_stay_close_to_plain_lanczos():
     smooth = np.stack([np.sin(9 * x + 4 * y), np.cos(7 * x * y), np.sin(11 * y)], -1) * 100 + 128
     image = Image.fromarray(smooth.astype(np.uint8))
     plain = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS), np.float32).transpose(2, 0, 1)
-    ours = (cut(image, (0, 0, 512, 512), (32, 32)).numpy() + 1) * 127.5
+    ours = cut(image, (0, 0, 512, 512), (32, 32)).float().numpy()
     assert np.abs(ours - plain).max() <= 2
 
 
