@@ -109,19 +109,10 @@ class MdsSource:
         except Exception as error:  # pixels that do not fit their size, an unknown mode
             raise UnreadablePicture(self._where(index), str(error)) from error
 
-    def stored_size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels of a picture, upright. Raises UnreadablePicture."""
+    def encoded(self, index: int) -> bytes | None:
+        """The stored JPEG, PNG or WebP file; None where pixels are stored. Raises UnreadablePicture."""
         data, encoding = self._picture(index)
-        try:
-            if encoding == PIXELS:
-                width, height = np.frombuffer(data[:8], np.uint32).tolist()
-                return width, height
-            with Image.open(io.BytesIO(data)) as picture:
-                width, height = picture.size
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
-            raise UnreadablePicture(self._where(index), str(error)) from error
-        return (height, width) if turned else (width, height)
+        return data if encoding in FILES else None
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:
@@ -133,11 +124,6 @@ class MdsSource:
     def bucket_of(self) -> np.ndarray:
         """(N,) int32: place of every sample's size in `buckets`."""
         return self._buckets[1]
-
-    @property
-    def stores_files(self) -> bool:
-        """Whether every picture is stored as a file."""
-        return all(shard.encoding in FILES for shard in self._shards)
 
     @cached_property
     def _buckets(self) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
@@ -156,7 +142,7 @@ class MdsSource:
         aspects = []
         for index in np.unique(np.linspace(first, last, PROBED).round().astype(int)).tolist():
             try:
-                width, height = self.stored_size(index)
+                width, height = self._size(index)
             except UnreadablePicture:
                 continue  # reported when its turn comes
             aspects.append(width / height)
@@ -173,6 +159,20 @@ class MdsSource:
         edges = (self._resolution / aspect**0.5, self._resolution * aspect**0.5)
         h, w = (max(GRID, round(edge / GRID) * GRID) for edge in edges)
         return h, w
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels of a picture, upright. Raises UnreadablePicture."""
+        data, encoding = self._picture(index)
+        try:
+            if encoding == PIXELS:
+                width, height = np.frombuffer(data[:8], np.uint32).tolist()
+                return width, height
+            with Image.open(io.BytesIO(data)) as picture:
+                width, height = picture.size
+                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
+            raise UnreadablePicture(self._where(index), str(error)) from error
+        return (height, width) if turned else (width, height)
 
     def _find(self, index: int) -> tuple[Shard, int]:
         """The shard of a sample, and its number there."""
@@ -206,21 +206,7 @@ class MdsSource:
         return recent.columns
 
 
-class MdsFiles(MdsSource):
-    """An MDS data set whose pictures are stored as files, which a decoder of its own can take."""
-
-    def encoded(self, index: int) -> bytes:
-        """The stored JPEG, PNG or WebP file. Raises UnreadablePicture."""
-        return self._picture(index)[0]
-
-
 def _again(kind: type[MdsSource], made_with: tuple[Any, ...]) -> MdsSource:
     """Open a data set once more, in another process."""
     *where, verify = made_with
     return kind(*where, verify=verify)
-
-
-def open_mds(root: str | Path, columns: Columns, resolution: int, *, verify: bool = False) -> MdsSource:
-    """`MdsFiles` where every picture is stored as a file, else `MdsSource`."""
-    source = MdsFiles(root, columns, resolution, verify=verify)
-    return source if source.stores_files else MdsSource(root, columns, resolution, verify=verify)

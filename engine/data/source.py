@@ -9,7 +9,7 @@ from millrace.engine.data.builtin import BuiltinSource
 from millrace.engine.data.digits import DigitsSource
 from millrace.engine.data.folder import FolderSource
 from millrace.engine.data.keys import KeptSource, keep_listed
-from millrace.engine.data.mds import MdsSource, open_mds
+from millrace.engine.data.mds import MdsSource
 from millrace.engine.data.mixture import MixtureSource
 from millrace.engine.data.pictures import Source
 from millrace.engine.data.shards import ShardsSource
@@ -61,5 +61,5 @@ def _whole(part: Data | Part, config: Data) -> Source:
     if part.source == "shards":
         return ShardsSource(part.path, config.verify)
     if part.source == "mds":
-        return open_mds(part.path, part.columns, config.resolution, verify=config.verify)
+        return MdsSource(part.path, part.columns, config.resolution, verify=config.verify)
     return FolderSource(part.path)
