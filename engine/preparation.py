@@ -80,7 +80,10 @@ class Preparation:
         for i, image in enumerate(batch.images):
             by_size.setdefault(image.shape, []).append(i)
         for members in by_size.values():
-            stack = signed_unit(to_device(torch.stack([batch.images[i] for i in members]), self.device))
+            pixels = torch.stack([batch.images[i] for i in members])
+            if pixels.device.type == "cpu":  # a decoder on the GPU leaves them there
+                pixels = to_device(pixels, self.device)
+            stack = signed_unit(pixels)
             yield members, stack, self._posterior_noise(stack, batch.sample_index[members])
 
     def pack(self, batch: Batch, latents: Sequence[Tensor], images: Sequence[Tensor]) -> Prepared:

@@ -43,6 +43,7 @@ from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import DTYPES, audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
 from millrace.engine.runtime.resumption import find_start
+from millrace.engine.runtime.sample_log import SampleLog
 from millrace.engine.runtime.shards import gather_parameters, local_shards
 from millrace.engine.sampling import save_grid
 from millrace.engine.stages import resolve_stages, stage_at
@@ -177,6 +178,7 @@ class Trainer:
             world_size=distributed.world_size(),
             first_sample=self.samples,
             origin=(self.stage.data_sample, self.stage.data_step),
+            device=self.device,
         )
 
         self.tuning = open_end_to_end(
@@ -188,12 +190,13 @@ class Trainer:
         self.bad_in_row = 0
         self.stop = StopRequests(self.output)
         self.log = RunLog(config, self.output, self.step)
+        self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
         if distributed.rank() == 0:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
         messages += describe_optimizer(self.named_shapes, self.optimizer)
-        messages += self.tuning.describe()
+        messages += [f"loader: {self.stream.loader}", *self.tuning.describe()]
         if self.step > self.stage.first:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
@@ -229,6 +232,8 @@ class Trainer:
             self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
             return False
         finally:
+            self.sample_log.reject(self.stream.bad)
+            self.sample_log.close()
             self.stream.close()
             self.log.close()
 
@@ -252,6 +257,7 @@ class Trainer:
             self.bad_in_row = 0
             if self.ema is not None:
                 self.ema.update(self.step)
+        self.sample_log.step(self.step, [key for keys, _ in seen for key in keys], self.stream.bad)
         self._record(rates, norm, applied, time.perf_counter() - started, flops)
         if not applied:
             self._report_bad(seen)

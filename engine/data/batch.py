@@ -8,11 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples on the CPU; in `mixed` aspect their sizes differ."""
+    """B samples; in `mixed` aspect their sizes differ."""
 
     images: list[Tensor]
-    """B tensors (3, h, w) uint8; h and w are multiples of the patch in pixels. Bytes are what is pinned and
-    copied to the device; `signed_unit` turns them into what networks take."""
+    """B tensors (3, h, w) uint8, on the CPU unless a GPU decoded them; h and w are multiples of the patch in
+    pixels. Bytes are what is pinned and copied to the device; `signed_unit` makes of them what networks
+    take."""
     captions: list[str]
     """The caption chosen for each sample; "" where it was dropped."""
     keys: list[str]

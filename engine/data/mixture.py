@@ -15,7 +15,7 @@ from PIL import Image
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.order import BucketRuns, Epochs, Order, Pool, deal
-from millrace.engine.data.pictures import Captions, Source
+from millrace.engine.data.pictures import Captions, Source, encoded, stored_size
 from millrace.engine.data.shares import SharePlan
 from millrace.engine.errors import UserError
 from millrace.engine.randomness import host_generator
@@ -44,6 +44,14 @@ class MixtureSource:
     def image(self, index: int) -> Image.Image:
         part, place = self._find(index)
         return self.sources[part].image(place)
+
+    def encoded(self, index: int) -> bytes | None:
+        part, place = self._find(index)
+        return encoded(self.sources[part], place)
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        part, place = self._find(index)
+        return stored_size(self.sources[part], place)
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""

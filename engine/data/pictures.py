@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from millrace.engine.data.reasons import Reason, Rejected
+
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -25,12 +27,13 @@ class Captions(NamedTuple):
 
 
 class UnreadablePicture(Exception):
-    """The pixels of one picture cannot be had: where it is, and why."""
+    """The pixels of one picture cannot be had: where it is, why, and what kind of damage that is."""
 
-    def __init__(self, where: str, reason: str) -> None:
+    def __init__(self, where: str, reason: str, kind: Reason = Reason.CORRUPT_PICTURE) -> None:
         super().__init__(f"{where}: {reason}")
         self.where = where
         self.reason = reason
+        self.kind = kind
 
 
 class Source(Protocol):
@@ -47,6 +50,29 @@ class Source(Protocol):
         """The picture upright in mode RGB; may be shared, so do not modify it. Raises UnreadablePicture."""
 
 
+class Files(Source, Protocol):
+    """A source whose pictures are files."""
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of a picture; None where it is no JPEG. Raises UnreadablePicture."""
+
+
+def stored_size(source: Source, index: int) -> tuple[int, int] | None:
+    """(width, height) in pixels that the index of a source says its picture has; None where there is none."""
+    return source.stored_size(index) if hasattr(source, "stored_size") else None
+
+
+def holds_files(source: Source) -> bool:
+    """Whether `source`, or a part of it, is a `Files`."""
+    parts = getattr(source, "sources", None)
+    return hasattr(source, "encoded") if parts is None else any(map(holds_files, parts))
+
+
+def encoded(source: Source, index: int) -> bytes | None:
+    """`Files.encoded` of any source; None where it has no files."""
+    return source.encoded(index) if hasattr(source, "encoded") else None
+
+
 def read_picture(path: Path) -> Image.Image:
     """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
 
@@ -54,11 +80,15 @@ def read_picture(path: Path) -> Image.Image:
     that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
     decompression bombs.
     """
+    return decode_picture(read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file. Raises UnreadablePicture where that fails."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise UnreadablePicture(str(path), error.strerror or str(error)) from error
-    return decode_picture(data, str(path))
+        raise UnreadablePicture(str(path), error.strerror or str(error), Reason.UNREADABLE_FILE) from error
 
 
 def decode_picture(data: bytes, where: str) -> Image.Image:
@@ -78,10 +108,11 @@ def check_picture(data: bytes, where: str) -> None:
     with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
         limit = Image.MAX_IMAGE_PIXELS
         if limit and probe.width * probe.height > limit:
-            raise UnreadablePicture(where, _too_many_pixels(f"{probe.width}x{probe.height}", limit))
+            what = _too_many_pixels(f"{probe.width}x{probe.height}", limit)
+            raise UnreadablePicture(where, what, Reason.DECOMPRESSION_BOMB)
         # Phones write JPEG with a second picture inside (MPO); the first is the photograph.
         if getattr(probe, "is_animated", False) and probe.format != "MPO":
-            raise UnreadablePicture(where, "it is animated; store the wanted frame alone")
+            raise UnreadablePicture(where, "it is animated; store the wanted frame alone", Reason.ANIMATED)
         probe.verify()  # leaves the object unusable for decoding
 
 
@@ -90,12 +121,13 @@ def picture_errors(where: str) -> Iterator[None]:
     """Everything that Pillow raises for a file becomes UnreadablePicture."""
     try:
         yield
-    except UnreadablePicture:
+    except (UnreadablePicture, Rejected):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UnreadablePicture(where, _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)) from None
+        what = _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)
+        raise UnreadablePicture(where, what, Reason.DECOMPRESSION_BOMB) from None
     except Image.UnidentifiedImageError:
-        raise UnreadablePicture(where, "not a JPEG, PNG or WebP picture") from None
+        raise UnreadablePicture(where, "not a JPEG, PNG or WebP picture", Reason.UNSUPPORTED_FORMAT) from None
     except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadablePicture(where, reason) from error

@@ -11,6 +11,7 @@ Both are checked completely when they are read, so nothing that comes later meet
 import hashlib
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from millrace.engine.errors import UserError
 
 FORMAT = "millrace shards"
 VERSION = 1
+_PARSING = threading.Lock()
+"""NumPy parses headers with `ast`, which fails now and then in several threads of Python 3.11 (gh-106905)."""
 BLOCK = 512
 """Bytes of a tar block: a header is one, data is padded to a multiple of it."""
 ROW = np.dtype(
@@ -168,7 +171,8 @@ def read_index(root: str | Path, shard: Shard) -> np.ndarray:
 def parse_index(data: bytes, shard: Shard, refuse: Any) -> np.ndarray:
     """The rows in the bytes of a .npy file; `refuse(reason)` makes the error that is raised."""
     try:
-        rows = np.load(io.BytesIO(data), allow_pickle=False)
+        with _PARSING:
+            rows = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy's reader raises many kinds for a damaged header
         raise refuse(f"not a NumPy array: {_one_line(error)}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype != ROW or rows.ndim != 1:

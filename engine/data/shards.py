@@ -64,6 +64,7 @@ class ShardsSource:
         self.digest: str = self.manifest.digest
         """Which samples these are and their order, by the checksums of the manifest."""
         self._files = _OpenFiles(OPEN_FILES)
+        self._last = threading.local()
         self._verified: dict[int, threading.Lock | None] = {i: threading.Lock() for i in range(len(shards))}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,6 +108,13 @@ class ShardsSource:
 
     def record(self, index: int) -> Record:
         """Everything of a sample, in one read. Raises UnreadablePicture where it is damaged."""
+        # Key, captions and picture of a sample are asked for one after another in the same thread.
+        last: tuple[int, Record] | None = getattr(self._last, "record", None)
+        if last is None or last[0] != index:
+            last = self._last.record = index, self._read(index)
+        return last[1]
+
+    def _read(self, index: int) -> Record:
         shard, _ = self.place(index)
         row = self._rows[index]
         start, end = int(row["picture_offset"]), int(row["json_offset"]) + int(row["json_bytes"])
