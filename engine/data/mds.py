@@ -139,13 +139,13 @@ class MdsSource:
         """Size (h, w) that the pictures of one index are trained at; None where their aspects differ."""
         shards = np.flatnonzero(self._index_of_shard == number)
         first, last = self._ends[shards[0]] - self._samples[shards[0]], self._ends[shards[-1]] - 1
-        aspects = []
+        seen = []
         for index in np.unique(np.linspace(first, last, PROBED).round().astype(int)).tolist():
             try:
-                width, height = self._size(index)
+                seen.append(self._size(index))
             except UnreadablePicture:
                 continue  # reported when its turn comes
-            aspects.append(width / height)
+        aspects = [width / height for width, height in seen]
         if not aspects or max(aspects) > SAME_ASPECT * min(aspects):
             return None
         aspect = float(np.median(aspects))
@@ -156,9 +156,9 @@ class MdsSource:
                 near = h * w and 0.75 < h * w / self._resolution**2 < 1.33
                 if near and 1 / SAME_ASPECT < w / h / aspect < SAME_ASPECT:
                     return h, w
-        edges = (self._resolution / aspect**0.5, self._resolution * aspect**0.5)
-        h, w = (max(GRID, round(edge / GRID) * GRID) for edge in edges)
-        return h, w
+        stored_w, stored_h = np.min(seen, axis=0).tolist()
+        root = aspect**0.5
+        return _edge(self._resolution / root, stored_h), _edge(self._resolution * root, stored_w)
 
     def _size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels of a picture, upright. Raises UnreadablePicture."""
@@ -204,6 +204,13 @@ class MdsSource:
                 recent.index = None
                 raise UnreadablePicture(self._where(index), str(error)) from error
         return recent.columns
+
+
+def _edge(wanted: float, stored: int) -> int:
+    """The multiple of GRID nearest to `wanted` pixels; the one below where only that fits what is stored."""
+    nearest = max(GRID, round(wanted / GRID) * GRID)
+    fits = stored // GRID * GRID
+    return fits if fits < nearest and stored > 0.9 * wanted else nearest
 
 
 def _again(kind: type[MdsSource], made_with: tuple[Any, ...]) -> MdsSource:

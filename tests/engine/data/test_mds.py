@@ -92,6 +92,8 @@ def test_a_folder_may_have_several_indexes(tmp_path, write_pictures):
         ("ar_1344x768_v2", (1350, 770), 1024, (768, 1344)),
         ("1344x768", (1344, 768), 256, (192, 352)),
         ("0.57", (1344, 768), 1024, (768, 1344)),
+        ("0.57", (1350, 765), 1024, (736, 1344)),
+        ("0.57", (700, 400), 1024, (768, 1344)),
         ("720x720", (1344, 768), 1024, (768, 1344)),
         ("square", (300, 300), 256, (256, 256)),
     ],
@@ -201,6 +203,21 @@ def test_the_configuration_opens_it_alone_and_as_a_part(tmp_path, write_mds, pic
     mixture = open_source(config)
     assert mixture.key(1) == "m/shard.00000/1"
     assert isinstance(mixture.image(1), Image.Image)
+
+
+@pytest.mark.parametrize("loader", ["dali", "python"])
+def test_a_stream_reads_buckets(tmp_path, write_pictures, loader):
+    write_pictures(tmp_path / "a", [(96, 48)] * 4)
+    write_pictures(tmp_path / "b", [(80, 80)] * 4)
+    data = {"source": "mds", "path": str(tmp_path), "resolution": 64, "aspect": "bucket", "loader": loader}
+    config = Data(**data, bucket_run=4, global_batch=4, micro_batch=4, workers=2)
+    stream = SampleStream(
+        open_source(config), config, seed=0, patch=16, caption_drop=0.0, rank=0, world_size=1
+    )
+    batches = {tuple(batch.images[0].shape): batch for batch in (next(stream), next(stream))}
+    stream.close()
+    assert sorted(batches[3, 32, 96].captions) == ["a 0", "a 1", "a 2", "a 3"]
+    assert sorted(batches[3, 64, 64].captions) == ["b 0", "b 1", "b 2", "b 3"]
 
 
 def test_a_stream_reads_it(tmp_path, write_pictures):
