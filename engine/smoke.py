@@ -117,10 +117,11 @@ def _small_tuning(tuning: AutoencoderTuning) -> dict[str, Any]:
 def _small_source(data: Data) -> dict[str, Any]:
     """The pictures that come with this project, in place of each folder."""
     own = {"path": None, "keys": None}
+    shards = {"aspect": "mixed" if data.aspect == "bucket" else data.aspect, "cached": [], "loader": "auto"}
     if data.source == "mixture":
         parts = [part.model_dump(mode="json") for part in data.mixture]
-        return {"mixture": [part | own | {"source": "builtin"} for part in parts], **own}
-    return {"source": "builtin", **own}
+        return {"mixture": [part | own | {"source": "builtin"} for part in parts], **own, **shards}
+    return {"source": "builtin", **own, **shards}
 
 
 def _small_judges(objective: Objective) -> dict[str, Any]:

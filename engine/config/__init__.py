@@ -94,7 +94,7 @@ class Config(Section):
                     f"routing spans blocks {routing.start}..{end} but model.depth is {model.depth}; "
                     "set routing.start and routing.end inside the depth"
                 )
-        if routing.structured and self.data.aspect == "mixed":
+        if routing.structured and self.data.aspect != "square":
             raise ValueError("routing.structured needs one grid for all pictures; set data.aspect to square")
         check_perceptual(self.objective, self.conditioning.autoencoder, self.data, model.patch_size)
         check_guidance(self.sampling, routing)

@@ -94,7 +94,7 @@ class RunLog:
         if not self._leads:
             return
         self._started, self._first, self._steps = time.monotonic(), step, config.run.steps
-        self._file = _open_until(output_dir / "log.jsonl", step)
+        self._file = open_until(output_dir / "log.jsonl", step)
         self._board = self._open_board(config, output_dir, step)
         self._wandb = self._open_wandb(config, output_dir)
         self._bar = None
@@ -204,8 +204,8 @@ def replace_text(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def _open_until(path: Path, step: int) -> Any:
-    """log.jsonl for appending, without the records after `step` and without a last line that was cut off."""
+def open_until(path: Path, step: int) -> Any:
+    """A file of records for appending, without those after `step` and a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if path.exists():
