@@ -55,15 +55,29 @@ ScheduledWeight = Annotated[float | Points, _scheduled(None)]
 """A number >= 0, or [[step, number], ...]: linear in between, constant before and after."""
 
 
+class Columns(Section):
+    """Which columns of MDS shards are read; null takes the first of the usual names that is there."""
+
+    image: str | None = None
+    """The picture: stored as bytes, jpeg, png or pil. Usual: image, jpg, jpeg, img."""
+    long: str | None = None
+    """The long caption. Usual: caption_long, long_caption, long, caption, captions, prompt, text."""
+    short: str | None = None
+    """The short caption. Usual: caption_short, short_caption, short, caption, captions, prompt, text; where
+    none of them is there, the long one."""
+
+
 class Part(Section):
     """One data set of a mixture."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """Names the part in keys, log and errors: letters, digits, `_`, `.` and `-`."""
-    source: Literal["builtin", "digits", "folder", "shards"] = "folder"
+    source: Literal["builtin", "digits", "folder", "shards", "mds"] = "folder"
     """As `data.source`."""
     path: str | None = None
     """As `data.path`."""
+    columns: Columns = Columns()
+    """As `data.columns`."""
     keys: str | None = None
     """As `data.keys`."""
     weight: ScheduledWeight = 1.0
@@ -81,13 +95,16 @@ class Part(Section):
 class Data(Section):
     """Pictures, captions, mixtures, crops and batches."""
 
-    source: Literal["builtin", "digits", "folder", "shards", "mixture"] = "builtin"
+    source: Literal["builtin", "digits", "folder", "shards", "mds", "mixture"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
     `folder`: images with a .txt or .json file of the same name beside each.
-    `shards`: a folder that prepare.py has made. `mixture`: several of these."""
+    `shards`: a folder that prepare.py has made.
+    `mds`: shards of MosaicML's streaming library. `mixture`: several of these."""
     path: str | None = None
-    """Folder of `source: folder` and `source: shards`."""
+    """Folder of `source: folder`, `shards` and `mds`."""
+    columns: Columns = Columns()
+    """Which columns of `source: mds` are the picture and the captions."""
     keys: str | None = None
     """File that lists the pictures to keep, one key a line; null keeps all."""
     mixture: tuple[Part, ...] = ()
@@ -157,7 +174,7 @@ class Data(Section):
 
 
 def _check_path(section: Data | Part, where: str) -> None:
-    if section.source in ("folder", "shards") and not section.path:
+    if section.source in ("folder", "shards", "mds") and not section.path:
         raise ValueError(f"{where}source {section.source} needs data.path")
 
 

@@ -8,12 +8,12 @@ Image rows come before text rows, so padding is a suffix and one number a sample
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from millrace.kernels.packed import sample_slices
+from millrace.kernels.packed import sample_of_row, sample_slices
 
 Joint = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""
@@ -32,28 +32,47 @@ def joint_shapes(
     return tuple(torch.Size((*size, heads, dim)) for size in sizes)
 
 
-class SampleRows(NamedTuple):
-    """Rows of one sample."""
+class PaddedRows(NamedTuple):
+    """Row of each token in the flattened padded layout, (B * N,) for queries and (B * (N + M),) for keys."""
+
+    q: Tensor
+    """(T,) int64, of the queries."""
+    image: Tensor
+    """(T,) int64, of the image among keys and values."""
+    text: Tensor
+    """(S,) int64, of the text among keys and values."""
+
+    @classmethod
+    def of(
+        cls, offsets: Tensor, offsets_text: Tensor, counts: tuple[int, int], bounds: tuple[int, int]
+    ) -> "PaddedRows":
+        """`counts` are T and S, `bounds` N and M. Waits for no device."""
+        own, own_text = (sample_of_row(x, n) for x, n in zip((offsets, offsets_text), counts, strict=True))
+        image = torch.arange(counts[0], device=offsets.device) - offsets[own]
+        text = torch.arange(counts[1], device=offsets.device) - offsets_text[own_text]
+        longest, keys = bounds[0], sum(bounds)
+        return cls(
+            own * longest + image, own * keys + image, own_text * keys + offsets.diff()[own_text] + text
+        )
+
+
+class PackedRows(NamedTuple):
+    """Rows of one sample in the packed layout."""
 
     image: slice
     text: slice
-    q: Any
-    """Index of the queries; of the keys and values of image and of text, below."""
-    keys: Any
-    text_keys: Any
+    keys: slice
+    """Of the image among keys and values."""
+    text_keys: slice
 
 
-def sample_rows(offsets: Tensor, offsets_text: Tensor, padded: bool) -> Iterator[SampleRows]:
-    """The samples' rows in each tensor. Reads the offsets on the host: free on the CPU."""
-    pairs = zip(sample_slices(offsets), sample_slices(offsets_text), strict=True)
-    for b, (image, text) in enumerate(pairs):
-        if padded:
-            n, m = image.stop - image.start, text.stop - text.start
-            rows = (b, slice(0, n)), (b, slice(0, n)), (b, slice(n, n + m))
-        else:
-            cut = image.stop + text.start
-            rows = image, slice(image.start + text.start, cut), slice(cut, image.stop + text.stop)
-        yield SampleRows(image, text, *rows)
+def packed_rows(offsets: Tensor, offsets_text: Tensor) -> Iterator[PackedRows]:
+    """The samples' rows. Reads the offsets on the host: free on the CPU."""
+    for image, text in zip(sample_slices(offsets), sample_slices(offsets_text), strict=True):
+        cut = image.stop + text.start
+        yield PackedRows(
+            image, text, slice(image.start + text.start, cut), slice(cut, image.stop + text.stop)
+        )
 
 
 def key_mask(cu_seqlens: Tensor, cu_seqlens_text: Tensor, keys: int) -> Tensor:

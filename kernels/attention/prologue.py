@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from millrace.kernels.attention.layout import Joint, SampleRows, joint_shapes, sample_rows
+from millrace.kernels.attention.layout import Joint, PaddedRows, joint_shapes, packed_rows
 from millrace.kernels.operators import HAS_TRITON, register
+from millrace.kernels.packed import sample_slices
 
 if HAS_TRITON:
     from millrace.kernels.attention.prologue_triton import backward_triton, forward_triton
@@ -42,31 +43,34 @@ def forward_eager(
     eps: float,
 ) -> Joint:
     """Norms and rotation run over all rows at once; only joining image and text goes sample by sample."""
-    rows = list(sample_rows(cu_seqlens, cu_seqlens_text, padded))
     shape, joint_shape = joint_shapes(qkv, text_kv, cu_seqlens, max_seqlen, max_seqlen_text, padded)
     rotation = _rotation(cos, sin, positions, qkv.dtype)
     q = _norm(qkv[:, 0], q_weight, eps, rotation)
-    if q.numel() == shape.numel():
-        q = q.view(shape)
-    else:
-        image_rows, q = q, q.new_zeros(shape)
-        for sample in rows:
-            q[sample.q] = image_rows[sample.image]
-    k = _join(
-        _norm(qkv[:, 1], k_weight, eps, rotation), _norm(text_kv[:, 0], text_k_weight, eps), rows, joint_shape
+    k, text_k = _norm(qkv[:, 1], k_weight, eps, rotation), _norm(text_kv[:, 0], text_k_weight, eps)
+    v, text_v = qkv[:, 2], text_kv[:, 1]
+    if not padded:
+        rows = list(packed_rows(cu_seqlens, cu_seqlens_text))
+        return q, *(
+            torch.cat([part for sample in rows for part in (image[sample.image], text[sample.text])])
+            for image, text in ((k, text_k), (v, text_v))
+        )
+    places = PaddedRows.of(
+        cu_seqlens, cu_seqlens_text, (len(qkv), len(text_kv)), (max_seqlen, max_seqlen_text)
     )
-    return q, k, _join(qkv[:, 2], text_kv[:, 1], rows, joint_shape)
+    q = q.view(shape) if q.numel() == shape.numel() else _spread(shape, (q, places.q))
+    return q, *(
+        _spread(joint_shape, (image, places.image), (text, places.text))
+        for image, text in ((k, text_k), (v, text_v))
+    )
 
 
-def _join(image: Tensor, text: Tensor, rows: list[SampleRows], shape: torch.Size) -> Tensor:
-    """Keys or values (T, H, D) and (S, H, D) as one tensor of this shape; free rows are zero."""
-    if len(shape) == 3:
-        return torch.cat([part for sample in rows for part in (image[sample.image], text[sample.text])])
-    full = shape[:2].numel() == len(image) + len(text)
-    joint = image.new_empty(shape) if full else image.new_zeros(shape)
-    for sample in rows:
-        joint[sample.keys], joint[sample.text_keys] = image[sample.image], text[sample.text]
-    return joint
+def _spread(shape: torch.Size, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, rows, H, D) with each part's rows (., H, D) at their places; free rows are zero."""
+    full = shape[:2].numel() == sum(len(values) for values, _ in parts)
+    result = parts[0][0].new_empty(shape) if full else parts[0][0].new_zeros(shape)
+    for values, rows in parts:
+        result.flatten(0, 1).index_copy_(0, rows, values)
+    return result
 
 
 def _rotation(cos: Tensor, sin: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,12 +118,21 @@ def backward_eager(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_qkv, grad_text = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (qkv, text_kv))
-    rows = list(sample_rows(cu_seqlens, cu_seqlens_text, padded))
     rotation = _rotation(cos, sin, positions, qkv.dtype).conj_physical()
     if padded:
-        grad_q = torch.cat([grad_q[sample.q] for sample in rows])
-    image_k, image_v = (torch.cat([grad[sample.keys] for sample in rows]) for grad in (grad_k, grad_v))
-    text_k, text_v = (torch.cat([_of_text(grad, sample) for sample in rows]) for grad in (grad_k, grad_v))
+        places = PaddedRows.of(
+            cu_seqlens, cu_seqlens_text, (len(qkv), len(text_kv)), (max_seqlen, max_seqlen_text)
+        )
+        grad_k, grad_v = grad_k.flatten(0, 1), grad_v.flatten(0, 1)
+        whole = grad_q.shape[:2].numel() == len(qkv)
+        grad_q = grad_q.flatten(0, 1) if whole else grad_q.flatten(0, 1).index_select(0, places.q)
+        image_k, image_v = (grad.index_select(0, places.image) for grad in (grad_k, grad_v))
+        text_k, text_v = (grad.index_select(0, places.text) for grad in (grad_k, grad_v))
+    else:
+        rows = list(packed_rows(cu_seqlens, cu_seqlens_text))
+        image_k, image_v = (torch.cat([grad[sample.keys] for sample in rows]) for grad in (grad_k, grad_v))
+        text_k, text_v = (torch.cat([grad[sample.text_keys] for sample in rows]) for grad in (grad_k, grad_v))
+    _forget_unread(text_k, text_v, cu_seqlens, cu_seqlens_text)
     grad_weights = (
         _norm_backward(qkv[:, 0], grad_q, q_weight, eps, grad_qkv[:, 0], rotation),
         _norm_backward(qkv[:, 1], image_k, k_weight, eps, grad_qkv[:, 1], rotation),
@@ -130,10 +143,11 @@ def backward_eager(
     return grad_qkv, grad_text, *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True))
 
 
-def _of_text(grad: Tensor, sample: SampleRows) -> Tensor:
-    """Gradient of a sample's text; no query reads the text of a sample without image, so it is zero."""
-    text = grad[sample.text_keys]
-    return text if sample.image.start < sample.image.stop else torch.zeros_like(text)
+def _forget_unread(text_k: Tensor, text_v: Tensor, cu_seqlens: Tensor, cu_seqlens_text: Tensor) -> None:
+    """No query reads the text of a sample without image: its gradient is zero, whatever stands there."""
+    for image, text in zip(sample_slices(cu_seqlens), sample_slices(cu_seqlens_text), strict=True):
+        if image.start == image.stop:
+            text_k[text], text_v[text] = 0, 0
 
 
 def _norm_backward(

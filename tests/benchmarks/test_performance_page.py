@@ -168,9 +168,10 @@ def test_routing_on_a_cpu_is_called_so():
         "flop_ratio": 0.65,
         "time_ratio_to_peer": 0.7,
         "saved_time_per_saved_flops": 0.91,
-        "processor_seconds_median": 2.0,
-        "processor_ratio_to_peer": 0.8,
-        "processor_saved_per_saved_flops": None,
+        "user_seconds_median": 2.0,
+        "user_ratio_to_peer": 0.8,
+        "user_saved_per_saved_flops": None,
+        "page_faults_median": 5.0,
         "peak_bytes": 2**30,
         "memory_ratio_to_peer": 0.4,
         "variant": "tread",
@@ -188,9 +189,9 @@ def test_routing_on_a_cpu_is_called_so():
     text = performance_page.page([ORIGIN | result | {"rows": rows}])
     assert "### Some CPU (CPU)" in text
     assert "On a GPU: not measured." in text
-    times, cpu, memory = "0.650 | 1000.0 (900.0-1100.0)", "2000.0 | 0.800 | -", "1024.0 | 0.400"
+    times, cpu, memory = "0.650 | 1000.0 (900.0-1100.0)", "2000.0 | 0.800 | - | 5", "1024.0 | 0.400"
     assert f"| tread | ours | {times} | 0.700 | 0.91 | {cpu} | {memory} |" in text
-    assert f"| tread | peer | {times} |  | 0.91 | 2000.0 |  | - | 1024.0 |  |" in text
+    assert f"| tread | peer | {times} |  | 0.91 | 2000.0 |  | - | 5 | 1024.0 |  |" in text
 
 
 def test_traffic_and_its_roofline():

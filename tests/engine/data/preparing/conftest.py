@@ -14,8 +14,8 @@ from PIL import Image
 
 from millrace.engine.data.preparing.settings import Settings
 
-SETTINGS = Settings(resolution=32, patch=16, shard_bytes=20_000)
-"""Buckets of a few pixels; a shard has a few samples."""
+SETTINGS = Settings(resolution=32, patch=8, shard_bytes=20_000)
+"""Buckets of 24x40 to 48x24 pixels; a shard has a few samples."""
 
 
 def smooth(width=60, height=40, seed=0):

@@ -106,7 +106,7 @@ def test_shards_are_full_but_not_larger_than_wanted(photos, tmp_path, settings):
 
 
 def test_a_shard_holds_at_least_one_sample(photos, tmp_path):
-    tiny = Settings(resolution=32, patch=16, shard_bytes=1)
+    tiny = Settings(resolution=32, patch=8, shard_bytes=1)
     manifest, _ = prepare(photos, tmp_path / "out", tiny, 0, 0.0)
     assert [shard.samples for shard in manifest.shards] == [1] * 30
 
@@ -214,7 +214,7 @@ def test_what_was_begun_is_not_mixed_with_other_settings(photos, tmp_path, setti
         patch.setattr(run, "plan_shards", stops)
         with pytest.raises(Killed):
             prepare(photos, tmp_path / "out", settings, 0, 0.0)
-    other = Settings(resolution=48, patch=16)
+    other = Settings(resolution=48, patch=8)
     refused(lambda: prepare(photos, tmp_path / "out", other, 0, 0.0), tmp_path / "out", "begun with other")
     monkeypatch.setattr(run, "do_part", None)  # finished parts are not done again
     prepare(photos, tmp_path / "out", settings, 0, 0.0)
@@ -277,7 +277,7 @@ def test_small_pictures_do_not_count_but_nothing_left_is_an_error(tmp_path, bad,
         (folder / f"{name}.jpg").write_bytes(data)
         (folder / f"{name}.txt").write_text("a caption")
     refused(lambda: prepare(folder, tmp_path / "out", settings, 0, 0.0), "no sample is left", "2 too_small")
-    large = Settings(resolution=32, patch=16, upscale=True)
+    large = Settings(resolution=32, patch=8, upscale=True)
     manifest, _ = prepare(folder, tmp_path / "out2", large, 0, 0.0)
     assert manifest.samples == 2
 
