@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from millrace.engine import prepare as prepare_command
 from millrace.engine.conditioning.tiny import tiny_autoencoder, tiny_text_tower
 from millrace.engine.data.shard_index import read_manifest
+from millrace.engine.errors import UserError
 
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
@@ -28,10 +30,10 @@ def prepare(runs, *arguments, **environment):
     )
 
 
-def ended(process, code=0):
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == code, out + err
-    return out if code == 0 else err
+def ended(process):
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, out + err
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def world(tmp_path_factory, write_shards, runs):
 
 
 @pytest.mark.slow
-def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world, runs):
+def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world, runs, capsys):
     root, changes = world
     asked = ("--cache", "text,latents", "--dataset", root / "set", "--config", root / "config.json")
     both = [prepare(runs, *asked, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
@@ -71,23 +73,23 @@ def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world
     assert set(read_manifest(root / "set").caches) == {"text", "latents"}
     assert "complete" in said
     assert said.count("made 2 of its 2 shards") == 4
-    assert "every file is as its manifest says" in ended(prepare(runs, "--verify", root / "set"))
+    assert prepare_command.main(["--verify", str(root / "set"), "--workers", "1"]) == 0
+    assert "every file is as its manifest says" in capsys.readouterr().out
 
     assert runs.here(root / "live", changes).error is None
-    cached = {"data": {"cached": ["text", "latents"]}}
-    done = runs.finish(runs.command(root / "cached", changes, cached))
-    assert done.returncode == 0, done.stderr
+    assert runs.here(root / "cached", changes, {"data": {"cached": ["text", "latents"]}}).error is None
     runs.assert_same_bits(root / "cached", root / "live")
+    lines = capsys.readouterr().err
     for kind, dtype in (("text", "bfloat16"), ("latents", "bfloat16")):
-        assert f"cached {kind} ({dtype}): {root / 'set'}" in done.stdout + done.stderr
+        assert f"cached {kind} ({dtype}): {root / 'set'}" in lines
 
 
 @pytest.mark.slow
 def test_a_run_with_grids_loads_what_it_draws_with(world, runs):
     root, changes = world
     if "text" not in read_manifest(root / "set").caches:
-        asked = ("--cache", "text,latents", "--dataset", root / "set", "--config", root / "config.json")
-        ended(prepare(runs, *asked))
+        asked = ["--cache", "text,latents", "--dataset", str(root / "set"), "--config"]
+        assert prepare_command.main([*asked, str(root / "config.json")]) == 0
     grids = {"sampling": {"every_steps": 3, "count": 2, "steps": 2}, "data": {"cached": ["text", "latents"]}}
     assert runs.here(root / "grids", changes, grids).error is None
     assert len(list((root / "grids" / "samples").glob("*.png"))) == 2
@@ -102,12 +104,13 @@ def test_a_run_with_grids_loads_what_it_draws_with(world, runs):
         (("--cache", "text", "--dataset", "nowhere", "--config", "CONFIG"), "nowhere: no such folder"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(world, runs, arguments, words):
+def test_what_is_missing_is_said_in_one_line(world, arguments, words):
     root, _ = world
     arguments = [str(root / "config.json") if word == "CONFIG" else word for word in arguments]
-    lines = ended(prepare(runs, *arguments), code=2).strip().splitlines()
-    assert len(lines) == 1
-    assert words in lines[0]
+    with pytest.raises(UserError) as caught:
+        prepare_command.main(arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
