@@ -40,7 +40,7 @@ from torch import Tensor
 
 from millrace.engine import config as settings
 from millrace.engine.cli import run_command
-from millrace.engine.conditioning.autoencoder import Autoencoder, published_factor
+from millrace.engine.conditioning.autoencoder import Autoencoder, Posterior, published_factor
 from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.config import Config, Data, TextTower
 from millrace.engine.config_file import load_config, merge, parse_config
@@ -98,10 +98,13 @@ class RandomLatents(Autoencoder):
         self.channels, self.factor = channels, published_factor(config)
         self.identity = f"random numbers for {config.kind}"
 
-    def _encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
+    def _posterior(self, images: Tensor) -> Posterior:
         height, width = images.shape[-2:]
         shape = (len(images), self.channels, height // self.factor, width // self.factor)
-        return torch.randn(shape, device=images.device)
+        return Posterior(torch.randn(shape, device=images.device), None)
+
+    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
+        return posterior.sampled(noise)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raise RuntimeError("random numbers are no pictures")
@@ -143,6 +146,9 @@ class Cached(Live):
 
     def make_batch(self) -> Prepared:
         return self.batch
+
+    def look_ahead(self) -> None:
+        """The one micro-batch is there."""
 
     def open_source(self, _config: Data) -> tuple:
         return ()

@@ -1,5 +1,7 @@
 """Sample grids during training."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -8,20 +10,22 @@ from millrace.engine.data.pictures import Source
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.preparation import Preparation
+from millrace.engine.runtime.logs import replace_text
 from millrace.engine.runtime.precision import DTYPES
-from millrace.engine.sampling import Sampler
+from millrace.engine.sampling import Sampler, save_grid
 
 
-def training_pictures(
+def draw_grid(
+    path: Path,
     config: Config,
     weights: dict[str, Tensor],
     flow: FlowMatching,
     prepare: Preparation,
     source: Source,
     device: torch.device,
-) -> tuple[Tensor, list[str]]:
-    """Pictures (n, 3, h, w) in [-1, 1] on the CPU of `sampling.prompts`, by a copy of the denoiser with
-    `weights`, and their prompts: where there are none, the first long captions of `source`."""
+) -> None:
+    """Write pictures of `sampling.prompts`, by a copy of the denoiser with `weights`, to `path`, and their
+    prompts beside it: where there are none, the first long captions of `source`."""
     with torch.device(device):
         copy = Denoiser(config.model, config.routing)
     copy.load_state_dict(weights)
@@ -37,4 +41,5 @@ def training_pictures(
         source.captions(i).long for i in range(min(config.sampling.count, len(source)))
     ]
     size = (config.data.resolution, config.data.resolution)
-    return sampler(prompts, size, config.sampling, config.run.seed), prompts
+    save_grid(sampler(prompts, size, config.sampling, config.run.seed), path)
+    replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")

@@ -4,6 +4,8 @@ python engine/prepare.py --input photos --output photos-1024 --resolution 1024
 python engine/prepare.py --input train-00000.parquet --output set --resolution 512 --caption-column text
 python engine/prepare.py --input tars --output set --resolution 256 --patch 16 --workers 32
 python engine/prepare.py --verify photos-1024
+python engine/prepare.py --cache text,latents --dataset photos-1024 --config configs/latent_256.json
+deepspeed engine/prepare.py --cache text --text-dtype int8 --dataset photos-1024 --config CONFIG.json
 
 A command that was killed goes on where it was when it is given again.
 """
@@ -18,7 +20,9 @@ if __name__ == "__main__":
 import argparse
 import os
 
+from millrace.engine.cache_command import add_cache_arguments, run_cache_command
 from millrace.engine.cli import command_parser, run_command
+from millrace.engine.data.cache import cache_problems
 from millrace.engine.data.preparing.run import prepare
 from millrace.engine.data.preparing.settings import Settings, parse_bytes
 from millrace.engine.data.preparing.verify import verify
@@ -28,8 +32,10 @@ from millrace.engine.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
+    if options.cache is not None:
+        return run_cache_command(options)
     if options.verify is not None:
-        problems = verify(Path(options.verify), options.workers)
+        problems = verify(Path(options.verify), options.workers) + cache_problems(Path(options.verify))
         if problems:
             raise UserError("\n".join(problems))
         print(f"{options.verify}: every file is as its manifest says")
@@ -100,6 +106,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture-column", metavar="NAME", help="of Parquet files")
     parser.add_argument("--caption-column", metavar="NAME[,NAME]", help="of Parquet files; two: long,short")
     parser.add_argument("--verify", metavar="DATASET", help="compare a data set with its manifest instead")
+    add_cache_arguments(parser)
     return parser.parse_args(arguments)
 
 

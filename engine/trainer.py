@@ -25,7 +25,8 @@ from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.end_to_end import open_end_to_end
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
-from millrace.engine.grids import training_pictures
+from millrace.engine.frozen import open_frozen
+from millrace.engine.grids import draw_grid
 from millrace.engine.introduction import introduction
 from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
@@ -45,7 +46,6 @@ from millrace.engine.runtime.preemption import StopRequests
 from millrace.engine.runtime.resumption import find_start
 from millrace.engine.runtime.sample_log import SampleLog
 from millrace.engine.runtime.shards import gather_parameters, local_shards
-from millrace.engine.sampling import save_grid
 from millrace.engine.stages import resolve_stages, stage_at
 from millrace.engine.training_model import TrainingModel
 
@@ -100,7 +100,7 @@ class Trainer:
         self.config = config = self.stage.config
         self.zero_stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
-        seed, compute = config.run.seed, DTYPES[config.precision.compute]
+        seed = config.run.seed
 
         self.source = sources[config.data]
         self.data_digest = fingerprint(self.source)
@@ -116,17 +116,11 @@ class Trainer:
             if changed:
                 messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
 
-        autoencoder = self.open_autoencoder(config.conditioning.autoencoder, self.device)
-        if autoencoder.channels != config.model.in_channels:
-            raise UserError(
-                f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
-                f"{autoencoder.channels} channels; set it to {autoencoder.channels}"
-            )
+        frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
+        autoencoder = frozen.autoencoder
         tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
         require_grid(config, autoencoder.factor * config.model.patch_size)
-        text = config.conditioning.text
-        text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
         aligned = config.alignment
         teacher = teacher_of(aligned, self.device, self.data_digest)
@@ -166,7 +160,7 @@ class Trainer:
             MeanTarget.load(config.sampling.mean_target)  # so that a bad file is refused now, not at a grid
         keep = config.objective.perceptual
         self.prepare = Preparation(
-            autoencoder, text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
+            autoencoder, frozen.text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
         )
         self.stream = SampleStream(
             self.source,
@@ -178,6 +172,7 @@ class Trainer:
             world_size=distributed.world_size(),
             first_sample=self.samples,
             origin=(self.stage.data_sample, self.stage.data_step),
+            caches=frozen.caches,
             device=self.device,
         )
 
@@ -196,7 +191,7 @@ class Trainer:
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
         messages += describe_optimizer(self.named_shapes, self.optimizer)
-        messages += [f"loader: {self.stream.loader}", *self.tuning.describe()]
+        messages += [f"loader: {self.stream.loader}", *frozen.lines, *self.tuning.describe()]
         if self.step > self.stage.first:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
@@ -247,7 +242,7 @@ class Trainer:
         for _ in range(self.accumulate - 1):
             flops += self._micro_batch(seen)
             self.engine.step()
-        flops += self._micro_batch(seen)
+        flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
         norm, applied = zero.apply_gradients(self.engine, self.model, self.optimizer, self.config)
         self.tuning.finish(applied, self.step - begun, end - begun)
 
@@ -262,12 +257,14 @@ class Trainer:
         if not applied:
             self._report_bad(seen)
 
-    def _micro_batch(self, seen: list[tuple[list[str], Tensor]]) -> float:
-        """Forward and backward of one micro-batch; returns its model FLOPs."""
+    def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
+        """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
         batch = self.next_batch()
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
         self.engine.backward(per_sample.mean())
+        if not last:
+            self.look_ahead()
         self.losses.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
@@ -276,6 +273,10 @@ class Trainer:
     def next_batch(self) -> Prepared:
         """The next micro-batch of this process, encoded and packed."""
         return self.tuning.next_batch(self.stream, self.step)
+
+    def look_ahead(self) -> None:
+        """Have the micro-batch after this one prepared while the device is busy with this one."""
+        self.tuning.look_ahead(self.stream)
 
     def sample_losses(self, batch: Prepared) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
@@ -298,7 +299,7 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
-            "captions_cut": self.prepare.text_tower.truncated,
+            "captions_cut": self.tuning.captions_cut,
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
@@ -374,6 +375,7 @@ class Trainer:
     def sample_grid(self) -> None:
         """Write a grid of pictures for `sampling.prompts`. Collective: gathers the weights; rank 0 draws."""
         config = self.config
+        self.tuning.settle()
         source = Tensor.detach if self.ema is None else self.ema.source(config.sampling.weights)
         weights = gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
         if distributed.rank() != 0:
@@ -383,10 +385,6 @@ class Trainer:
         held = dict(self.denoiser.named_parameters())
         whole = {name: weight for name, weight in weights if name in held}
         whole |= dict(self.denoiser.named_buffers())
-        pictures, prompts = training_pictures(
-            config, whole, self.flow, self.prepare, self.source, self.device
-        )
         path = self.output / "samples" / f"step-{self.step:08d}.png"
-        save_grid(pictures, path)
-        replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
+        draw_grid(path, config, whole, self.flow, self.prepare, self.source, self.device)
         self.log.grid(path, self.step)

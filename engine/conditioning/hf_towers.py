@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.conditioning.pretrained import import_class, load, load_network
+from millrace.engine.conditioning.pretrained import import_class, load, load_network, name_of
 from millrace.engine.conditioning.text import TextEncoder, clean_text, unescape
 from millrace.engine.config import TextTower
 from millrace.engine.errors import UserError
@@ -20,6 +20,11 @@ from millrace.kernels.packed import to_device
 
 _PUBLISHED = {"t5gemma": "google/t5gemma-2b-2b-ul2", "qwen3vl": "Qwen/Qwen3-VL-Embedding-2B"}
 _KEY = "conditioning.text.path"
+
+
+def source_of(config: TextTower) -> str:
+    """Folder or hub id of the weights."""
+    return config.path or _PUBLISHED[config.kind]
 
 
 def open_hf_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -37,13 +42,13 @@ class HFTower(TextEncoder):
     """Tokenizer and network from one source; subclasses load the network and call it."""
 
     def __init__(self, config: TextTower, device: torch.device, dtype: torch.dtype) -> None:
-        source = config.path or _PUBLISHED[config.kind]
+        source = source_of(config)
         tokenizer = import_class("transformers", "AutoTokenizer", f"conditioning.text.kind {config.kind}")
         self.tokenizer = load(tokenizer.from_pretrained, source, _KEY)
         self.network = self._load(source, device, dtype)
         revision = getattr(self.network.config, "_commit_hash", None)
-        identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
-        super().__init__(self.network.get_input_embeddings().embedding_dim, identity, device, dtype)
+        dim = self.network.get_input_embeddings().embedding_dim
+        super().__init__(dim, name_of(config.kind, source, revision), device, dtype)
         self.max_tokens = config.max_tokens
 
     @abstractmethod

@@ -27,6 +27,11 @@ def import_class(package: str, name: str, key: str) -> Any:
         raise UserError(f"{key} needs {package}.{name}, which is not installed here; {line}") from None
 
 
+def name_of(kind: str, source: str, revision: str | None) -> str:
+    """What logs and checkpoints call a frozen network: its kind, folder or hub id, and hub revision."""
+    return f"{kind} {source}" + (f"@{revision}" if revision else "")
+
+
 def load(loader: Callable[..., Any], source: str, key: str, **options: Any) -> Any:
     """`loader(source, **options)`, with unreadable weights turned into one line that names setting `key`."""
     try:

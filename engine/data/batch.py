@@ -1,19 +1,21 @@
 """What one process trains on in one forward pass, and what its pixels mean."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from millrace.engine.data.cache import CachedText
 
 
 @dataclass(frozen=True)
 class Batch:
     """B samples; in `mixed` aspect their sizes differ."""
 
-    images: list[Tensor]
+    images: list[Tensor | None]
     """B tensors (3, h, w) uint8, on the CPU unless a GPU decoded them; h and w are multiples of the patch in
-    pixels. Bytes are what is pinned and copied to the device; `signed_unit` makes of them what networks
-    take."""
+    pixels. Bytes are what is pinned and copied to the device; `signed_unit` makes of them what networks take.
+    None for a sample whose posterior is cached: its picture is not decoded."""
     captions: list[str]
     """The caption chosen for each sample; "" where it was dropped."""
     keys: list[str]
@@ -21,6 +23,11 @@ class Batch:
     mixture after the name of its part and a slash."""
     sample_index: Tensor
     """(B,) int64: global index of each sample in the training stream, the root of all its randomness."""
+    text: list[CachedText | None] = field(default_factory=list)
+    """Rows of each sample's caption where they are cached; empty if no sample's are."""
+    posteriors: list[Tensor | None] = field(default_factory=list)
+    """What the autoencoder made of each sample's picture where that is cached, (2, C, h, w) mean and log-
+    variance, or (1, C, h, w) of an autoencoder without a posterior; empty if no sample's is."""
 
     @property
     def dropped(self) -> Tensor:

@@ -9,7 +9,7 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import value_at
 from millrace.engine.data.crop import Box, crop_box, output_size
 from millrace.engine.data.order import Pool, Size
-from millrace.engine.data.pictures import Captions
+from millrace.engine.data.pictures import WhichCaption
 from millrace.engine.randomness import host_generator
 
 
@@ -48,12 +48,12 @@ class Choices:
 
         return view
 
-    def caption(self, i: int, pool: Pool, captions: Captions) -> str:
-        """The caption of sample `i`; "" where it is dropped."""
+    def caption(self, i: int, pool: Pool) -> WhichCaption:
+        """The caption of sample `i`; the empty one where it is dropped."""
         step = self._origin_step + (i - self._origin_sample) // self._config.global_batch
         share = value_at(pool.long_caption, step)
-        caption = captions.long if self._chance(i, "caption", share) else captions.short
-        return "" if self._chance(i, "caption drop", self._caption_drop) else caption
+        which: WhichCaption = "long" if self._chance(i, "caption", share) else "short"
+        return "empty" if self._chance(i, "caption drop", self._caption_drop) else which
 
     def _generator(self, i: int, purpose: str) -> np.random.Generator:
         return host_generator(self._seed, i, purpose)

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -19,11 +19,18 @@ from millrace.engine.data.reasons import Reason, Rejected
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
+WhichCaption = Literal["long", "short", "empty"]
+
+
 class Captions(NamedTuple):
     """Both captions of a picture; equal where it has only one."""
 
     long: str
     short: str
+
+    def chosen(self, which: WhichCaption) -> str:
+        """One of them, or the empty caption."""
+        return "" if which == "empty" else getattr(self, which)
 
 
 class UnreadablePicture(Exception):

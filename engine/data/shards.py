@@ -51,6 +51,8 @@ class ShardsSource:
 
     def __init__(self, root: str | Path, verify: bool = False) -> None:
         self._root, self._verify = Path(root), verify
+        self.root = self._root
+        """Folder of the data set."""
         self.manifest: Manifest = read_manifest(root)
         shards = self.manifest.shards
         with ThreadPoolExecutor(_OPENING_THREADS) as threads:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.data.batch import Batch
+from millrace.engine.data.cache import CachedText
+from millrace.engine.data.cached import Caches
 from millrace.engine.data.choices import Choices
 from millrace.engine.data.crop import check_bucket, check_resolution
-from millrace.engine.data.decoding import Encoded, open_decoder
+from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder
 from millrace.engine.data.mixture import order_of
 from millrace.engine.data.order import Pool
 from millrace.engine.data.pictures import Source, UnreadablePicture
@@ -40,8 +42,10 @@ class _Sample(NamedTuple):
     pool: Pool
     key: str
     caption: str
-    pixels: Tensor | Encoded
+    pixels: Tensor | Encoded | None
     bad: Bad
+    text: CachedText | None = None
+    moments: Tensor | None = None
 
 
 class SampleStream:
@@ -56,6 +60,7 @@ class SampleStream:
     mixture are counted from there, and sample i belongs to step origin step + (i - origin sample) // G of the
     run, at which schedules are read. Randomness stays with the sample's number in the run.
 
+    Where `caches` have the latents of a picture, it is not decoded; they are of the crop that is trained on.
     `patch` is the edge of a token in pixels; `caption_drop` the share of samples whose caption becomes "".
     `device` is where pixels are wanted: a decoder that works there leaves them there. `loader` says who
     decodes. `bad` maps the key of each unreadable picture that this process met to the reason. Such a picture
@@ -80,13 +85,14 @@ class SampleStream:
         first_sample: int = 0,
         origin: tuple[int, int] = (0, 0),
         device: torch.device = _CPU,
+        caches: Caches | None = None,
     ) -> None:
         if first_sample < origin[0]:
             raise ValueError(f"first_sample is {first_sample}, before the origin at sample {origin[0]}")
         check_resolution(config, patch)
         _check_division(config, world_size)
         self.bad: dict[str, str] = {}
-        self._source = source
+        self._source, self._caches = source, caches
         self._config = config
         self._share = config.global_batch // world_size
         self._first = first_sample + rank * self._share
@@ -99,7 +105,8 @@ class SampleStream:
             _check_cut(first_sample - origin[0], config.micro_batch)
         self._choices = Choices(config, seed, patch, caption_drop, origin)
         self._bad_in: Counter[str] = Counter()
-        self._decoder = open_decoder(source, config, device)
+        decoded = caches is None or not caches.complete("latents")
+        self._decoder = open_decoder(source, config, device) if decoded else PythonDecoder(source, 0)
         self.loader = self._decoder.description
         self._pool = ThreadPoolExecutor(config.workers, "pictures") if config.workers else None
         self._finisher = (
@@ -167,9 +174,14 @@ class SampleStream:
         while True:
             key = self._source.key(picture)
             try:
-                pixels = self._decoder.start(picture, self._choices.viewer(i, pool, key))
-                caption = self._choices.caption(i, pool, self._source.captions(picture))
-                return _Sample(i, picture, pool, key, caption, pixels, bad)
+                moments = None if self._caches is None else self._caches.moments(picture)
+                pixels = None
+                if moments is None:
+                    pixels = self._decoder.start(picture, self._choices.viewer(i, pool, key))
+                which = self._choices.caption(i, pool)
+                caption = self._source.captions(picture).chosen(which)
+                text = None if self._caches is None else self._caches.text(picture, which)
+                return _Sample(i, picture, pool, key, caption, pixels, bad, text, moments)
             except UnreadablePicture as problem:
                 bad = (*bad, (key, problem))
                 self._check_passed(bad, pool)
@@ -205,6 +217,8 @@ class SampleStream:
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             sample_index=torch.tensor(indices, dtype=torch.int64),
+            text=[sample.text for sample in samples] if self._caches else [],
+            posteriors=[sample.moments for sample in samples] if self._caches else [],
         )
 
     def _check_passed(self, bad: Bad, pool: Pool) -> None:
