@@ -37,7 +37,7 @@ _ORIENTATION = 0x0112
 _END_OF_IMAGE = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """In the data of a scan: not a byte 0xff of it, and not a restart."""
-_ON_GPU = ("start", "shape", "size", "flip")
+_VIEW = ("start", "shape", "size", "flip")
 
 
 class DaliDecoder:
@@ -59,23 +59,24 @@ class DaliDecoder:
         data = encoded(self._source, picture)
         size = None if data is None else size_if_simple(data)
         if data is None or size is None or stored_size(self._source, picture) not in (None, size):
-            return self._python.start(picture, viewer)
+            return self._in_python(picture, viewer)
         return Encoded(data, picture, viewer(*size), viewer)
 
     def finish(self, files: list[Encoded]) -> list[Tensor | UnreadablePicture]:
         try:
-            pictures = self._decode(files)
+            pictures = feed(self._pipeline, files, finished=self._device is not None)
         except RuntimeError as error:
             log.info("DALI: %s; Pillow decodes this micro-batch", str(error).splitlines()[0])
             self._pipeline = self._build()
-            return list(self._resizers.map(self._decode_in_python, files))
+            return list(self._resizers.map(self._again, files))
         if self._device is not None:
             return self._copies(pictures, self._device)
 
         def finished(k: int) -> Tensor:
             view = files[k].view
             left, top, right, bottom = view.box
-            pixels = resize(np.ascontiguousarray(pictures.at(k)[top:bottom, left:right]), view.size)
+            whole = np.asarray(pictures[k])  # DALI's own memory
+            pixels = resize(np.ascontiguousarray(whole[top:bottom, left:right]), view.size)
             return pixels.flip(-1) if view.flip else pixels
 
         return list(self._resizers.map(finished, range(len(files))))
@@ -83,25 +84,15 @@ class DaliDecoder:
     def close(self) -> None:
         self._resizers.shutdown(wait=False, cancel_futures=True)
 
-    def _decode_in_python(self, file: Encoded) -> Tensor | UnreadablePicture:
-        try:
-            pixels = self._python.start(file.picture, file.viewer)
-        except UnreadablePicture as problem:
-            return problem
+    def _in_python(self, picture: int, viewer: Viewer) -> Tensor:
+        pixels = self._python.start(picture, viewer)
         return pixels if self._device is None else pixels.to(self._device)
 
-    def _decode(self, files: list[Encoded]) -> Any:
-        """DALI's list of the pictures: as they are (H, W, 3) on the CPU, finished (3, h, w) on the GPU."""
-        pipeline, views = self._pipeline, [file.view for file in files]
-        pipeline.feed_input("file", [np.frombuffer(file.data, np.uint8) for file in files])
-        if self._device is not None:
-            corners = np.array([view.box for view in views], np.int32)[:, [1, 0, 3, 2]]
-            pipeline.feed_input("start", list(corners[:, :2]))
-            pipeline.feed_input("shape", list(corners[:, 2:] - corners[:, :2]))
-            pipeline.feed_input("size", [np.array(view.size, np.float32) for view in views])
-            pipeline.feed_input("flip", [np.array(view.flip, np.int32) for view in views])
-        (pictures,) = pipeline.run()
-        return pictures
+    def _again(self, file: Encoded) -> Tensor | UnreadablePicture:
+        try:
+            return self._in_python(file.picture, file.viewer)
+        except UnreadablePicture as problem:
+            return problem
 
     def _copies(self, pictures: Any, device: torch.device) -> list[Tensor]:
         """Pictures on the GPU out of DALI's memory, which the next micro-batch takes."""
@@ -111,7 +102,7 @@ class DaliDecoder:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
             for k in range(len(pictures)):
-                picture = pictures.at(k)
+                picture = pictures[k]
                 found.append(torch.empty(picture.shape(), dtype=torch.uint8, device=device))
                 feed_ndarray(picture, found[-1], cuda_stream=stream)
             stream.synchronize()
@@ -124,45 +115,67 @@ class DaliDecoder:
         self._device, view = device, View((16, 16), (0, 0, 32, 32), False)
         try:
             self._pipeline = self._build()
-            pictures = self._decode([Encoded(file.getvalue(), 0, view, lambda _w, _h: view)])
+            red = Encoded(file.getvalue(), 0, view, lambda _w, _h: view)
+            pictures = feed(self._pipeline, [red], finished=True)
             (pixels,) = self._copies(pictures, device)
-            red = float(pixels[0].float().mean())
+            level = float(pixels[0].float().mean())
         except Exception as error:  # whatever is missing, the CPU can do it
             log.warning(
                 "DALI cannot decode on %s: %s; it decodes on the CPU", device, str(error).splitlines()[0]
             )
             return False
-        return red > 200
+        return level > 200
 
     def _build(self) -> dali.Pipeline:
-        """A pipeline that runs when it is asked to and keeps nothing, so that failing loses nothing else."""
-        device = self._device
-        pipeline = dali.Pipeline(
-            batch_size=self._batch,
-            num_threads=self._threads,
-            device_id=None if device is None else device.index or 0,
-            exec_async=False,
-            exec_pipelined=False,
-            prefetch_queue_depth=1,
+        return build_pipeline(self._batch, self._threads, self._device, finished=self._device is not None)
+
+
+def build_pipeline(batch: int, threads: int, device: torch.device | None, finished: bool) -> dali.Pipeline:
+    """A pipeline that runs when it is asked to and keeps nothing, so that failing loses nothing else.
+
+    From `file` it makes whole pictures (H, W, 3) uint8. If they are to be `finished`, it also takes `start`
+    and `shape` of their boxes (y, x), `size` (h, w) and `flip`, and makes (3, h, w). None is the CPU.
+    """
+    pipeline = dali.Pipeline(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=None if device is None else device.index or 0,
+        exec_async=False,
+        exec_pipelined=False,
+        prefetch_queue_depth=1,
+    )
+    with pipeline:
+        pictures = fn.decoders.image(
+            fn.external_source(name="file"),
+            device="cpu" if device is None else "mixed",
+            output_type=types.RGB,
+            jpeg_fancy_upsampling=True,  # as Pillow does
+            adjust_orientation=False,  # upright already
         )
-        with pipeline:
-            pictures = fn.decoders.image(
-                fn.external_source(name="file"),
-                device="cpu" if device is None else "mixed",
-                output_type=types.RGB,
-                jpeg_fancy_upsampling=True,  # as Pillow does
-                adjust_orientation=False,  # upright already
+        if finished:
+            start, shape, size, flip = (fn.external_source(name=name) for name in _VIEW)
+            pictures = fn.slice(pictures, start=start, shape=shape, axes=(0, 1))
+            pictures = fn.resize(pictures, size=size, interp_type=types.INTERP_LANCZOS3, antialias=True)
+            pictures = fn.crop_mirror_normalize(
+                pictures, mirror=flip, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
             )
-            if device is not None:
-                start, shape, size, flip = (fn.external_source(name=name) for name in _ON_GPU)
-                pictures = fn.slice(pictures, start=start, shape=shape, axes=(0, 1))
-                pictures = fn.resize(pictures, size=size, interp_type=types.INTERP_LANCZOS3, antialias=True)
-                pictures = fn.crop_mirror_normalize(
-                    pictures, mirror=flip, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
-                )
-            pipeline.set_outputs(pictures)
-        pipeline.build()
-        return pipeline
+        pipeline.set_outputs(pictures)
+    pipeline.build()
+    return pipeline
+
+
+def feed(pipeline: dali.Pipeline, files: list[Encoded], finished: bool) -> Any:
+    """What a pipeline makes of the files: DALI's list of pictures. Raises RuntimeError."""
+    views = [file.view for file in files]
+    pipeline.feed_input("file", [np.frombuffer(file.data, np.uint8) for file in files])
+    if finished:
+        corners = np.array([view.box for view in views], np.int32)[:, [1, 0, 3, 2]]
+        pipeline.feed_input("start", list(corners[:, :2]))
+        pipeline.feed_input("shape", list(corners[:, 2:] - corners[:, :2]))
+        pipeline.feed_input("size", [np.array(view.size, np.float32) for view in views])
+        pipeline.feed_input("flip", [np.array(view.flip, np.int32) for view in views])
+    (pictures,) = pipeline.run()
+    return pictures
 
 
 def size_if_simple(data: bytes) -> tuple[int, int] | None:

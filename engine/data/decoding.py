@@ -7,6 +7,7 @@ Both give the same pixels of the same pictures, and call the same pictures unrea
 """
 
 import importlib.util
+import logging
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from millrace.engine.data.choices import View, Viewer
 from millrace.engine.data.crop import cut
 from millrace.engine.data.pictures import Source, UnreadablePicture, holds_files
 from millrace.engine.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DALI = "nvidia-dali-cuda130"
 """Its package; it runs without a GPU too."""
@@ -91,6 +94,13 @@ def open_decoder(source: Source, config: Data, device: torch.device) -> Decoder:
         raise UserError(
             f"data.loader dali needs NVIDIA DALI: pip install '{DALI}>=2.4', or set data.loader to python"
         )
-    from millrace.engine.data.dali import DaliDecoder
-
+    try:
+        from millrace.engine.data.dali import DaliDecoder
+    except (ImportError, OSError) as error:  # a library of the driver or the toolkit that is not there
+        if config.loader == "dali":
+            raise UserError(
+                f"data.loader dali: NVIDIA DALI is installed but does not load: {error}; set it to python"
+            ) from None
+        log.warning("NVIDIA DALI is installed but does not load: %s", error)
+        return python
     return DaliDecoder(source, python, config, device)

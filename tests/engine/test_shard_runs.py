@@ -33,6 +33,7 @@ def changes(data, **sections):
             "micro_batch": 4,
             "workers": 2,
         },
+        "model": {"width": 160, "depth": 4, "heads": 5, "context_dim": 128},
         "checkpoint": {"every_steps": 7, "keep": 2},
         "logging": {"sample_keys": True},
         **sections,
@@ -144,6 +145,7 @@ def test_killed_at_random_and_resumed_with_one_two_and_one_processes(runs, shard
     assert keys_of_steps(run) == wanted
     assert len({saved for saved, _ in reached}) >= 3, reached
     assert any(done > saved for saved, done in reached), reached
+    print(f"checkpoint and steps told at each kill: {reached}")
 
 
 def readable(run):

@@ -5,6 +5,7 @@ import logging
 import random
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from millrace.engine.data.pictures import decode_picture
 from millrace.engine.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-from millrace.engine.data.dali import DaliDecoder, size_if_simple
+from millrace.engine.data.dali import DaliDecoder, build_pipeline, feed, size_if_simple
 
 CPU = torch.device("cpu")
 
@@ -211,6 +212,27 @@ def test_too_many_unreadable_pictures_stop_the_run(damaged, share):
     with pytest.raises(UserError) as by_dali:
         taken(stream(damaged, "dali", max_bad_share=share, workers=0), 12)
     assert str(by_dali.value) == str(by_python.value)
+
+
+def test_the_graph_for_gpus_makes_nearly_the_same_pixels(variety):
+    """Run on the CPU: what it adds to decoding is resizing by DALI."""
+    python = PythonDecoder(variety, 1)
+    views = [
+        View((32, 24), (3, 5, 43, 45), False),
+        View((24, 32), (0, 0, 51, 71), True),
+        View((64, 64), (0, 0, 64, 64), True),
+    ]
+    files = [
+        Encoded(variety.files[i], i, view, lambda _w, _h, view=view: view) for i, view in enumerate(views)
+    ]
+    found = feed(build_pipeline(4, 1, None, finished=True), files, finished=True)
+    for i, (file, view) in enumerate(zip(files, views, strict=True)):
+        pixels = torch.from_numpy(np.array(found[i]))
+        wanted = python.start(i, file.viewer)
+        assert pixels.shape == wanted.shape == (3, *view.size)
+        difference = (pixels.int() - wanted.int()).abs().float()
+        assert difference.max() <= 16  # Pillow and torch clip between the two passes, DALI does not
+        assert difference.mean() < 0.5
 
 
 def test_small_pictures_are_named(variety):
