@@ -56,10 +56,10 @@ def notes(result: dict[str, Any]) -> str:
     return (
         f"Batches (B, 3, h, w) uint8 of random crops from the same files in the page cache. {cases}. "
         f"{result['rounds']} turns of {result['seconds']:g} s for each loader, interleaved, with as many "
-        f"threads or worker processes as cores; {versions}. CPU ms: processor time of a loader and its workers "
-        "per image. To best peer: images/s over those of the fastest loader that is not ours. The peers resize "
-        "with Pillow as torchvision does, or, where the filter is bilinear, with torch's kernel as "
-        "torchvision's v2 does with bytes."
+        f"threads or worker processes as cores; {versions}. CPU ms: processor time of a loader and its "
+        "workers per image. To best peer: images/s over those of the fastest loader that is not ours. The "
+        "peers resize with Pillow as torchvision does, or, where the filter is bilinear, with torch's kernel "
+        "as torchvision's v2 does with bytes."
     )
 
 
