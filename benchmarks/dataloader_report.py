@@ -6,6 +6,8 @@ from columns import aligned
 
 Row = dict[str, Any]
 
+PACKAGES = ("pillow", "nvidia-dali-cuda130", "webdataset", "mosaicml-streaming")
+
 TARGETS = (
     ("dense, 256 px latents", "256", 300),
     ("dense, 1024 px pixels", "1024", 85),
@@ -16,9 +18,13 @@ TARGETS = (
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each loader in each case, the fastest first."""
-    head = ["case", "loader", "filter", "images/s", "p20-p80", "per core", "CPU ms", "of the best peer"]
-    lines = [head]
+    """`cells` for a terminal."""
+    return "\n".join(aligned(cells(rows), 3))
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """A head, and a line for each loader in each case, the fastest first."""
+    lines = [["case", "loader", "filter", "images/s", "p20-p80", "per core", "CPU ms", "to best peer"]]
     for case in dict.fromkeys(row["case"] for row in rows):
         for row in ranked(rows, case):
             ratio = against_best_peer(rows, row)
@@ -34,7 +40,32 @@ def table(rows: list[Row]) -> str:
                     f"{ratio:.2f}" if ratio and row["ours"] else "",
                 ]
             )
-    return "\n".join(aligned(lines, 3))
+    return lines
+
+
+def notes(result: dict[str, Any]) -> str:
+    """What was measured and how, in words."""
+    cases = "; ".join(
+        f"*{case['name']}*: {case['pictures']} JPEG files of {case['mean_megapixels']:.2f} megapixels and "
+        f"{case['mean_bytes'] / 2**10:.0f} KiB on average, to {_output(case)}"
+        for case in result["cases"]
+    )
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}" for name in PACKAGES if result["versions"].get(name)
+    )
+    return (
+        f"Batches (B, 3, h, w) uint8 of random crops from the same files in the page cache. {cases}. "
+        f"{result['rounds']} turns of {result['seconds']:g} s for each loader, interleaved, with as many "
+        f"threads or worker processes as cores; {versions}. CPU ms: processor time of a loader and its "
+        "workers per image. To best peer: images/s over those of the fastest loader that is not ours. The "
+        "peers resize with Pillow as torchvision does, or, where the filter is bilinear, with torch's kernel "
+        "as torchvision's v2 does with bytes."
+    )
+
+
+def _output(case: dict[str, Any]) -> str:
+    edge = case["resolution"]
+    return f"{edge} x {edge}" if case["square"] else f"{case['buckets']} buckets of about {edge} x {edge}"
 
 
 def ranked(rows: list[Row], case: str) -> list[Row]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import dataloader_report
 import kernels_report
 from operation_cases import OPERATIONS as OTHERS
 from recording import RESULTS, ROOT
@@ -51,6 +52,7 @@ def page(results: list[Result]) -> str:
         routing_section(of(results, "routing")),
         traffic_section(of(results, "traffic")),
         resources_section(of(results, "resources")),
+        dataloader_section(of(results, "dataloader")),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -305,6 +307,25 @@ def resources_section(results: list[Result]) -> str:
             ]
         )
     return "\n\n".join([*text, markdown(head, lines)])
+
+
+def dataloader_section(results: list[Result]) -> str:
+    """Loaders of pictures side by side on each CPU, and the cores that a GPU needs of ours."""
+    text = ["## Loading pictures"]
+    newest = {result["cpu"]: result for result in results}
+    if not newest:
+        return "\n\n".join([*text, "Not measured: no result of `benchmarks/dataloader.py`."])
+    for cpu, result in newest.items():
+        text += [f"### {cpu}, {result['cores']} cores", _origin(result)]
+        text.append(dataloader_report.notes(result))
+        head, *lines = dataloader_report.cells(result["rows"])
+        text.append(markdown(head, lines))
+        needs = dataloader_report.needs(result["rows"])
+        if needs:
+            text.append("Cores of this kind that feed one H200 at the throughputs the engine aims at:")
+            head = ["training", "images/s", "loader", "cores"]
+            text.append(markdown(head, [[a, str(b), c, f"{d:.1f}"] for a, b, c, d in needs]))
+    return "\n\n".join(text)
 
 
 def gpu_of(result: Result) -> str:
