@@ -137,8 +137,8 @@ class Evaluation:
             for number, picture in zip(numbers, pictures, strict=True):
                 if not bool(torch.isfinite(picture).all()):
                     raise UserError(
-                        f"sample {number} ({self.reference.caption(number)!r}) is not finite; look at the weights, "
-                        "and try precision.compute float32"
+                        f"sample {number} ({self.reference.caption(number)!r}) is not finite; "
+                        "look at the weights, and try precision.compute float32"
                     )
             self._add(found, numbers.start, [levels(picture) for picture in pictures])
             drawing, looking = drawing + drawn - begun, looking + time.perf_counter() - drawn

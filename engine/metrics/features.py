@@ -81,8 +81,8 @@ class InceptionFeatures(FeatureNetwork):
     def __init__(self, path: str | None, key: str, device: torch.device) -> None:
         if path is None:
             raise UserError(
-                f"FID needs the weights of its Inception: set {key} to {PUBLISHED[0]}, which torch-fidelity "
-                f"publishes in release v0.2.0 (sha256 {PUBLISHED_SHA256[:16]}...), or leave it out of the metrics"
+                f"FID needs the weights of its Inception: set {key} to {PUBLISHED[0]} of torch-fidelity's "
+                f"release v0.2.0 (sha256 {PUBLISHED_SHA256[:16]}...), or leave fid out of the metrics"
             )
         network, digest = load_inception(path, key, device)
         super().__init__(network, device)
