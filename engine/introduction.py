@@ -30,7 +30,7 @@ def introduction(
     config = stage.config
     parameters = sum(torch.Size(shape).numel() for _, shape in named_shapes)
     lines = [describe_stage(stages, stage)] if len(stages) > 1 else []
-    grids = config.sampling.every_steps > 0
+    samples = config.sampling.every_steps > 0 or config.evaluation.every_steps > 0
     return [
         *lines,
         f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
@@ -41,7 +41,7 @@ def introduction(
         "samples per process and step",
         describe(config),
         f"attention: {_attention(config, prepare.device)}",
-        *(guidance_warnings(config.sampling, config.routing, config.objective) if grids else []),
+        *(guidance_warnings(config.sampling, config.routing, config.objective) if samples else []),
         "precision audit:",
         *(f"  {what:<32} {dtypes}" for what, dtypes in rows),
     ]

@@ -8,7 +8,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from millrace.engine.end_to_end import open_end_to_end
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
 from millrace.engine.frozen import open_frozen
-from millrace.engine.grids import draw_grid
 from millrace.engine.introduction import introduction
 from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
@@ -37,6 +36,7 @@ from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.optim.build import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.preparation import Preparation, Prepared
+from millrace.engine.run_samples import RunSamples
 from millrace.engine.runtime import distributed, state, zero
 from millrace.engine.runtime.checkpoint import save_checkpoint
 from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output, replace_text
@@ -196,6 +196,7 @@ class Trainer:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
             self.log.say(line)
+        self.pictures = RunSamples(config, self.flow, self.prepare, self.source, self.output, self.log)
 
     def train(self) -> bool:
         """Train to the end of the stage, or until asked to stop; either way with a checkpoint of the end.
@@ -208,9 +209,10 @@ class Trainer:
         try:
             while self.step < self.stage.last:
                 self.train_step()
-                last, every = self.step == config.run.steps, config.sampling.every_steps
-                if every and (last or self.step % every == 0):
-                    self.sample_grid()
+                if self.pictures.due(self.step):
+                    self._flush()
+                    self.tuning.settle()
+                    self.pictures.make(self.step, self.gathered())
                 request = self.stop.poll()
                 if request.stop:
                     self.save()
@@ -372,19 +374,8 @@ class Trainer:
         self.saved_at = self.step
         self.log.say(f"saved {folder}")
 
-    def sample_grid(self) -> None:
-        """Write a grid of pictures for `sampling.prompts`. Collective: gathers the weights; rank 0 draws."""
-        config = self.config
-        self.tuning.settle()
-        source = Tensor.detach if self.ema is None else self.ema.source(config.sampling.weights)
-        weights = gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
-        if distributed.rank() != 0:
-            for _ in weights:
-                pass
-            return
-        held = dict(self.denoiser.named_parameters())
-        whole = {name: weight for name, weight in weights if name in held}
-        whole |= dict(self.denoiser.named_buffers())
-        path = self.output / "samples" / f"step-{self.step:08d}.png"
-        draw_grid(path, config, whole, self.flow, self.prepare, self.source, self.device)
-        self.log.grid(path, self.step)
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights and buffers of the denoiser, those that `sampling.weights` names. Collective."""
+        source = Tensor.detach if self.ema is None else self.ema.source(self.config.sampling.weights)
+        yield from gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
+        yield from self.denoiser.named_buffers()

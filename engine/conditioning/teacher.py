@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millrace.engine.conditioning.dino import PUBLISHED, load_dino
+from millrace.engine.conditioning.pretrained import weights_digest
 from millrace.engine.conditioning.side_stream import SideStream, use_after
 from millrace.engine.conditioning.small_classifier import PATCH, load_classifier
 from millrace.engine.config import Alignment, AttentionAlignment
@@ -74,7 +75,7 @@ class Teacher(ABC):
         self, config: TeacherConfig, patch: int, dim: int, network: nn.Module, name: str, device: torch.device
     ) -> None:
         self.config, self.patch, self.dim, self.device = config, patch, dim, device
-        self.identity = f"{name}, weights {_digest(network)}, {config.dtype}, {config.resize}"
+        self.identity = f"{name}, weights {weights_digest(network)}, {config.dtype}, {config.resize}"
         self._cache: _Cache | None = None
         self._side = SideStream(device)
 
@@ -221,14 +222,6 @@ def open_teacher(
 def teacher_of(config: Alignment, device: torch.device, data: str) -> Teacher | None:
     """The teacher that an alignment needs, as of `open_teacher`; None where nothing is aligned."""
     return open_teacher(config.teacher, device, config.attention, data) if config.active else None
-
-
-def _digest(network: nn.Module) -> str:
-    """Of the first values of every weight: other weights under the same name are another teacher."""
-    digest = sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class _Cache:

@@ -167,6 +167,20 @@ class RunLog:
 
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Write what an evaluation found: a line {"step", "evaluation": values} of log.jsonl, and scalars."""
+        if not self._leads:
+            return
+        self._file.write(json.dumps({"step": step, "evaluation": _plain(values)}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        scalars = {f"evaluation/{name}": value for name, value in values.items()}
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
     def say(self, message: str) -> None:
         """Show a line to the user, above the progress bar if there is one."""
         if self._leads:
