@@ -1,6 +1,7 @@
 """What `prepare.py` is asked for, and the sizes that pictures are sorted into."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,9 @@ from millrace.engine.errors import UserError
 ROOM = 1 / 0.8
 """A picture is stored at most this many times larger than its bucket in each edge, up to the difference of
 their shapes: the smallest random crop by default is 0.8 of the largest, so nothing is lost in training."""
+
+_BREAKS = re.compile("[\\0-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+"""Control characters and what else begins a new line."""
 
 _PRX = {
     256: ("160x352 192x320 224x288 256x256", ""),
@@ -107,5 +111,6 @@ def relative(path: Path, root: Path) -> str:
 
 
 def readable(name: str) -> str:
-    """A file name as text that every file and terminal can take."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A file name as one line of text that every file and terminal can take."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

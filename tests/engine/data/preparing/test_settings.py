@@ -67,4 +67,5 @@ def test_names_that_are_no_text_can_be_printed():
     name = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
     assert readable(name) == "caf\\xe9.jpg"
     assert relative(Path("/a/b") / name, Path("/a")) == "b/caf\\xe9.jpg"
-    assert readable("naïve 猫") == "naïve 猫"
+    assert readable("naïve 猫\u202f") == "naïve 猫\u202f"
+    assert readable("a\nb\x1b[31m\u2028") == "a\\nb\\x1b[31m\\u2028"
