@@ -169,9 +169,9 @@ def feed(pipeline: dali.Pipeline, files: list[Encoded], finished: bool) -> Any:
     views = [file.view for file in files]
     pipeline.feed_input("file", [np.frombuffer(file.data, np.uint8) for file in files])
     if finished:
-        corners = np.array([view.box for view in views], np.int32)[:, [1, 0, 3, 2]]
-        pipeline.feed_input("start", list(corners[:, :2]))
-        pipeline.feed_input("shape", list(corners[:, 2:] - corners[:, :2]))
+        boxes = [view.box for view in views]
+        pipeline.feed_input("start", [np.array([y, x], np.int32) for x, y, _, _ in boxes])
+        pipeline.feed_input("shape", [np.array([y1 - y, x1 - x], np.int32) for x, y, x1, y1 in boxes])
         pipeline.feed_input("size", [np.array(view.size, np.float32) for view in views])
         pipeline.feed_input("flip", [np.array(view.flip, np.int32) for view in views])
     (pictures,) = pipeline.run()
