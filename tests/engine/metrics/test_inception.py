@@ -13,8 +13,8 @@ from millrace.engine.metrics.tiny import tiny_inception
 
 CPU = torch.device("cpu")
 
-# FeatureExtractorInceptionV3 of torch-fidelity 0.4.0, INPUT_IMAGE_SIZE 75, with the weights of `filled` and the
-# pictures of `two_pictures`: features at PLACES (the ends of the last block's branches), mean and mean square.
+# FeatureExtractorInceptionV3 of torch-fidelity 0.4.0, INPUT_IMAGE_SIZE 75, with the weights of `filled` and
+# `two_pictures`: features at PLACES (the ends of the last block's branches), mean and mean square.
 PLACES = [0, 319, 320, 1087, 1088, 1855, 1856, 2047]
 THEIRS = [
     [1.2517718, 0.0, 0.68096125, 0.76898229, 0.0, 0.0, 0.42908752, 1.14584422],
