@@ -1,4 +1,4 @@
-# make install  .venv with everything that training and the tests need
+# make install  .venv with everything that training needs
 # make train    learn the built-in pictures by heart, then sample every caption and print how many come back
 # make test     the tests          make lint  style          make schema  configs/schema.json
 PYTHON ?= python3
@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+MDS    ?= mosaicml-streaming==0.13.0
 
 .PHONY: install train test lint schema clean
 install: $(VENV)/.installed
@@ -20,12 +21,20 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# What the tests need besides: DALI and other people's formats and loaders (half a gigabyte, so not for `train`).
+# --no-deps: the list of mosaicml-streaming caps numpy below 2.2 and transformers below 5 and asks for torchvision,
+# which has no build for a torch without CUDA, and for five cloud SDKs; the extra `mds` has what it imports.
+$(VENV)/.installed-data: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,data,mds,peers]"
+	$(BIN)/pip install --quiet --no-deps "$(MDS)"
+	touch $@
+
 train: install
 	$(BIN)/python engine/train.py --config configs/quickstart.json --resume auto
 	$(BIN)/python engine/sample.py --checkpoint runs/quickstart --recall --grid runs/quickstart/recall.png
 
 # The second run takes the Triton kernels through Triton's interpreter, on the CPU.
-test: install
+test: $(VENV)/.installed-data
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
 

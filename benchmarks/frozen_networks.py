@@ -114,12 +114,13 @@ def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> auto
         return autoencoders.open_autoencoder(config, device)
     name, values = AUTOENCODERS[config.kind]
     network_class = import_class("diffusers", name, f"conditioning.autoencoder.kind {config.kind}")
-    dtype = torch.float32 if config.kind == "dc_ae" else getattr(torch, config.dtype)
-    network = build(lambda: network_class(**values), device, dtype)
+    network = build(lambda: network_class(**values), device, autoencoders.arithmetic(config))
     scale = autoencoders.FLUX2_SCALE if config.kind == "flux2" else network.config.scaling_factor
     shift = network.config.get("shift_factor") or 0.0
+    factor = autoencoders.PUBLISHED_FACTOR[config.kind]
+    constants = autoencoders.Constants(network.config.latent_channels, factor, scale, shift)
     identity = f"{config.kind}, random weights"
-    return autoencoders.Latents(network, identity, scale, shift, stochastic=config.kind != "dc_ae")
+    return autoencoders.Latents(lambda: network, identity, constants, stochastic=config.kind != "dc_ae")
 
 
 def open_text_tower(

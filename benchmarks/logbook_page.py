@@ -12,6 +12,7 @@ from typing import Any
 
 from ablations_table import (
     HIGHER,
+    RATED_BY,
     Value,
     at_times,
     best_rate,
@@ -229,15 +230,14 @@ def sweep(result: Result) -> str:
     if not found:
         return "No sweep was run."
     rates = result["learning_rates"]
-    measure = next(m for m in WORDS if all(m in v for by_rate in found.values() for v in by_rate.values()))
     lines = []
     for name, by_rate in found.items():
-        cells = [f"{by_rate[rate][measure]:.3f}" if rate in by_rate else "-" for rate in rates]
+        cells = [f"{by_rate[rate][RATED_BY]:.3f}" if rate in by_rate else "-" for rate in rates]
         lines.append([f"`{name}`", *cells, f"{best_rate(by_rate):g}"])
     taken = ", ".join(f"{kind} {rate:g}" for kind, rate in result["sizes"]["lr"].items())
     return (
         f"The same rates for every optimizer, one run each with seed {result['sweep_seed']}, which no row of "
-        f"the table has; {WORDS[measure]} of the samples at the end. The other rows take the rate of their "
+        f"the table has; {WORDS[RATED_BY]} at the end. The other rows take the rate of their "
         f"optimizer: {taken}.\n\n"
         + markdown(["configuration", *(f"{rate:g}" for rate in rates), "best"], lines)
     )

@@ -18,7 +18,10 @@ from millrace.engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("triton", "deepspeed", "flash-attn", "xformers", "transformers", "diffusers")
+PACKAGES = (
+    *("triton", "deepspeed", "flash-attn", "xformers", "transformers", "diffusers"),
+    *("pillow", "nvidia-dali-cuda130", "webdataset", "mosaicml-streaming"),
+)
 
 
 def environment() -> dict[str, Any]:

@@ -29,9 +29,11 @@ def resolve(path: str, arguments: argparse.Namespace, folder: Path, defaults: Se
     Args:
         defaults: overrides that those of the command line win over.
     """
+    # One more than are run: the last step of a run prepares nothing for the next, and would look cheaper.
+    steps = arguments.warmup + arguments.steps + 2 * bool(arguments.profile) + 1
     own = [
         f"run.output_dir={folder}",
-        f"run.steps={arguments.warmup + arguments.steps + 2 * bool(arguments.profile)}",
+        f"run.steps={steps}",
         "run.init_from=null",
         "logging.tensorboard=false",
         "logging.wandb=false",
@@ -112,6 +114,7 @@ def time_steps(
             then(trainer)
     finally:
         gc.unfreeze()
+        trainer.sample_log.close()
         trainer.stream.close()
         trainer.log.close()
     return seconds
@@ -164,6 +167,7 @@ def _measure(path: str, config: Config, conditioning: str, arguments: argparse.N
         "smoke": arguments.smoke,
         "conditioning": conditioning,
         "includes": trainer.includes,
+        "loader": None if conditioning == "cached" else trainer.stream.loader,
         "device": device.type,
         "devices": devices,
         "micro_batch": config.data.micro_batch,

@@ -16,7 +16,8 @@ configuration names no path, at the published size. --conditioning says where in
             itself, with no pictures, no text tower and no autoencoder. Square pictures, equal caption
             lengths. The teacher of an alignment runs in every step.
   pictures  pictures decoded, cropped and encoded in every step; text rows as in `cached`.
-  live      pictures decoded and cropped (ahead, in threads), captions and pictures encoded in every step.
+  live      pictures decoded and cropped (ahead), captions and pictures encoded in every step, on CUDA beside
+            the step before, as in training. Caches that the configuration names are read.
 
 images/s is over the whole measured time, so stalls count; batches/s is images/s / 256, the unit of the post.
 A micro-batch that does not fit the GPU is halved until it does. On CUDA the rows are also written as JSON to

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine import config as settings
-from millrace.engine.conditioning.autoencoder import Autoencoder, Pixels, published_factor
+from millrace.engine.conditioning.autoencoder import Autoencoder, Pixels, Posterior, published_factor
 from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.config import Config, Data, TextTower
-from millrace.engine.data import Batch
+from millrace.engine.data import Batch, signed_unit
 from millrace.engine.preparation import Prepared
 from millrace.engine.runtime import distributed
 from millrace.engine.trainer import Trainer
@@ -26,7 +26,7 @@ FROZEN = ("teacher", "autoencoder", "text")
 class Live(Trainer):
     """The trainer, counting what passes through it. Its frozen networks are random where no path is set."""
 
-    includes = "pictures decoded and cropped (ahead, in threads), pictures and captions encoded in every step"
+    includes = "pictures decoded and cropped (ahead), pictures and captions encoded in every step"
 
     open_autoencoder = staticmethod(frozen_networks.open_autoencoder)
     open_text_tower = staticmethod(frozen_networks.open_text_tower)
@@ -106,6 +106,11 @@ class Live(Trainer):
         super()._record(rates, norm, applied, seconds, flops)
 
 
+def with_data(config: Config, **changes: Any) -> Config:
+    """The configuration with other values in its section `data`."""
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
 class RandomLatents(Autoencoder):
     """Stands in for an autoencoder: latents of the true shape, without weights."""
 
@@ -115,10 +120,13 @@ class RandomLatents(Autoencoder):
         self.channels, self.factor = channels, published_factor(config)
         self.identity = f"random numbers for {config.kind}"
 
-    def _encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
+    def _posterior(self, images: Tensor) -> Posterior:
         height, width = images.shape[-2:]
         shape = (len(images), self.channels, height // self.factor, width // self.factor)
-        return torch.randn(shape, device=images.device)
+        return Posterior(torch.randn(shape, device=images.device), None)
+
+    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
+        return posterior.sampled(noise)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raise RuntimeError("random numbers are no pictures")
@@ -141,17 +149,17 @@ class RandomText(TextEncoder):
 
 
 class Pictures(Live):
-    """The trainer with text from memory; pictures are decoded and encoded.
+    """The trainer with text from memory; pictures are decoded and encoded, also those with caches.
 
     Args:
         caption_tokens: text tokens of every sample.
     """
 
-    includes = "pictures decoded and cropped (ahead, in threads) and encoded in every step; random text rows"
+    includes = "pictures decoded and cropped (ahead) and encoded in every step; random text rows"
 
     def __init__(self, config: Config, caption_tokens: int) -> None:
         self.caption_tokens = caption_tokens
-        super().__init__(config)
+        super().__init__(with_data(config, cached=()))
 
     def open_text_tower(
         self, config: TextTower, dim: int, device: torch.device, dtype: torch.dtype
@@ -170,17 +178,21 @@ class Cached(Pictures):
     includes = "random latents (or pixels) and text rows, already on the device; a teacher runs in every step"
 
     def __init__(self, config: Config, caption_tokens: int) -> None:
-        super().__init__(config, caption_tokens)
+        # No pictures: neither a size of theirs nor a decoder.
+        plain = {"source": "builtin", "path": None, "keys": None, "mixture": (), "aspect": "square"}
+        super().__init__(with_data(config, **plain, loader="python"), caption_tokens)
         edge, samples = config.data.resolution, config.data.micro_batch
         names = [f"random/{i}" for i in range(samples)]
         index = torch.arange(samples) + distributed.rank() * samples
         generator = torch.Generator().manual_seed(config.run.seed)
-        pictures = [torch.rand(3, edge, edge, generator=generator) * 2 - 1 for _ in range(samples)]
+        pictures = list(torch.randint(256, (samples, 3, edge, edge), generator=generator, dtype=torch.uint8))
         self.batch = self.prepare(Batch(pictures, names, names, index))
         side = edge // (self.prepare.patch * self.prepare.autoencoder.factor)
         self.grids = [(side, side)] * samples
         self.pictures = (
-            [picture.to(self.device) for picture in pictures] if self.prepare.teacher is not None else []
+            [signed_unit(picture.to(self.device)) for picture in pictures]
+            if self.prepare.teacher is not None
+            else []
         )
 
     def make_batch(self) -> Prepared:
@@ -188,6 +200,9 @@ class Cached(Pictures):
             return self.batch
         features = self.prepare.teacher.features(self.pictures, self.grids, self.batch.keys)
         return replace(self.batch, teacher=features)
+
+    def look_ahead(self) -> None:
+        """The one micro-batch is there."""
 
     def open_source(self, _config: Data) -> tuple:
         return ()

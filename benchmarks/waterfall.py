@@ -63,6 +63,7 @@ def profile(trainer: Live, limits: Row) -> Row:
     with ExitStack() as stack:
         for owner, name, label in (
             (trainer, "next_batch", CONDITIONING),
+            (trainer, "look_ahead", CONDITIONING),
             (zero, "apply_gradients", OPTIMIZER),
         ):
             stack.enter_context(mock.patch.object(owner, name, _labelled(label, getattr(owner, name))))

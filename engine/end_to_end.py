@@ -126,7 +126,10 @@ class EndToEnd(Feed):
         """The next micro-batch for the denoiser; the first of a step brings the other two gradients."""
         if not self._ready:
             self._ready.extend(self._begin([next(stream) for _ in range(self.accumulate)], step))
-        return self._ready.popleft()
+        return self.hand_out(self._ready.popleft())
+
+    def look_ahead(self, stream: Iterator[Batch]) -> None:
+        """Nothing: the next micro-batch's latents depend on this step's update of the autoencoder."""
 
     def finish(self, applied: bool, step: int, steps: int) -> None:
         """End the step: all updates if the denoiser's was `applied`, else none. `step` of `steps`, both
@@ -358,7 +361,7 @@ def open_end_to_end(
             "start another one with run.init_from"
         )
     if not enabled:
-        return Feed(prepare)
+        return Feed(prepare, None if config.conditioning.overlap else False)
     tuning = EndToEnd(config, prepare, model, flow, accumulate)
     if reader is not None:
         tuning.load(reader)

@@ -2,13 +2,14 @@
 
 import torch
 
-from millrace.engine.config import guidance_warnings
+from millrace.engine.config import Config, guidance_warnings
 from millrace.engine.data.pictures import Source
 from millrace.engine.model.routing import describe
 from millrace.engine.preparation import Preparation
 from millrace.engine.runtime import distributed, zero
-from millrace.engine.runtime.precision import AuditRow
+from millrace.engine.runtime.precision import DTYPES, AuditRow
 from millrace.engine.stages import Stage, describe_stage
+from millrace.kernels.rope_attention import describe_choice
 
 
 def introduction(
@@ -29,7 +30,7 @@ def introduction(
     config = stage.config
     parameters = sum(torch.Size(shape).numel() for _, shape in named_shapes)
     lines = [describe_stage(stages, stage)] if len(stages) > 1 else []
-    grids = config.sampling.every_steps > 0
+    samples = config.sampling.every_steps > 0 or config.evaluation.every_steps > 0
     return [
         *lines,
         f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
@@ -39,7 +40,15 @@ def introduction(
         f"ZeRO {zero.zero_stage(config)}, {zero.accumulation_steps(config)} x {config.data.micro_batch} "
         "samples per process and step",
         describe(config),
-        *(guidance_warnings(config.sampling, config.routing, config.objective) if grids else []),
+        f"attention: {_attention(config, prepare.device)}",
+        *(guidance_warnings(config.sampling, config.routing, config.objective) if samples else []),
         "precision audit:",
         *(f"  {what:<32} {dtypes}" for what, dtypes in rows),
     ]
+
+
+def _attention(config: Config, device: torch.device) -> str:
+    """The backend that the blocks use."""
+    if config.model.attention_backend != "auto":
+        return config.model.attention_backend
+    return describe_choice(device, DTYPES[config.precision.compute])

@@ -16,6 +16,6 @@ def host_generator(seed: int, index: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=hash_key(stream_key(seed, purpose) ^ index)))
 
 
-def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, size: int, purpose: str = "order") -> np.ndarray:
     """Permutation (size,) int64 in which epoch `epoch` visits a data set of `size` samples."""
-    return host_generator(seed, epoch, "order").permutation(size)
+    return host_generator(seed, epoch, purpose).permutation(size)

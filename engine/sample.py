@@ -17,41 +17,28 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Iterator
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.conditioning.text import open_text_tower
-from millrace.engine.config import Config, Sampling, guidance_warnings
-from millrace.engine.config.sampling import SELF_ONLY
-from millrace.engine.config_file import dict_from_overrides, load_config, merge, parse_config
+from millrace.engine.config import Config, guidance_warnings
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.errors import UserError
-from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.metrics.nearest import recall
-from millrace.engine.model.conversion import expect_state
-from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.evaluations import describe
 from millrace.engine.model.flops import sampling_flops
 from millrace.engine.objective.contrastive import mean_target
-from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.runtime.distributed import choose_device
-from millrace.engine.runtime.precision import DTYPES
-from millrace.engine.runtime.weights import checkpoint_folder, checkpoint_state
 from millrace.engine.sampling import Sampler, save_grid
+from millrace.engine.trained import add_model_arguments, load_model, open_sampler, run_of
 from millrace.engine.tuned import open_trained
 
 
 def parse() -> argparse.Namespace:
     """Arguments of the command."""
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="run folder, checkpoint folder, or diffusers folder"
-    )
-    parser.add_argument("--config", help="configuration for a folder that holds none (diffusers weights)")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides")
+    add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a caption; may be given several times")
     what.add_argument("--prompts-file", type=Path, help="text file with one caption a line")
@@ -65,26 +52,6 @@ def parse() -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="write the mean velocity target of the training pictures, for --mean-target; makes no pictures",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "ema", "ema2", "model"),
-        default="auto",
-        help="auto: EMA if there is one",
-    )
-    parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--guidance", type=float, help="scale of the guidance; 1 is off")
-    parser.add_argument(
-        "--method",
-        choices=get_args(Sampling.model_fields["method"].annotation),
-        help="what the guidance leads away from (docs/guidance.md)",
-    )
-    parser.add_argument("--solver", choices=("euler", "heun"))
-    parser.add_argument(
-        "--mean-target",
-        type=Path,
-        metavar="FILE",
-        help="take back the shift of contrastive flow matching, with the weight of the training",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", metavar="HxW", help="height x width in pixels; default data.resolution")
@@ -101,24 +68,11 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Load weights and towers, sample, write."""
     arguments = parse()
-    weights, config = _load(arguments)
+    weights, config = load_model(arguments)
     device = choose_device(config.run.device)
     if arguments.compute_mean_target:
         return _compute_mean_target(arguments, config, device)
-    compute = DTYPES[config.precision.compute]
-    expect_state(weights, config.model, config.routing, f"weights of {arguments.checkpoint}")
-    denoiser = Denoiser(config.model, config.routing)
-    denoiser.load_state_dict(weights)
-    autoencoder = open_trained(config, _run(arguments.checkpoint), device)
-    edge = config.model.patch_size * autoencoder.factor
-    sampler = Sampler(
-        denoiser.to(device).eval().requires_grad_(False),
-        FlowMatching(config.objective, config.run.seed, edge),
-        autoencoder,
-        open_text_tower(config.conditioning.text, config.model.context_dim, device, compute),
-        device,
-        compute,
-    )
+    sampler = open_sampler(weights, config, arguments.checkpoint, device)
     for warning in guidance_warnings(config.sampling, config.routing, config.objective):
         print(warning, file=sys.stderr)
     size = _size(arguments.size, config)
@@ -137,50 +91,10 @@ def main() -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
-    """Weights, and the configuration that they were trained with under the command's overrides."""
-    names = ("steps", "guidance", "solver", "method")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    changes = merge(dict_from_overrides(arguments.overrides), {"sampling": given})
-    if arguments.method not in (None, "self"):
-        # What the run had set for its own method would be refused beside another one.
-        changes = merge({"sampling": Sampling().model_dump(mode="json", include=set(SELF_ONLY))}, changes)
-    if _holds_weights_only(arguments.checkpoint):
-        if not arguments.config:
-            raise UserError(
-                f"{arguments.checkpoint} holds weights only; add --config FILE for towers and objective"
-            )
-        wanted = load_config(arguments.config)
-        weights, model, routing = load_weights(
-            arguments.checkpoint, wanted.model if _is_state_dict(arguments.checkpoint) else None
-        )
-        # Such weights are of no SPRINT model, whatever the run was that the configuration is for.
-        found = {"model": model.model_dump(mode="json"), "routing": routing.model_dump(mode="json")}
-        values = wanted.model_dump(mode="json") | found
-        return weights, _with_mean_target(merge(values, changes), arguments)
-    weights, config = checkpoint_state(checkpoint_folder(arguments.checkpoint), arguments.weights)
-    values = config.model_dump(mode="json")
-    return weights, _with_mean_target(merge(values, changes), arguments)
-
-
-def _with_mean_target(values: dict[str, Any], arguments: argparse.Namespace) -> Config:
-    """The configuration of `values`, with --mean-target and the weight that goes with it."""
-    if arguments.mean_target is not None:
-        sampling = values["sampling"]
-        sampling["mean_target"] = str(arguments.mean_target)
-        sampling["contrastive"] = sampling["contrastive"] or values["objective"]["contrastive_weight"]
-        if not sampling["contrastive"]:
-            raise UserError(
-                "--mean-target takes back what objective.contrastive_weight does, which is 0 for this model; "
-                "leave it out, or --set sampling.contrastive"
-            )
-    return parse_config(values, arguments.config or str(arguments.checkpoint))
-
-
 def _compute_mean_target(arguments: argparse.Namespace, config: Config, device: torch.device) -> int:
     """Write the mean target of the training pictures, in evaluation's crops; per channel if sizes differ."""
     path, source = arguments.compute_mean_target, open_source(config.data)
-    autoencoder = open_trained(config, _run(arguments.checkpoint), device)
+    autoencoder = open_trained(config, run_of(arguments.checkpoint), device)
     edge = autoencoder.factor * config.model.patch_size
 
     def latents() -> Iterator[Tensor]:
@@ -210,21 +124,6 @@ def _cost(sampler: Sampler, config: Config, pictures: Tensor) -> str:
         f"sampling: {describe(config)}; {flops / 1e9:,.4f} GFLOP a picture, {flops / unguided:.3g} times "
         "those without guidance"
     )
-
-
-def _is_state_dict(path: Path) -> bool:
-    """Whether `path` is PRX's form, which does not say what model it is."""
-    return path.is_file() or (path / PRX_FILE).is_file()
-
-
-def _holds_weights_only(path: Path) -> bool:
-    """Whether `path` is exported weights (diffusers or PRX), not a run or one of its checkpoints."""
-    return _is_state_dict(path) or any(map(is_diffusers, (path, path / "transformer")))
-
-
-def _run(path: Path) -> Path | None:
-    """`path` if it is a run or one of its checkpoints, None if it is weights alone."""
-    return None if _holds_weights_only(path) else path
 
 
 def _size(text: str | None, config: Config) -> tuple[int, int]:

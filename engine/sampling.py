@@ -63,9 +63,10 @@ class Sampler:
 
     @torch.no_grad()
     def mixed(
-        self, prompts: list[str], sizes: list[tuple[int, int]], config: Sampling, seed: int
+        self, prompts: list[str], sizes: list[tuple[int, int]], config: Sampling, seed: int, number: int = 0
     ) -> list[Tensor]:
-        """As a call, but every picture has a size of its own: tensors (3, height, width)."""
+        """As a call, but every picture has a size of its own: tensors (3, height, width). `number` is the i
+        of the first picture, so that a part of many pictures is the same as among all of them."""
         edge = self.autoencoder.factor * self.denoiser.config.patch_size
         for height, width in dict.fromkeys(sizes):
             if height % edge or width % edge:
@@ -76,7 +77,7 @@ class Sampler:
         pictures: list[Tensor] = []
         for first in range(0, len(prompts), self.CHUNK):
             part = slice(first, first + self.CHUNK)
-            pictures += self._chunk(prompts[part], sizes[part], first, config, seed, mean_target)
+            pictures += self._chunk(prompts[part], sizes[part], number + first, config, seed, mean_target)
         return pictures
 
     def _mean_target(self, config: Sampling) -> MeanTarget | None:

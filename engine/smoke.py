@@ -105,6 +105,12 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
         "checkpoint": {"every_steps": 2, "keep": 2},
         "logging": {"every_steps": 2, "wandb": False},
         "sampling": {"every_steps": steps, "prompts": [], "count": 2, "steps": 2},
+        "evaluation": {
+            "every_steps": steps if config.evaluation.every_steps else 0,
+            "reference": None,
+            "samples": 4,
+            "reference_samples": 4,
+        },
     }
 
 
@@ -117,10 +123,11 @@ def _small_tuning(tuning: AutoencoderTuning) -> dict[str, Any]:
 def _small_source(data: Data) -> dict[str, Any]:
     """The pictures that come with this project, in place of each folder."""
     own = {"path": None, "keys": None}
+    shards = {"aspect": "mixed" if data.aspect == "bucket" else data.aspect, "cached": [], "loader": "auto"}
     if data.source == "mixture":
         parts = [part.model_dump(mode="json") for part in data.mixture]
-        return {"mixture": [part | own | {"source": "builtin"} for part in parts], **own}
-    return {"source": "builtin", **own}
+        return {"mixture": [part | own | {"source": "builtin"} for part in parts], **own, **shards}
+    return {"source": "builtin", **own, **shards}
 
 
 def _small_judges(objective: Objective) -> dict[str, Any]:
@@ -142,17 +149,23 @@ def _tiny_networks(config: Config) -> dict[str, Any]:
         from millrace.engine.conditioning.tiny import tiny_text_tower
 
         dim = config.model.context_dim
-        path = _made(folder / f"{text.kind}-{dim}", lambda new: tiny_text_tower(text.kind, dim, new))
+        path = made_once(folder / f"{text.kind}-{dim}", lambda new: tiny_text_tower(text.kind, dim, new))
         towers["text"] = {"path": path}
     if autoencoder.kind != "pixels":
         from millrace.engine.conditioning.tiny import tiny_autoencoder
 
-        path = _made(folder / autoencoder.kind, lambda new: tiny_autoencoder(autoencoder.kind, new))
+        path = made_once(folder / autoencoder.kind, lambda new: tiny_autoencoder(autoencoder.kind, new))
         towers["autoencoder"] = {"path": path}
     teacher: dict[str, Any] = {}
     if config.alignment.active:
         teacher = {"path": _tiny_teacher(config.alignment.teacher.kind, folder), "cache": None}
     networks = {"conditioning": towers, "objective": _tiny_judges(config, folder)}
+    if config.evaluation.every_steps:
+        from millrace.engine.metrics.tiny import tiny_features, tiny_networks
+
+        cache = str(Path(config.run.output_dir) / "reference-statistics")
+        path = made_once(folder / "features", tiny_networks)
+        networks["evaluation"] = {"features": tiny_features(path), "cache": cache}
     return networks | {"alignment": {"teacher": teacher}}
 
 
@@ -160,10 +173,10 @@ def _tiny_teacher(kind: str, folder: Path) -> str:
     if kind == "classifier":
         from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
 
-        return _made(folder / kind, lambda new: save_classifier(SmallClassifier(classes=2, width=8), new))
+        return made_once(folder / kind, lambda new: save_classifier(SmallClassifier(classes=2, width=8), new))
     from millrace.engine.conditioning.tiny import tiny_dino
 
-    return _made(folder / kind, lambda new: tiny_dino(kind, new))
+    return made_once(folder / kind, lambda new: tiny_dino(kind, new))
 
 
 def _tiny_judges(config: Config, folder: Path) -> dict[str, Any]:
@@ -173,14 +186,14 @@ def _tiny_judges(config: Config, folder: Path) -> dict[str, Any]:
     objective, judges = config.objective, {}
     tuning = config.conditioning.autoencoder.tuning
     if objective.lpips.weight or (tuning.enabled and tuning.perceptual_weight):
-        judges["lpips"] = {"path": _made(folder / "lpips", tiny_lpips)}
+        judges["lpips"] = {"path": made_once(folder / "lpips", tiny_lpips)}
     if objective.dino.weight:
         kind = objective.dino.kind
-        judges["dino"] = {"path": _made(folder / kind, lambda new: tiny_dino(kind, new))}
+        judges["dino"] = {"path": made_once(folder / kind, lambda new: tiny_dino(kind, new))}
     return judges
 
 
-def _made(folder: Path, make: Callable[[Path], Path]) -> str:
+def made_once(folder: Path, make: Callable[[Path], Path]) -> str:
     """`folder`, filled by `make` unless it is there already; several processes may come here at once."""
     if not folder.exists():
         mine = folder.with_name(f"{folder.name}.{os.getpid()}")

@@ -118,6 +118,7 @@ def _with_origins(found: list[tuple[int, str, Config, dict[str, Any]]], steps: i
     samples = 0
     for i, (first, name, config, overrides) in enumerate(found):
         new_data = not stages or any(key in overrides.get("data", {}) for key in _DATA_SET)
+        new_data = new_data or _run_of(config) != _run_of(stages[-1].config)
         if not new_data and config.data.follows_steps:
             # Such data find the step of a sample by division, so all steps since must have had as many.
             seen, steps_since = samples - stages[-1].data_sample, first - stages[-1].data_step
@@ -134,9 +135,20 @@ def _with_origins(found: list[tuple[int, str, Config, dict[str, Any]]], steps: i
             schedule_step=found[began][0],
             schedule_end=next((found[j][0] for j in range(i + 1, len(found)) if renews[j]), steps),
         )
+        seen, micro = samples - stage.data_sample, config.data.micro_batch
+        if config.data.aspect == "bucket" and seen % micro:
+            raise UserError(
+                f"stage {name!r} begins after {seen} samples, which micro-batches of {micro} do not divide: "
+                "they would hold two buckets; set its data.micro_batch to a divisor"
+            )
         stages.append(stage)
         samples += (stage.last - first) * config.data.global_batch
     return stages
+
+
+def _run_of(config: Config) -> int:
+    """Samples in a row that come from one bucket, which make another order of the same data set."""
+    return config.data.bucket_run if config.data.aspect == "bucket" else 1
 
 
 def _without_alignment(config: Config) -> Config:

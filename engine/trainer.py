@@ -8,7 +8,7 @@ import gc
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.end_to_end import open_end_to_end
 from millrace.engine.errors import UserError
 from millrace.engine.export import start_from
-from millrace.engine.grids import training_pictures
+from millrace.engine.frozen import open_frozen
 from millrace.engine.introduction import introduction
 from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
@@ -36,6 +36,7 @@ from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.optim.build import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.preparation import Preparation, Prepared
+from millrace.engine.run_samples import RunSamples
 from millrace.engine.runtime import distributed, state, zero
 from millrace.engine.runtime.checkpoint import save_checkpoint
 from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output, replace_text
@@ -43,8 +44,8 @@ from millrace.engine.runtime.memory import check_fits
 from millrace.engine.runtime.precision import DTYPES, audit, require_masters
 from millrace.engine.runtime.preemption import StopRequests
 from millrace.engine.runtime.resumption import find_start
+from millrace.engine.runtime.sample_log import SampleLog
 from millrace.engine.runtime.shards import gather_parameters, local_shards
-from millrace.engine.sampling import save_grid
 from millrace.engine.stages import resolve_stages, stage_at
 from millrace.engine.training_model import TrainingModel
 
@@ -100,7 +101,7 @@ class Trainer:
         self.config = config = self.stage.config
         self.zero_stage = zero.zero_stage(config)
         self.accumulate = zero.accumulation_steps(config)
-        seed, compute = config.run.seed, DTYPES[config.precision.compute]
+        seed = config.run.seed
 
         self.source = sources[config.data]
         self.data_digest = fingerprint(self.source)
@@ -116,17 +117,11 @@ class Trainer:
             if changed:
                 messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
 
-        autoencoder = self.open_autoencoder(config.conditioning.autoencoder, self.device)
-        if autoencoder.channels != config.model.in_channels:
-            raise UserError(
-                f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
-                f"{autoencoder.channels} channels; set it to {autoencoder.channels}"
-            )
+        frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
+        autoencoder = frozen.autoencoder
         tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
         messages += [tight] if tight else []
         require_grid(config, autoencoder.factor * config.model.patch_size)
-        text = config.conditioning.text
-        text_tower = self.open_text_tower(text, config.model.context_dim, self.device, compute)
 
         aligned = config.alignment
         teacher = self.open_teacher(aligned, self.device, self.data_digest)
@@ -166,7 +161,7 @@ class Trainer:
             MeanTarget.load(config.sampling.mean_target)  # so that a bad file is refused now, not at a grid
         keep = config.objective.perceptual
         self.prepare = Preparation(
-            autoencoder, text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
+            autoencoder, frozen.text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
         )
         self.stream = SampleStream(
             self.source,
@@ -178,6 +173,8 @@ class Trainer:
             world_size=distributed.world_size(),
             first_sample=self.samples,
             origin=(self.stage.data_sample, self.stage.data_step),
+            caches=frozen.caches,
+            device=self.device,
         )
 
         self.tuning = open_end_to_end(
@@ -189,16 +186,18 @@ class Trainer:
         self.bad_in_row = 0
         self.stop = StopRequests(self.output)
         self.log = RunLog(config, self.output, self.step)
+        self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
         if distributed.rank() == 0:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
         messages += describe_optimizer(self.named_shapes, self.optimizer)
-        messages += self.tuning.describe()
+        messages += [f"loader: {self.stream.loader}", *frozen.lines, *self.tuning.describe()]
         if self.step > self.stage.first:
             messages.append(f"resumed at step {self.step}, sample {self.samples}")
         for line in messages:
             self.log.say(line)
+        self.pictures = RunSamples(config, self.flow, self.prepare, self.source, self.output, self.log)
 
     def init_weights(self, seed: int) -> None:
         """Fill the weights of a run that begins."""
@@ -215,9 +214,10 @@ class Trainer:
         try:
             while self.step < self.stage.last:
                 self.train_step()
-                last, every = self.step == config.run.steps, config.sampling.every_steps
-                if every and (last or self.step % every == 0):
-                    self.sample_grid()
+                if self.pictures.due(self.step):
+                    self._flush()
+                    self.tuning.settle()
+                    self.pictures.make(self.step, self.gathered())
                 request = self.stop.poll()
                 if request.stop:
                     self.save()
@@ -234,6 +234,8 @@ class Trainer:
             self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
             return False
         finally:
+            self.sample_log.reject(self.stream.bad)
+            self.sample_log.close()
             self.stream.close()
             self.log.close()
 
@@ -247,7 +249,7 @@ class Trainer:
         for _ in range(self.accumulate - 1):
             flops += self._micro_batch(seen)
             self.engine.step()
-        flops += self._micro_batch(seen)
+        flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
         norm, applied = zero.apply_gradients(self.engine, self.model, self.optimizer, self.config)
         self.tuning.finish(applied, self.step - begun, end - begun)
 
@@ -257,16 +259,19 @@ class Trainer:
             self.bad_in_row = 0
             if self.ema is not None:
                 self.ema.update(self.step)
+        self.sample_log.step(self.step, [key for keys, _ in seen for key in keys], self.stream.bad)
         self._record(rates, norm, applied, time.perf_counter() - started, flops)
         if not applied:
             self._report_bad(seen)
 
-    def _micro_batch(self, seen: list[tuple[list[str], Tensor]]) -> float:
-        """Forward and backward of one micro-batch; returns its model FLOPs."""
+    def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
+        """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
         batch = self.next_batch()
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
         self.engine.backward(per_sample.mean())
+        if not last:
+            self.look_ahead()
         self.losses.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
@@ -275,6 +280,10 @@ class Trainer:
     def next_batch(self) -> Prepared:
         """The next micro-batch of this process, encoded and packed."""
         return self.tuning.next_batch(self.stream, self.step)
+
+    def look_ahead(self) -> None:
+        """Have the micro-batch after this one prepared while the device is busy with this one."""
+        self.tuning.look_ahead(self.stream)
 
     def sample_losses(self, batch: Prepared) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
@@ -297,7 +306,7 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
-            "captions_cut": self.prepare.text_tower.truncated,
+            "captions_cut": self.tuning.captions_cut,
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
@@ -370,22 +379,8 @@ class Trainer:
         self.saved_at = self.step
         self.log.say(f"saved {folder}")
 
-    def sample_grid(self) -> None:
-        """Write a grid of pictures for `sampling.prompts`. Collective: gathers the weights; rank 0 draws."""
-        config = self.config
-        source = Tensor.detach if self.ema is None else self.ema.source(config.sampling.weights)
-        weights = gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
-        if distributed.rank() != 0:
-            for _ in weights:
-                pass
-            return
-        held = dict(self.denoiser.named_parameters())
-        whole = {name: weight for name, weight in weights if name in held}
-        whole |= dict(self.denoiser.named_buffers())
-        pictures, prompts = training_pictures(
-            config, whole, self.flow, self.prepare, self.source, self.device
-        )
-        path = self.output / "samples" / f"step-{self.step:08d}.png"
-        save_grid(pictures, path)
-        replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
-        self.log.grid(path, self.step)
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights and buffers of the denoiser, those that `sampling.weights` names. Collective."""
+        source = Tensor.detach if self.ema is None else self.ema.source(self.config.sampling.weights)
+        yield from gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
+        yield from self.denoiser.named_buffers()

@@ -6,6 +6,7 @@ looking at device memory, whether the batch is uniform: the lengths add up to T 
 `max_seqlen`, so T == B * max_seqlen holds exactly when every sample has that length.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -78,6 +79,16 @@ def sample_groups(cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> lis
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor without waiting for the device's queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """CPU tensors of one dtype end to end on `device`, without waiting for its queue. For CUDA their bytes
+    are copied once on the host, into pinned memory."""
+    if device.type != "cuda":
+        return torch.cat(list(tensors))
+    shape = (sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+    pinned = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
+    return torch.cat(list(tensors), out=pinned).to(device, non_blocking=True)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -109,13 +109,34 @@ def chosen_backend(
     samples have as many image and as many text tokens, else `rope_attention_ragged`), where `measured.json`
     names one. Unmeasured: `varlen` for ragged batches, without padding, else `sdpa`. Elsewhere `sdpa`.
     """
-    if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa"
     samples = cu_seqlens.shape[0] - 1
     images = is_uniform(qkv.shape[0], samples, max_seqlen)
     uniform = images and is_uniform(text_kv.shape[0], samples, max_seqlen_text)
-    measured = _measured("rope_attention_uniform" if uniform else "rope_attention_ragged", qkv.get_device())
-    return measured or ("sdpa" if uniform else "varlen")
+    return _choice(uniform, qkv.device, qkv.dtype)[0]
+
+
+def describe_choice(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for people: what `auto` takes on a device for a dtype, and whether that was measured there."""
+    if not _has_choice(device, dtype):
+        return f"sdpa (no other backend for {dtype} on {device.type})".replace("torch.", "")
+    taken = [(kind, *_choice(kind == "uniform", device, dtype)) for kind in ("uniform", "ragged")]
+    return ", ".join(
+        f"{name} for {kind} batches ({'measured' if measured else 'not measured'} on this GPU)"
+        for kind, name, measured in taken
+    )
+
+
+def _has_choice(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _choice(uniform: bool, device: torch.device, dtype: torch.dtype) -> tuple[str, bool]:
+    """Backend, and whether `measured.json` names it."""
+    if not _has_choice(device, dtype):
+        return "sdpa", False
+    kind = "rope_attention_uniform" if uniform else "rope_attention_ragged"
+    measured = _measured(kind, device.index or 0)
+    return measured or ("sdpa" if uniform else "varlen"), measured is not None
 
 
 @torch.compiler.assume_constant_result

@@ -24,6 +24,12 @@ MAY_IMPORT = {
     "engine.objective": {"kernels", *CONFIG, "engine.errors", "engine.model", "engine.objective"},
     "engine.data": {"engine.config", "engine.errors", "engine.randomness", "engine.data"},
     "engine.conditioning": {"kernels", "engine.config", "engine.errors", "engine.conditioning"},
+    "engine.metrics": {
+        "engine.conditioning",
+        "engine.errors",
+        "engine.metrics",
+        "engine.runtime.distributed",
+    },
     "engine.config": {"engine.config"},
     "engine.config_file": {"engine.config", "engine.errors"},
     "engine.errors": set(),

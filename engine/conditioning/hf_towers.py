@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.conditioning.pretrained import import_class, load, load_network
+from millrace.engine.conditioning.pretrained import import_class, load, load_network, name_of
 from millrace.engine.conditioning.text import TextEncoder, clean_text, unescape
 from millrace.engine.config import TextTower
 from millrace.engine.errors import UserError
@@ -22,15 +22,19 @@ _PUBLISHED = {"t5gemma": "google/t5gemma-2b-2b-ul2", "qwen3vl": "Qwen/Qwen3-VL-E
 _KEY = "conditioning.text.path"
 
 
+def source_of(config: TextTower) -> str:
+    """Folder or hub id of the weights."""
+    return config.path or _PUBLISHED[config.kind]
+
+
 def open_hf_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """See `text.open_text_tower`."""
     kind = T5GemmaTower if config.kind == "t5gemma" else Qwen3VLTower
-    source = config.path or _PUBLISHED[config.kind]
+    source = source_of(config)
     tokenizer = import_class("transformers", "AutoTokenizer", f"conditioning.text.kind {config.kind}")
     tokenizer = load(tokenizer.from_pretrained, source, _KEY)
     network = kind.read_network(source, device, dtype)
-    revision = getattr(network.config, "_commit_hash", None)
-    identity = f"{config.kind} {source}" + (f"@{revision}" if revision else "")
+    identity = name_of(config.kind, source, getattr(network.config, "_commit_hash", None))
     tower = kind(config, tokenizer, network, identity, device, dtype)
     if tower.dim != dim:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ def import_class(package: str, name: str, key: str) -> Any:
     except (ImportError, AttributeError):
         line = 'pip install "transformers>=5" "diffusers>=0.42"'
         raise UserError(f"{key} needs {package}.{name}, which is not installed here; {line}") from None
+
+
+def name_of(kind: str, source: str, revision: str | None) -> str:
+    """What logs and checkpoints call a frozen network: its kind, folder or hub id, and hub revision."""
+    return f"{kind} {source}" + (f"@{revision}" if revision else "")
 
 
 def load(loader: Callable[..., Any], source: str, key: str, **options: Any) -> Any:
@@ -60,3 +66,11 @@ def load_network(
             f"it holds another network, set {key} to the right one"
         )
     return network.requires_grad_(False).eval().to(device)
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """Of the first values of every weight: other weights under the same name are another network."""
+    digest = sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -9,7 +9,6 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millrace.engine.conditioning.dino import PUBLISHED, Dino, load_dino
+from millrace.engine.conditioning.pretrained import weights_digest
+from millrace.engine.conditioning.side_stream import SideStream, use_after
 from millrace.engine.conditioning.small_classifier import PATCH, load_classifier
 from millrace.engine.config import Alignment, AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
@@ -57,12 +58,7 @@ class TeacherFeatures:
         return self._attention
 
     def _wait(self) -> None:
-        if self._ready is None:
-            return
-        stream = torch.cuda.current_stream(self._tokens.device)
-        stream.wait_event(self._ready)
-        for tensor in (self._tokens, *(x for pair in self._attention for x in pair)):
-            tensor.record_stream(stream)
+        use_after(self._ready, (self._tokens, *(x for pair in self._attention for x in pair)))
         self._ready = None
 
 
@@ -79,9 +75,9 @@ class Teacher(ABC):
         self, config: TeacherConfig, patch: int, dim: int, network: nn.Module, name: str, device: torch.device
     ) -> None:
         self.config, self.patch, self.dim, self.device = config, patch, dim, device
-        self.identity = f"{name}, weights {_digest(network)}, {config.dtype}, {config.resize}"
+        self.identity = f"{name}, weights {weights_digest(network)}, {config.dtype}, {config.resize}"
         self._cache: _Cache | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = SideStream(device)
 
     @abstractmethod
     def _compute(self, pictures: Tensor) -> tuple[Tensor, list[QueriesKeys]]:
@@ -112,8 +108,7 @@ class Teacher(ABC):
             if stored[i] is None:
                 groups.setdefault((image.shape, grid), []).append(i)
         rows: list[list[Tensor]] = [[] if found is None else [found] for found in stored]
-        ready = None
-        with self._aside([*images, *(found for found in stored if found is not None)]):
+        with self._side.after_current([*images, *(found for found in stored if found is not None)]):
             for (_, grid), members in groups.items():
                 tokens, attention = self._compute(self._fit(torch.stack([images[i] for i in members]), grid))
                 parts = [tokens, *(x for pair in attention for x in pair)]
@@ -123,8 +118,7 @@ class Teacher(ABC):
                         self._cache.put(keys[i], grid, images[i].shape, tokens[place])
             # Pictures with all their parts end to end; a cache holds tokens alone, and there is no attention.
             packed = [torch.cat(parts) for parts in zip(*rows, strict=True)]
-            if self._stream is not None:
-                ready = self._stream.record_event()
+            ready = self._side.event()
         pairs = list(zip(packed[1::2], packed[2::2], strict=True))
         return TeacherFeatures(packed[0], pairs, ready)
 
@@ -133,15 +127,6 @@ class Teacher(ABC):
             return None
         found = self._cache.get(key, grid, image.shape)
         return None if found is None else to_device(found, self.device)
-
-    def _aside(self, inputs: Sequence[Tensor]) -> "torch.cuda.StreamContext | nullcontext[None]":
-        """The teacher's stream, once the inputs are there; it keeps them alive until it has read them."""
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        for tensor in inputs:
-            tensor.record_stream(self._stream)
-        return torch.cuda.stream(self._stream)
 
     def _fit(self, pictures: Tensor, grid: Grid) -> Tensor:
         """Pictures (B, 3, h, w) resized to one patch for each token of `grid`."""
@@ -236,14 +221,6 @@ def open_teacher(
 def teacher_of(config: Alignment, device: torch.device, data: str) -> Teacher | None:
     """The teacher that an alignment needs, as of `open_teacher`; None where nothing is aligned."""
     return open_teacher(config.teacher, device, config.attention, data) if config.active else None
-
-
-def _digest(network: nn.Module) -> str:
-    """Of the first values of every weight: other weights under the same name are another teacher."""
-    digest = sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class _Cache:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teacher, check_alignment
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
+from millrace.engine.config.evaluation import Evaluation, FeaturePaths
 from millrace.engine.config.model import AttentionBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
@@ -34,6 +35,8 @@ __all__ = [
     "Config",
     "Data",
     "Ema",
+    "Evaluation",
+    "FeaturePaths",
     "Logging",
     "Lpips",
     "Model",
@@ -74,6 +77,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     """Passed to DeepSpeed after a check that it names no key that the engine sets itself."""
     stages: tuple[dict[str, Any], ...] = ()
@@ -94,7 +98,7 @@ class Config(Section):
                     f"routing spans blocks {routing.start}..{end} but model.depth is {model.depth}; "
                     "set routing.start and routing.end inside the depth"
                 )
-        if routing.structured and self.data.aspect == "mixed":
+        if routing.structured and self.data.aspect != "square":
             raise ValueError("routing.structured needs one grid for all pictures; set data.aspect to square")
         check_perceptual(self.objective, self.conditioning.autoencoder, self.data, model.patch_size)
         check_guidance(self.sampling, routing)

@@ -49,3 +49,6 @@ class Conditioning(Section):
     autoencoder: Autoencoder = Autoencoder()
     caption_drop: float = Field(0.1, ge=0, lt=1)
     """Share of samples trained with the empty caption, for classifier-free guidance."""
+    overlap: bool = True
+    """On CUDA: encode the next micro-batch on a stream of its own, beside the step. The activations of the
+    frozen networks then add to those of the step; false encodes in turn. The numbers are the same."""

@@ -12,6 +12,9 @@ LAST_STEP = 10_000_000
 Points = tuple[tuple[int, float], ...]
 """(optimizer step, value) of a piecewise linear function of the step, constant before and after."""
 
+_WITHOUT_BUCKETS = ("builtin", "digits", "folder")
+"""Sources whose pictures are not sorted by size."""
+
 
 def _scheduled(high: float | None) -> BeforeValidator:
     """Checks a number or a list of points, values in [0, high], with one line for whatever is wrong."""
@@ -52,15 +55,29 @@ ScheduledWeight = Annotated[float | Points, _scheduled(None)]
 """A number >= 0, or [[step, number], ...]: linear in between, constant before and after."""
 
 
+class Columns(Section):
+    """Which columns of MDS shards are read; null takes the first of the usual names that is there."""
+
+    image: str | None = None
+    """The picture: stored as bytes, jpeg, png or pil. Usual: image, jpg, jpeg, img."""
+    long: str | None = None
+    """The long caption. Usual: caption_long, long_caption, long, caption, captions, prompt, text."""
+    short: str | None = None
+    """The short caption. Usual: caption_short, short_caption, short, caption, captions, prompt, text; where
+    none of them is there, the long one."""
+
+
 class Part(Section):
     """One data set of a mixture."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """Names the part in keys, log and errors: letters, digits, `_`, `.` and `-`."""
-    source: Literal["builtin", "digits", "folder"] = "folder"
+    source: Literal["builtin", "digits", "folder", "shards", "mds"] = "folder"
     """As `data.source`."""
     path: str | None = None
     """As `data.path`."""
+    columns: Columns = Columns()
+    """As `data.columns`."""
     keys: str | None = None
     """As `data.keys`."""
     weight: ScheduledWeight = 1.0
@@ -78,20 +95,28 @@ class Part(Section):
 class Data(Section):
     """Pictures, captions, mixtures, crops and batches."""
 
-    source: Literal["builtin", "digits", "folder", "mixture"] = "builtin"
+    source: Literal["builtin", "digits", "folder", "shards", "mds", "mixture"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
-    `folder`: images with a .txt or .json file of the same name beside each. `mixture`: several of these."""
+    `folder`: images with a .txt or .json file of the same name beside each.
+    `shards`: a folder that prepare.py has made.
+    `mds`: shards of MosaicML's streaming library. `mixture`: several of these."""
     path: str | None = None
-    """Folder of `source: folder`."""
+    """Folder of `source: folder`, `shards` and `mds`."""
+    columns: Columns = Columns()
+    """Which columns of `source: mds` are the picture and the captions."""
     keys: str | None = None
     """File that lists the pictures to keep, one key a line; null keeps all."""
     mixture: tuple[Part, ...] = ()
     """Parts of `source: mixture`."""
     resolution: int = Field(256, ge=1)
     """Edge in pixels of a square picture, or of the square with the same area in `mixed`."""
-    aspect: Literal["square", "mixed"] = "square"
-    """`mixed` keeps each picture near its own aspect ratio (between 1:2 and 2:1), in one batch."""
+    aspect: Literal["square", "mixed", "bucket"] = "square"
+    """`mixed` keeps each picture near its own aspect ratio (between 1:2 and 2:1), in one batch. `bucket` does
+    so too, at the sizes that shards were prepared for, and gives each micro-batch a single one of them."""
+    bucket_run: int = Field(64, ge=1)
+    """Samples in a row that come from one bucket. It fixes the order of `bucket`, and micro_batch divides it,
+    so that the order depends neither on the batch nor on the processes."""
     crop: Literal["random", "center"] = "random"
     """`random` scales and places the crop differently each time; `center` takes the largest centred crop."""
     crop_scale: float = Field(0.8, gt=0, le=1)
@@ -107,8 +132,15 @@ class Data(Section):
     """Samples of one optimizer step, over all processes and micro-batches."""
     micro_batch: int = Field(32, ge=1)
     """Samples of one forward pass of one process."""
+    loader: Literal["auto", "dali", "python"] = "auto"
+    """What decodes pictures: NVIDIA DALI, or Pillow in threads. `auto` takes DALI where it is installed and
+    the source has JPEG files. Samples and their order are the same."""
+    cached: tuple[Literal["text", "latents"], ...] = ()
+    """Which caches of shards training reads in place of running the frozen network."""
+    verify: bool = False
+    """Compare the checksum of each shard when it is first read."""
     workers: int = Field(4, ge=0)
-    """Threads that decode pictures in each process; 0 decodes in the training thread."""
+    """Threads that read and decode pictures in each process; 0 does it in the training thread."""
     prefetch: int = Field(2, ge=1)
     """Micro-batches prepared ahead."""
     max_bad_share: float = Field(0.0, ge=0, lt=1)
@@ -127,12 +159,23 @@ class Data(Section):
             _check_mixture(self)
         elif self.mixture:
             raise ValueError(f"data.mixture is for source mixture, not {self.source}; set one or the other")
+        if self.aspect == "bucket":
+            _check_buckets(self)
+        if self.cached:
+            _check_caches(self)
         return self
+
+    @property
+    def named_sources(self) -> dict[str, str]:
+        """The kind of each source by how messages call it: of all parts, or of the only one."""
+        if self.source == "mixture":
+            return {f"part {part.name!r}": part.source for part in self.mixture}
+        return {"data.source": self.source}
 
 
 def _check_path(section: Data | Part, where: str) -> None:
-    if section.source == "folder" and not section.path:
-        raise ValueError(f"{where}source folder needs data.path")
+    if section.source in ("folder", "shards", "mds") and not section.path:
+        raise ValueError(f"{where}source {section.source} needs data.path")
 
 
 def _check_mixture(data: Data) -> None:
@@ -153,6 +196,42 @@ def _check_mixture(data: Data) -> None:
     for step in sorted(steps or {0}):
         if not any(value_at(weight, step) for weight in weights):
             raise ValueError(f"all weights of the mixture are 0 at step {step}; give a part some there")
+
+
+def _check_buckets(data: Data) -> None:
+    for where, source in data.named_sources.items():
+        if source in _WITHOUT_BUCKETS:
+            raise ValueError(
+                f"{where} is {source}, which is not sorted into buckets; prepare shards of it, or set "
+                "data.aspect to mixed"
+            )
+    run, micro = data.bucket_run, data.micro_batch
+    if run % micro:
+        fitting = max(size for size in range(1, min(run, micro) + 1) if run % size == 0)
+        raise ValueError(
+            f"data.micro_batch {micro} does not divide data.bucket_run {run}, so a micro-batch would hold "
+            f"two sizes; set data.micro_batch to {fitting} or data.bucket_run to {-(-run // micro) * micro}"
+        )
+    if data.source == "mixture" and data.global_batch % run:
+        raise ValueError(
+            f"data.global_batch {data.global_batch} is not a multiple of data.bucket_run {run}, but steps "
+            f"of a mixture give whole runs to its parts; set data.bucket_run to {micro}"
+        )
+
+
+def _check_caches(data: Data) -> None:
+    if len(set(data.cached)) < len(data.cached):
+        raise ValueError(f"data.cached names {data.cached[0]!r} twice; remove one")
+    if "shards" not in data.named_sources.values():
+        raise ValueError(
+            f"data.cached is of shards, but data.source is {data.source}; set data.cached to [] or prepare "
+            "shards"
+        )
+    if "latents" in data.cached and (data.aspect != "bucket" or data.crop != "center" or data.flip > 0):
+        raise ValueError(
+            "data.cached latents are of pictures that always look the same; set data.aspect bucket, "
+            "data.crop center and data.flip 0, or cache text alone"
+        )
 
 
 def value_at(value: float | Points, step: int) -> float:

@@ -134,7 +134,7 @@ def check_perceptual(objective: Objective, autoencoder: Autoencoder, data: Data,
                 "LPIPS' linear heads"
             )
         edge = data.resolution
-        if data.aspect == "mixed":
+        if data.aspect != "square":
             # Sides of whole patches with about this area differ by a factor of two at most.
             edge = patch * math.ceil(edge / patch / math.sqrt(2) - 0.25)
         small = int(edge * objective.lpips.resize)

@@ -63,6 +63,8 @@ class Logging(Section):
 
     every_steps: int = Field(10, ge=1)
     """Steps between reads of the device's loss buffer; log.jsonl has every step all the same."""
+    sample_keys: bool = False
+    """Write the keys of all samples to `keys/` in the run's folder, a line a step, one file a process."""
     tensorboard: bool = True
     """Write events to `tensorboard/` in the run's folder."""
     wandb: bool = False

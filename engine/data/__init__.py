@@ -1,6 +1,6 @@
 """Captioned pictures and the deterministic stream of training samples made of them."""
 
-from millrace.engine.data.batch import Batch
+from millrace.engine.data.batch import Batch, signed_unit
 from millrace.engine.data.crop import evaluation_view
 from millrace.engine.data.pictures import Captions, Source, UnreadablePicture
 from millrace.engine.data.source import fingerprint, open_source
@@ -15,4 +15,5 @@ __all__ = [
     "evaluation_view",
     "fingerprint",
     "open_source",
+    "signed_unit",
 ]

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from PIL import Image
 
-from millrace.engine.data.pictures import Captions, read_picture
+from millrace.engine.data.pictures import Captions, read_file, read_picture
 from millrace.engine.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -50,6 +50,11 @@ class FolderSource:
 
     def image(self, index: int) -> Image.Image:
         return read_picture(self._root / self._keys[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        """The file of a picture; None where its name is not a JPEG's. Raises UnreadablePicture."""
+        path = self._root / self._keys[index]
+        return read_file(path) if path.suffix.lower() in (".jpg", ".jpeg") else None
 
 
 def _walk(root: Path) -> list[tuple[str, Path]]:

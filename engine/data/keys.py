@@ -7,9 +7,10 @@ how a curated set is trained on without copying pictures.
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from millrace.engine.data.pictures import Captions, Source
+from millrace.engine.data.pictures import Captions, Source, encoded, stored_size
 from millrace.engine.errors import UserError
 
 
@@ -17,19 +18,36 @@ class KeptSource:
     """The pictures of `source` at the places `kept`, in the source's order."""
 
     def __init__(self, source: Source, kept: list[int]) -> None:
-        self._source, self._kept = source, sorted(kept)
+        self.whole, self.kept = source, sorted(kept)
+        self.sources = [source]
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.kept)
 
     def key(self, index: int) -> str:
-        return self._source.key(self._kept[index])
+        return self.whole.key(self.kept[index])
 
     def captions(self, index: int) -> Captions:
-        return self._source.captions(self._kept[index])
+        return self.whole.captions(self.kept[index])
 
     def image(self, index: int) -> Image.Image:
-        return self._source.image(self._kept[index])
+        return self.whole.image(self.kept[index])
+
+    def encoded(self, index: int) -> bytes | None:
+        return encoded(self.whole, self.kept[index])
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        return stored_size(self.whole, self.kept[index])
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """Those of the whole; AttributeError where it has none."""
+        return self.whole.buckets
+
+    @property
+    def bucket_of(self) -> np.ndarray:
+        """(n,) int32: index into `buckets` of every picture."""
+        return self.whole.bucket_of[self.kept]
 
 
 def keep_listed(source: Source, path: str | Path) -> KeptSource:

@@ -1,33 +1,24 @@
 """Several sources as one, and which picture of which of them a place in the stream is.
 
-    place ──▶ step place // G, slot place % G ──▶ part of the slot ──▶ its next picture ──▶ picture
+    place ──▶ step place // G, slot (place % G) // R ──▶ part of the slot ──▶ its next R pictures ──▶ picture
 
 How many slots of a step a part has follows from the weights (`shares.py`); which ones is a permutation drawn
-from (seed, step). Each part counts its own epochs. Nothing depends on processes, micro-batches or resuming.
+from (seed, step). Slots are single pictures (R = 1), or runs of one size where parts are visited in buckets.
+Each part counts its own epochs. Nothing depends on processes, micro-batches or resuming.
 """
 
 import json
-from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.config.data import Part, Points
-from millrace.engine.data.pictures import Captions, Source
+from millrace.engine.config.data import Part
+from millrace.engine.data.order import BucketRuns, Epochs, Order, Pool, deal
+from millrace.engine.data.pictures import Captions, Source, encoded, stored_size
 from millrace.engine.data.shares import SharePlan
-from millrace.engine.randomness import epoch_order, host_generator
-
-
-class Pool(NamedTuple):
-    """The pictures of a source among which one may take another's place: all of them, or one part."""
-
-    name: str
-    """Of the part; empty without a mixture."""
-    start: int
-    """Index of its first picture in the source."""
-    size: int
-    long_caption: float | Points
+from millrace.engine.errors import UserError
+from millrace.engine.randomness import host_generator
 
 
 class MixtureSource:
@@ -35,7 +26,7 @@ class MixtureSource:
 
     def __init__(self, parts: tuple[Part, ...], sources: list[Source]) -> None:
         self.parts = parts
-        self._sources = sources
+        self.sources = sources
         self.offsets = np.cumsum([0, *map(len, sources)])
         """(parts + 1,) int64: part p has the pictures from offsets[p] to offsets[p + 1]."""
 
@@ -44,15 +35,23 @@ class MixtureSource:
 
     def key(self, index: int) -> str:
         part, place = self._find(index)
-        return f"{self.parts[part].name}/{self._sources[part].key(place)}"
+        return f"{self.parts[part].name}/{self.sources[part].key(place)}"
 
     def captions(self, index: int) -> Captions:
         part, place = self._find(index)
-        return self._sources[part].captions(place)
+        return self.sources[part].captions(place)
 
     def image(self, index: int) -> Image.Image:
         part, place = self._find(index)
-        return self._sources[part].image(place)
+        return self.sources[part].image(place)
+
+    def encoded(self, index: int) -> bytes | None:
+        part, place = self._find(index)
+        return encoded(self.sources[part], place)
+
+    def stored_size(self, index: int) -> tuple[int, int] | None:
+        part, place = self._find(index)
+        return stored_size(self.sources[part], place)
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""
@@ -64,84 +63,73 @@ class MixtureSource:
         return part, index - int(self.offsets[part])
 
 
-class Order(Protocol):
-    """Which picture each place of a stream is. Places may be asked in any order; growing ones are cheap."""
-
-    def picture(self, place: int) -> tuple[int, Pool]:
-        """Index in the source, and the pool it belongs to."""
-
-    def given(self, places: int) -> dict[str, int]:
-        """How many of the first `places` places each part has; empty without a mixture."""
-
-
-class Epochs:
-    """One source: epoch e visits every picture once, in the order `epoch_order(seed, e, size)`."""
-
-    def __init__(self, pool: Pool, seed: int) -> None:
-        self._pool, self._seed = pool, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def picture(self, place: int) -> tuple[int, Pool]:
-        epoch, place = divmod(place, self._pool.size)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(epoch)
-        return self._pool.start + int(self._order[place]), self._pool
-
-    def given(self, places: int) -> dict[str, int]:
-        return {self._pool.name: places} if self._pool.name else {}
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        if not self._pool.name:
-            return epoch_order(self._seed, epoch, self._pool.size)
-        # By name, so that parts of one size do not go through their pictures in step.
-        return host_generator(self._seed, epoch, f"order of {self._pool.name}").permutation(self._pool.size)
-
-
 class Mixture:
     """Parts in their shares; `first_step` is the step of the run in which place 0 is."""
 
     def __init__(self, source: MixtureSource, config: Data, seed: int, first_step: int) -> None:
-        self._batch, self._seed, self._first_step = config.global_batch, seed, first_step
-        self._plan = SharePlan([part.weight for part in source.parts], config.global_batch, first_step)
+        self._run = config.bucket_run if config.aspect == "bucket" else 1
+        self._slots = config.global_batch // self._run
+        self._seed, self._first_step = seed, first_step
+        self._plan = SharePlan([part.weight for part in source.parts], self._slots, first_step)
         self._names = [part.name for part in source.parts]
-        self._parts = []
-        for p, part in enumerate(source.parts):
-            start, end = source.offsets[p : p + 2].tolist()
-            share = config.long_caption if part.long_caption is None else part.long_caption
-            self._parts.append(Epochs(Pool(part.name, start, end - start, share), seed))
+        self._parts = [
+            _of_part(whole, config, seed, part, start)
+            for part, whole, start in zip(source.parts, source.sources, source.offsets.tolist(), strict=False)
+        ]
+        self.sizes = tuple(sorted({size for part in self._parts for size in part.sizes}))
         self._step = -1
-        self._part_of_slot = self._place_in_part = np.empty(0, np.int64)
+        self._part_of_slot = self._number_in_part = np.empty(0, np.int64)
 
     def picture(self, place: int) -> tuple[int, Pool]:
-        step, slot = divmod(place, self._batch)
+        slot, within = divmod(place, self._run)
+        step, slot = divmod(slot, self._slots)
         self._deal(step)
-        return self._parts[self._part_of_slot[slot]].picture(int(self._place_in_part[slot]))
+        number = int(self._number_in_part[slot])
+        return self._parts[self._part_of_slot[slot]].picture(number * self._run + within)
 
     def given(self, places: int) -> dict[str, int]:
-        step, slots = divmod(places, self._batch)
-        counts = self._plan.given(step)
-        if slots:
+        slots, within = divmod(places, self._run)
+        step, slots = divmod(slots, self._slots)
+        counts = self._plan.given(step) * self._run
+        if slots or within:
             self._deal(step)
-            counts = counts + np.bincount(self._part_of_slot[:slots], minlength=len(counts))
+            counts += np.bincount(self._part_of_slot[:slots], minlength=len(counts)) * self._run
+            counts[self._part_of_slot[slots]] += within
         return dict(zip(self._names, counts.tolist(), strict=True))
 
     def _deal(self, step: int) -> None:
-        """Fill the slots of a step: (G,) part of each, and its place in the stream of that part."""
+        """Fill the slots of a step: of each slot its part, and its number in the sequence of that part."""
         if step == self._step:
             return
         before = self._plan.given(step)
         counts = self._plan.given(step + 1) - before
-        places = np.concatenate([np.arange(n) + first for n, first in zip(counts, before, strict=True)])
-        shuffle = host_generator(self._seed, self._first_step + step, "mixture").permutation(self._batch)
-        # Slots are shuffled, not the pictures of a part: each part's places grow from slot to slot.
-        self._part_of_slot = np.repeat(np.arange(len(counts)), counts)[shuffle]
-        self._place_in_part = np.empty(self._batch, np.int64)
-        self._place_in_part[np.argsort(self._part_of_slot, kind="stable")] = places
+        shuffle = host_generator(self._seed, self._first_step + step, "mixture").permutation(self._slots)
+        self._part_of_slot, self._number_in_part = deal(counts, before, shuffle)
         self._step = step
 
 
 def order_of(source: Source, config: Data, seed: int, first_step: int) -> Order:
-    """The order in which a stream visits `source`; place 0 is in step `first_step` of the run."""
+    """The order in which a stream visits `source`; place 0 is in step `first_step` of the run.
+
+    Raises UserError for `data.aspect` bucket where a source has no buckets.
+    """
     if isinstance(source, MixtureSource):
         return Mixture(source, config, seed, first_step)
-    return Epochs(Pool("", 0, len(source), config.long_caption), seed)
+    return _of_part(source, config, seed, None, 0)
+
+
+def _of_part(source: Source, config: Data, seed: int, part: Part | None, start: int) -> Order:
+    """The order of a part whose first picture is number `start` of the mixture, or of the only source."""
+    name = part.name if part else ""
+    share = config.long_caption if part is None or part.long_caption is None else part.long_caption
+    if config.aspect == "bucket":
+        buckets = getattr(source, "buckets", None)
+        if not buckets:
+            where = f"part {name!r} of the mixture" if name else f"data.source {config.source}"
+            raise UserError(
+                f"{where} is not sorted into buckets; prepare shards of it, or set data.aspect to mixed"
+            )
+        return BucketRuns(name, start, buckets, source.bucket_of, config.bucket_run, seed, share)
+    pool = Pool(name, len(source), range(start, start + len(source)), share)
+    # By name, so that parts of one size do not go through their pictures in step.
+    return Epochs(pool, seed, f"order of {name}" if name else "order")

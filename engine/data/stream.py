@@ -1,6 +1,7 @@
 """The endless stream of training samples.
 
-    global sample i ──▶ place i - origin ──▶ picture (`mixture.py`) ──▶ crop, flip, caption, drop ──▶ Batch
+    global sample i ──▶ place i - origin ──▶ picture (`mixture.py`, `order.py`)
+                    ──▶ caption, crop, flip (`choices.py`) ──▶ pixels (`decoding.py`) ──▶ Batch
 
 Sample i is the same for any number of processes, micro-batch size, number of threads and point of resumption,
 because each choice about it is drawn from (seed, i, purpose). The only state of the stream is a counter.
@@ -8,33 +9,43 @@ because each choice about it is drawn from (seed, i, purpose). The only state of
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from millrace.engine.config import Data
-from millrace.engine.config.data import value_at
 from millrace.engine.data.batch import Batch
-from millrace.engine.data.crop import check_resolution, crop_box, cut, output_size
-from millrace.engine.data.mixture import Pool, order_of
+from millrace.engine.data.cache import CachedText
+from millrace.engine.data.cached import Caches
+from millrace.engine.data.choices import Choices
+from millrace.engine.data.crop import check_bucket, check_resolution
+from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder
+from millrace.engine.data.mixture import order_of
+from millrace.engine.data.order import Pool
 from millrace.engine.data.pictures import Source, UnreadablePicture
 from millrace.engine.errors import UserError
-from millrace.engine.randomness import host_generator
 
 log = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
+
+Bad = tuple[tuple[str, UnreadablePicture], ...]
+"""Unreadable pictures, by key, that a sample passed over."""
+
 
 class _Sample(NamedTuple):
-    image: Tensor
-    caption: str
-    key: str
+    index: int
+    picture: int
     pool: Pool
-    bad: tuple[tuple[str, UnreadablePicture], ...]
-    """Unreadable pictures, by key, that this sample passed over."""
+    key: str
+    caption: str
+    pixels: Tensor | Encoded | None
+    bad: Bad
+    text: CachedText | None = None
+    moments: Tensor | None = None
 
 
 class SampleStream:
@@ -49,12 +60,16 @@ class SampleStream:
     mixture are counted from there, and sample i belongs to step origin step + (i - origin sample) // G of the
     run, at which schedules are read. Randomness stays with the sample's number in the run.
 
+    Where `caches` have the latents of a picture, it is not decoded; they are of the crop that is trained on.
     `patch` is the edge of a token in pixels; `caption_drop` the share of samples whose caption becomes "".
-    `bad` maps the key of each unreadable picture that this process met to the reason. Such a picture is
-    replaced by the next readable one in the order of the source.
+    `device` is where pixels are wanted: a decoder that works there leaves them there. `loader` says who
+    decodes. `bad` maps the key of each unreadable picture that this process met to the reason. Such a picture
+    is replaced by the next readable one in the order of the source, in buckets by the next of its bucket.
 
-    Raises UserError for a global batch that does not divide, at construction; and from iteration for pictures
-    that are too small, or unreadable beyond data.max_bad_share. An error closes the stream.
+    Raises UserError at construction for a global batch that does not divide, a source without what
+    `data.aspect` or `data.loader` need, and a first sample inside a micro-batch of one bucket; and from
+    iteration for pictures that are too small, or unreadable beyond data.max_bad_share. An error closes the
+    stream.
     """
 
     def __init__(
@@ -69,25 +84,35 @@ class SampleStream:
         world_size: int,
         first_sample: int = 0,
         origin: tuple[int, int] = (0, 0),
+        device: torch.device = _CPU,
+        caches: Caches | None = None,
     ) -> None:
         if first_sample < origin[0]:
             raise ValueError(f"first_sample is {first_sample}, before the origin at sample {origin[0]}")
         check_resolution(config, patch)
         _check_division(config, world_size)
         self.bad: dict[str, str] = {}
-        self._source = source
+        self._source, self._caches = source, caches
         self._config = config
-        self._seed = seed
-        self._patch = patch
-        self._caption_drop = caption_drop
         self._share = config.global_batch // world_size
         self._first = first_sample + rank * self._share
         self._submitted = 0
-        self._origin_sample, self._origin_step = origin
-        self._order = order_of(source, config, seed, self._origin_step)
+        self._origin_sample = origin[0]
+        self._order = order_of(source, config, seed, origin[1])
+        for size in self._order.sizes:
+            check_bucket(size, config, patch)
+        if self._order.sizes:
+            _check_cut(first_sample - origin[0], config.micro_batch)
+        self._choices = Choices(config, seed, patch, caption_drop, origin)
         self._bad_in: Counter[str] = Counter()
+        decoded = caches is None or not caches.complete("latents")
+        self._decoder = open_decoder(source, config, device) if decoded else PythonDecoder(source, 0)
+        self.loader = self._decoder.description
         self._pool = ThreadPoolExecutor(config.workers, "pictures") if config.workers else None
-        self._ahead: deque[tuple[range, list[Future[_Sample]]]] = deque()
+        self._finisher = (
+            ThreadPoolExecutor(1, "micro-batches") if self._pool and self._decoder.batched else None
+        )
+        self._ahead: deque[tuple[range, Callable[[], list[_Sample]]]] = deque()
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -99,14 +124,13 @@ class SampleStream:
         try:
             if self._pool is None:
                 indices = self._next_indices()
-                return self._collect(indices, [self._load(i, *self._picture(i)) for i in indices])
+                return self._collect(indices, self._finish([self._start(*self._place(i)) for i in indices]))
             # One more than asked for: the first is the one that is handed out now.
             while len(self._ahead) <= self._config.prefetch:
                 indices = self._next_indices()
-                futures = [self._pool.submit(self._load, i, *self._picture(i)) for i in indices]
-                self._ahead.append((indices, futures))
-            indices, futures = self._ahead.popleft()
-            return self._collect(indices, [future.result() for future in futures])
+                self._ahead.append((indices, self._submit(indices, self._pool)))
+            indices, samples = self._ahead.popleft()
+            return self._collect(indices, samples())
         except BaseException:
             self.close()
             raise
@@ -119,8 +143,10 @@ class SampleStream:
     def close(self) -> None:
         """Stop decoding ahead. Returns at once; decodes in progress end by themselves."""
         self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._finisher):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
 
     def _next_indices(self) -> range:
         """Global sample indices of the next micro-batch of this process."""
@@ -130,9 +156,52 @@ class SampleStream:
         self._submitted += 1
         return range(start, start + micro)
 
-    def _picture(self, i: int) -> tuple[int, Pool]:
-        """Index in the source of sample `i`, and the pictures among which it is."""
-        return self._order.picture(i - self._origin_sample)
+    def _place(self, i: int) -> tuple[int, int, Pool]:
+        """Sample `i`, the index in the source of its picture, and the pictures among which that is."""
+        return i, *self._order.picture(i - self._origin_sample)
+
+    def _submit(self, indices: range, pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
+        """Begin a micro-batch in threads; what is returned waits for it."""
+        started = [pool.submit(self._start, *self._place(i)) for i in indices]
+
+        def samples() -> list[_Sample]:
+            return self._finish([future.result() for future in started])
+
+        return samples if self._finisher is None else self._finisher.submit(samples).result
+
+    def _start(self, i: int, picture: int, pool: Pool, bad: Bad = ()) -> _Sample:
+        """Sample `i` from picture `picture` or the first readable one after it in `pool`, in any thread."""
+        while True:
+            key = self._source.key(picture)
+            try:
+                moments = None if self._caches is None else self._caches.moments(picture)
+                pixels = None
+                if moments is None:
+                    pixels = self._decoder.start(picture, self._choices.viewer(i, pool, key))
+                which = self._choices.caption(i, pool)
+                caption = self._source.captions(picture).chosen(which)
+                text = None if self._caches is None else self._caches.text(picture, which)
+                return _Sample(i, picture, pool, key, caption, pixels, bad, text, moments)
+            except UnreadablePicture as problem:
+                bad = (*bad, (key, problem))
+                self._check_passed(bad, pool)
+                picture = pool.after(picture)
+
+    def _finish(self, samples: list[_Sample]) -> list[_Sample]:
+        """The samples with pixels; a file that turns out to be unreadable is replaced here."""
+        while waiting := [k for k, sample in enumerate(samples) if isinstance(sample.pixels, Encoded)]:
+            done = self._decoder.finish([samples[k].pixels for k in waiting])
+            for k, pixels in zip(waiting, done, strict=True):
+                sample = samples[k]
+                if isinstance(pixels, UnreadablePicture):
+                    bad = (*sample.bad, (sample.key, pixels))
+                    self._check_passed(bad, sample.pool)
+                    samples[k] = self._start(
+                        sample.index, sample.pool.after(sample.picture), sample.pool, bad
+                    )
+                else:
+                    samples[k] = sample._replace(pixels=pixels)
+        return samples
 
     def _collect(self, indices: range, samples: list[_Sample]) -> Batch:
         # Bad pictures are counted here, in sample order, so the count does not depend on how far threads are.
@@ -144,52 +213,46 @@ class SampleStream:
                     self._bad_in[sample.pool.name] += 1
                     self._check_bad(self._bad_in[sample.pool.name], sample.pool, problem)
         return Batch(
-            images=[sample.image for sample in samples],
+            images=[sample.pixels for sample in samples],
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             sample_index=torch.tensor(indices, dtype=torch.int64),
+            text=[sample.text for sample in samples] if self._caches else [],
+            posteriors=[sample.moments for sample in samples] if self._caches else [],
         )
 
-    def _load(self, i: int, picture: int, pool: Pool) -> _Sample:
-        """Sample `i` from picture `picture` or the first readable one after it in `pool`, in any thread."""
-        config = self._config
-        bad: list[tuple[str, UnreadablePicture]] = []
-        while True:
-            key = self._source.key(picture)
-            try:
-                image = self._source.image(picture)
-                break
-            except UnreadablePicture as problem:
-                bad.append((key, problem))
-                self._check_bad(len(bad), pool, problem)
-                picture = pool.start + (picture - pool.start + 1) % pool.size
-        rng = self._generator(i, "crop") if config.crop == "random" else None
-        size = output_size(image.width, image.height, config, self._patch)
-        pixels = cut(image, crop_box(image.width, image.height, size, config, rng, key), size)
-        if self._chance(i, "flip", config.flip):
-            pixels = pixels.flip(-1)
-        captions = self._source.captions(picture)
-        step = self._origin_step + (i - self._origin_sample) // config.global_batch
-        share = value_at(pool.long_caption, step)
-        caption = captions.long if self._chance(i, "caption", share) else captions.short
-        if self._chance(i, "caption drop", self._caption_drop):
-            caption = ""
-        return _Sample(pixels, caption, key, pool, tuple(bad))
-
-    def _generator(self, i: int, purpose: str) -> np.random.Generator:
-        return host_generator(self._seed, i, purpose)
-
-    def _chance(self, i: int, purpose: str, share: float) -> bool:
-        return self._generator(i, purpose).random() < share
+    def _check_passed(self, bad: Bad, pool: Pool) -> None:
+        """One sample passed over these pictures of its pool."""
+        _, latest = bad[-1]
+        try:
+            self._check_bad(len(bad), pool, latest)
+            if len(bad) == len(pool.members):
+                raise UserError(
+                    f"{latest.where}: cannot be read: {latest.reason}; nor can any other that might take "
+                    f"its place ({len(bad)} of {len(bad)}); repair or remove them"
+                )
+        except UserError:
+            self.bad |= {key: problem.reason for key, problem in bad}
+            raise
 
     def _check_bad(self, count: int, pool: Pool, latest: UnreadablePicture) -> None:
         limit = self._config.max_bad_share
-        if count / pool.size > limit:
-            part = f"of part {pool.name!r} " if pool.name else ""
+        if count / pool.part_size > limit:
+            pictures = f"pictures of part {pool.name!r}" if pool.name else "pictures"
             raise UserError(
                 f"{latest.where}: cannot be read: {latest.reason}; repair or remove it "
-                f"({count} of {pool.size} pictures {part}unreadable so far, data.max_bad_share is {limit:g})"
+                f"({count} of {pool.part_size} {pictures} unreadable so far, data.max_bad_share is {limit:g})"
             )
+
+
+def _check_cut(before: int, micro: int) -> None:
+    """Micro-batches begin at multiples of their size from the origin, so that none holds two buckets."""
+    if before % micro:
+        fitting = max(size for size in range(1, micro) if before % size == 0 and micro % size == 0)
+        raise UserError(
+            f"data.micro_batch {micro} would begin at sample {before} inside a run of one bucket; "
+            f"set data.micro_batch to {fitting}, or resume with the one before"
+        )
 
 
 def _check_division(config: Data, world_size: int) -> None:

@@ -114,6 +114,15 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Sum of the tensors of all ranks, which have one shape and dtype, on the host of every rank.
+    Collective."""
+    total = value.detach().cpu().clone()
+    if world_size() > 1:
+        dist.all_reduce(total, group=_host_group())
+    return total
+
+
 def wait_for_all() -> None:
     """Return when every rank has come here."""
     if world_size() > 1:

@@ -94,7 +94,7 @@ class RunLog:
         if not self._leads:
             return
         self._started, self._first, self._steps = time.monotonic(), step, config.run.steps
-        self._file = _open_until(output_dir / "log.jsonl", step)
+        self._file = open_until(output_dir / "log.jsonl", step)
         self._board = self._open_board(config, output_dir, step)
         self._wandb = self._open_wandb(config, output_dir)
         self._bar = None
@@ -167,6 +167,20 @@ class RunLog:
 
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Write what an evaluation found: a line {"step", "evaluation": values} of log.jsonl, and scalars."""
+        if not self._leads:
+            return
+        self._file.write(json.dumps({"step": step, "evaluation": _plain(values)}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        scalars = {f"evaluation/{name}": value for name, value in values.items()}
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
     def say(self, message: str) -> None:
         """Show a line to the user, above the progress bar if there is one."""
         if self._leads:
@@ -204,8 +218,8 @@ def replace_text(path: Path, text: str) -> None:
     fresh.replace(path)
 
 
-def _open_until(path: Path, step: int) -> Any:
-    """log.jsonl for appending, without the records after `step` and without a last line that was cut off."""
+def open_until(path: Path, step: int) -> Any:
+    """A file of records for appending, without those after `step` and a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if path.exists():

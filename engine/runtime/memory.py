@@ -20,7 +20,7 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
         ranks: processes that ZeRO shards over.
         factor: pixels per latent position of the autoencoder.
 
-    Weights, gradients, optimizer state, and the FP32 copy that draws sample grids are exact up to DeepSpeed's
+    Weights, gradients, optimizer state, and the FP32 copy that draws samples are exact up to DeepSpeed's
     buffers. Activations are a rough count per image token and block: 16 C + 5 F numbers with everything kept,
     6 C + 2 F with the products kept, C with full recomputation; routed blocks hold the tokens that run in
     them. Frozen towers are not counted, nor what Muon needs during its update, when there are no activations.
@@ -52,7 +52,7 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
         "Adam moments": 2 * stored * (parameters - matrices) / share,
         "Muon momentum": stored * matrices / share,
         "EMA": averages * stored * parameters / share,
-        "sample grids": 4 * parameters if config.sampling.every_steps else 0.0,
+        "samples": 4 * parameters if config.sampling.every_steps or config.evaluation.every_steps else 0.0,
         "activations": tokens * blocks * per_token,
     }
 

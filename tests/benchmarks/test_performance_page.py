@@ -91,7 +91,7 @@ def test_the_committed_page_is_what_the_committed_results_say():
 def test_without_results_everything_is_said_not_to_be_measured():
     text = performance_page.page([])
     assert text.count(performance_page.NEVER) == len(performance_page.OPERATIONS)
-    assert text.count("Not measured") == 4
+    assert text.count("Not measured") == 5
     assert "Not counted" in text
     assert "Not compiled" in text
 
@@ -262,9 +262,10 @@ def test_routing_on_a_cpu_is_called_so():
         "flop_ratio": 0.65,
         "time_ratio_to_peer": 0.7,
         "saved_time_per_saved_flops": 0.91,
-        "processor_seconds_median": 2.0,
-        "processor_ratio_to_peer": 0.8,
-        "processor_saved_per_saved_flops": None,
+        "user_seconds_median": 2.0,
+        "user_ratio_to_peer": 0.8,
+        "user_saved_per_saved_flops": None,
+        "page_faults_median": 5.0,
         "peak_bytes": 2**30,
         "memory_ratio_to_peer": 0.4,
         "variant": "tread",
@@ -282,9 +283,9 @@ def test_routing_on_a_cpu_is_called_so():
     text = performance_page.page([ORIGIN | result | {"rows": rows}])
     assert "### Some CPU (CPU)" in text
     assert "On a GPU: not measured." in text
-    times, cpu, memory = "0.650 | 1000.0 (900.0-1100.0)", "2000.0 | 0.800 | -", "1024.0 | 0.400"
+    times, cpu, memory = "0.650 | 1000.0 (900.0-1100.0)", "2000.0 | 0.800 | - | 5", "1024.0 | 0.400"
     assert f"| tread | ours | {times} | 0.700 | 0.91 | {cpu} | {memory} |" in text
-    assert f"| tread | peer | {times} |  | 0.91 | 2000.0 |  | - | 1024.0 |  |" in text
+    assert f"| tread | peer | {times} |  | 0.91 | 2000.0 |  | - | 5 | 1024.0 |  |" in text
 
 
 def test_traffic_and_its_roofline():
@@ -334,3 +335,40 @@ def test_compiled_kernels_show_the_most_that_any_launch_takes():
     text = performance_page.page([result])
     assert "| `geglu` | `_forward_kernel` | 90 | 2 | 64 | 0 | 3.0 | wgmma |" in text
     assert "triton 3.7.1, ptxas 12.8" in text
+
+
+def test_loaders_are_ranked_and_set_against_the_targets():
+    def row(loader, rate, ours):
+        return {
+            "case": "256",
+            "loader": loader,
+            "filter": "Lanczos",
+            "ours": ours,
+            "images_per_second_median": rate,
+            "images_per_second_p20": rate - 1,
+            "images_per_second_p80": rate + 1,
+            "images_per_second_per_core": rate / 2,
+            "cpu_seconds_per_image": 0.004,
+        }
+
+    case = {"name": "256", "pictures": 2000, "mean_megapixels": 0.1, "mean_bytes": 51200}
+    result = {
+        "benchmark": "dataloader",
+        "file": "d.json",
+        "cores": 2,
+        "rounds": 9,
+        "seconds": 6.0,
+        "cases": [case | {"resolution": 256, "square": False, "buckets": 7}],
+        "rows": [row("webdataset", 200.0, False), row("Millrace, DALI", 500.0, True)],
+    }
+    versions = {"versions": ORIGIN["versions"] | {"webdataset": "1.0.2"}}
+    text = performance_page.page([ORIGIN | result | versions])
+    ours = "| 256 | Millrace, DALI | Lanczos | 500.0 | 499.0-501.0 | 250.0 | 4.0 | 2.50 |"
+    peer = "| 256 | webdataset | Lanczos | 200.0 | 199.0-201.0 | 100.0 | 4.0 |  |"
+    assert f"{ours}\n{peer}" in text
+    assert "### Some CPU, 2 cores" in text
+    assert "2000 JPEG files of 0.10 megapixels and 50 KiB on average, to 7 buckets" in text
+    assert "9 turns of 6 s" in text
+    assert "webdataset 1.0.2" in text
+    assert "| dense, 256 px latents | 300 | Millrace, DALI | 1.2 |" in text
+    assert "SPRINT" not in text.partition("## Loading pictures")[2]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,8 +46,8 @@ def test_rows_are_arithmetic_on_the_samples():
         ("peer", "dense"): [4.0, 4.0, 4.0],
         ("peer", "tread"): [3.2, 3.2, 3.2],
     }
-    processor = dict(zip(found, (3.0, 2.4, 6.0, 3.0), strict=True))
-    samples = {name: [routing.Sample(s, processor[name]) for s in clock[name]] for name in found}
+    user = dict(zip(found, (3.0, 2.4, 6.0, 3.0), strict=True))
+    samples = {name: [routing.Sample(s, user[name], 7) for s in clock[name]] for name in found}
     bytes_of = dict(zip(found, (10, 8, 20, 10), strict=True))
     ours, our_tread, peer, peer_tread = routing.summarise(found, samples, bytes_of)
     assert ours["seconds_median"] == 2.0
@@ -58,13 +59,13 @@ def test_rows_are_arithmetic_on_the_samples():
     assert peer_tread["saved_time_per_saved_flops"] == pytest.approx(0.2 / 0.4)
     assert our_tread["time_ratio_to_peer"] == pytest.approx(1.4 / 3.2)
     assert (our_tread["memory_ratio_to_peer"], peer["memory_ratio_to_peer"]) == (0.8, 1.0)
-    # 20 % of the processor's time for 40 % of the FLOPs.
-    assert our_tread["processor_saved_per_saved_flops"] == pytest.approx(0.2 / 0.4)
-    assert our_tread["processor_ratio_to_peer"] == pytest.approx(2.4 / 3)
+    # 20 % of the user time for 40 % of the FLOPs.
+    assert our_tread["user_saved_per_saved_flops"] == pytest.approx(0.2 / 0.4)
+    assert our_tread["user_ratio_to_peer"] == pytest.approx(2.4 / 3)
     lines = routing.table([ours, our_tread, peer, peer_tread]).splitlines()
-    dense = "dense ours 1.000 2000.0 1400.0 6200.0 0.500 - 3000.0 0.500 - 0.0 0.500"
+    dense = "dense ours 1.000 2000.0 1400.0 6200.0 0.500 - 3000.0 0.500 - 7 0.0 0.500"
     assert lines[1].split() == dense.split()
-    routed = "tread peer 0.600 3200.0 3200.0 3200.0 0.500 3000.0 1.250 0.0"
+    routed = "tread peer 0.600 3200.0 3200.0 3200.0 0.500 3000.0 1.250 7 0.0"
     assert lines[4].split() == routed.split()
 
 
@@ -79,11 +80,12 @@ def test_rounds_alternate_and_warm_up_is_discarded(monkeypatch):
         return forward
 
     monkeypatch.setattr(routing.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(routing.time, "process_time", lambda: 10.0)
+    usage = types.SimpleNamespace(ru_utime=10.0, ru_minflt=3)
+    monkeypatch.setattr(routing.resource, "getrusage", lambda _who: usage)
     found = {(name, "dense"): contestant(step(name)) for name in "abc"}
     samples = routing.time_rounds(found, rounds=2, warmup=1, device=CPU)
     assert "".join(order) == "abccbaabc"
-    assert samples == {(name, "dense"): [(1, 0.0)] * 2 for name in "abc"}
+    assert samples == {(name, "dense"): [(1, 0.0, 0)] * 2 for name in "abc"}
 
 
 def test_peak_counts_what_lives_at_once():

@@ -305,6 +305,18 @@ def test_frozen_networks_have_the_published_sizes():
     assert parameters(tower.network) == pytest.approx(26 * layer + 256000 * 2304, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "factor"),
+    [("latent_256", 16, 8), ("latent_256_flux2", 32, 8), ("latent_256_repa_e", 16, 8)],
+)
+def test_random_autoencoders_give_latents_of_the_published_shape(name, channels, factor):
+    config = load_config(ROOT / "configs" / f"{name}.json").conditioning.autoencoder
+    autoencoder = frozen.open_autoencoder(config, torch.device("meta"))
+    latents = autoencoder.encode(torch.empty(2, 3, 64, 32, device="meta"))
+    assert latents.shape == (2, channels, 64 // factor, 32 // factor)
+    assert (autoencoder.channels, autoencoder.factor, autoencoder.stochastic) == (channels, factor, True)
+
+
 def test_frozen_networks_run_and_do_not_disturb_random_numbers(tmp_path):
     config = load_config(ROOT / "configs" / "latent_256_repa_dinov3.json")
     before = torch.random.get_rng_state()

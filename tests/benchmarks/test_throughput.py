@@ -205,6 +205,7 @@ class Steps:
         self.stop = SimpleNamespace(poll=lambda: SimpleNamespace(stop=self.done == self.stop_after))
         self.stream = SimpleNamespace(close=lambda: self.closed.append("stream"))
         self.log = SimpleNamespace(close=lambda: self.closed.append("log"))
+        self.sample_log = SimpleNamespace(close=lambda: self.closed.append("sample log"))
 
     def train_step(self):
         self.done += 1
@@ -217,7 +218,7 @@ def test_warm_up_is_not_measured():
     trainer = Steps()
     assert len(measurement.time_steps(trainer, warmup=3, steps=5)) == 5
     assert (trainer.done, trainer.counted_from) == (8, 3)
-    assert trainer.closed == ["stream", "log"]
+    assert trainer.closed == ["sample log", "stream", "log"]
 
 
 def test_a_stop_request_ends_the_measurement():
@@ -225,7 +226,7 @@ def test_a_stop_request_ends_the_measurement():
     with pytest.raises(KeyboardInterrupt):
         measurement.time_steps(trainer, warmup=3, steps=5)
     assert trainer.done == 4
-    assert trainer.closed == ["stream", "log"]
+    assert trainer.closed == ["sample log", "stream", "log"]
 
 
 def call(monkeypatch, *arguments):
@@ -267,7 +268,7 @@ def test_a_step_is_one_micro_batch_per_process_unless_accumulated(monkeypatch, t
     )
     path = str(ROOT / "configs" / "quickstart.json")
     config = measurement.resolve(path, given, tmp_path)
-    assert (config.data.global_batch, config.run.steps) == (8, 12)
+    assert (config.data.global_batch, config.run.steps) == (8, 13), "one step is left over"
     assert config.run.output_dir == str(tmp_path)
     assert measurement.resolve(
         path, SimpleNamespace(**vars(given) | {"accumulate": True}), tmp_path

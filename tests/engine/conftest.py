@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -11,11 +12,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from millrace.engine.config import Config
 from millrace.engine.config_file import merge, parse_config
+from millrace.engine.data import Captions
+from millrace.engine.data.shard_index import Manifest
+from millrace.engine.data.shard_writer import StoredSample, sample_record, write_manifest, write_shard
 from millrace.engine.runtime.checkpoint import list_checkpoints
 from millrace.engine.runtime.sharded import CheckpointReader
 
@@ -193,3 +199,43 @@ def _process_as_before():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     gc.unfreeze()
+
+
+def write_shards(root, counts, patch=16, per_shard=4, draw=None):
+    """Write a small data set of shards to the folder `root`; returns its Manifest.
+
+    Args:
+        counts: samples of each bucket, {(h, w): n}. The stored pictures are 4 pixels wider than the bucket.
+        per_shard: samples of a shard.
+        draw: (number of the sample, h, w) -> (h, w, 3) uint8; noise where it is None.
+    """
+    shards, first = [], 0
+    for (h, w), n in sorted(counts.items()):
+        for number, start in enumerate(range(0, n, per_shard)):
+            samples = []
+            for i in range(first, first + min(per_shard, n - start)):
+                if draw is None:
+                    pixels = np.random.default_rng(i).integers(0, 255, (h, w + 4, 3), np.uint8)
+                else:
+                    pixels = draw(i, h, w + 4)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "JPEG", quality=95)
+                captions = Captions(f"long caption of {i}", f"short {i}")
+                record = sample_record(f"pictures/{i}.png", captions, w + 4, h)
+                samples.append(StoredSample(file.getvalue(), record, w + 4, h))
+            shards.append(write_shard(root, (h, w), number, samples, first))
+            first += len(samples)
+    manifest = Manifest(
+        resolution=round(max(h * w for h, w in counts) ** 0.5),
+        aspect="mixed",
+        patch=patch,
+        buckets=tuple(sorted(counts)),
+        shards=tuple(shards),
+    )
+    write_manifest(root, manifest)
+    return manifest
+
+
+@pytest.fixture(scope="session", name="write_shards")
+def _write_shards():
+    return write_shards

@@ -6,7 +6,7 @@ import torch
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Autoencoder, TextTower
-from millrace.engine.data import Batch
+from millrace.engine.data import Batch, signed_unit
 from millrace.engine.model.packing import LayoutCache, unpatchify
 from millrace.engine.preparation import Preparation
 
@@ -25,7 +25,10 @@ class Halving:
 
 def batch_of(first=0):
     generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(3, 8 * rows, 8 * columns, generator=generator) * 2 - 1 for rows, columns in GRIDS]
+    images = [
+        torch.randint(256, (3, 8 * rows, 8 * columns), dtype=torch.uint8, generator=generator)
+        for rows, columns in GRIDS
+    ]
     captions = ["a cat", "", "one two three"]
     return Batch(images, captions, ["a", "b", "c"], torch.arange(first, first + 3))
 
@@ -46,7 +49,7 @@ def test_pixels_come_back_out_of_the_pack():
     assert prepared.layout.cu_seqlens.tolist() == [0, 6, 22, 28]
     assert prepared.clean.shape == (28, 3 * 64)
     for tokens, grid, image in zip(prepared.clean.split([6, 16, 6]), GRIDS, batch.images, strict=True):
-        assert torch.equal(unpatchify(tokens, grid, 8), image)
+        assert torch.equal(unpatchify(tokens, grid, 8), signed_unit(image))
     assert prepared.keys == ["a", "b", "c"]
     assert prepared.sample_index.tolist() == [0, 1, 2]
 
@@ -74,7 +77,7 @@ def test_latents_keep_their_sample_though_sizes_are_encoded_together():
 @pytest.mark.parametrize("part", range(3))
 def test_the_posteriors_noise_is_normal_and_belongs_to_the_sample(part):
     batch = batch_of()
-    means = torch.nn.functional.avg_pool2d(batch.images[part][None], 2)[0]
+    means = torch.nn.functional.avg_pool2d(signed_unit(batch.images[part])[None], 2)[0]
 
     def noise(first=0, seed=0):
         tokens = preparation(Halving(), 4, seed)(batch_of(first)).clean.split([6, 16, 6])[part]

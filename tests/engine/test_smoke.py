@@ -137,3 +137,18 @@ def test_every_configuration_runs_sharded(runs, sharded, name, stage):
     steps = load_config(output / "config.json").run.steps
     assert [record["step"] for record in records] == list(range(1, steps + 1))
     assert all(record["applied"] and math.isfinite(record["loss"]) for record in records)
+
+
+def test_evaluation_becomes_small(tmp_path):
+    path = next(path for path in shipped() if path.stem == "quickstart")
+    wanted = [
+        f"run.output_dir={tmp_path}/run",
+        "evaluation.every_steps=100",
+        "evaluation.reference=elsewhere",
+    ]
+    small = smoke(load_config(path, wanted)).evaluation
+    assert (small.every_steps, small.samples, small.reference) == (4, 4, None)
+    assert small.cache == f"{tmp_path}/run-smoke/reference-statistics"
+    for metric, folder in small.features:
+        assert Path(folder).is_dir(), metric
+    assert smoke(load_config(path, wanted[:1])).evaluation.every_steps == 0

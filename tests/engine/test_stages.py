@@ -96,6 +96,32 @@ def test_so_are_data_that_follow_steps_only_later():
     assert [(s.data_sample, s.data_step) for s in stages] == [(0, 0), (0, 0), (10 * 8 + 10 * 16, 20)]
 
 
+BUCKETS = {"source": "shards", "path": "s", "aspect": "bucket", "bucket_run": 24}
+
+
+def test_another_order_of_buckets_begins_anew():
+    stages = resolved(
+        {"at": 10, "data": BUCKETS},
+        {"at": 20, "data": {"global_batch": 24, "micro_batch": 8}},
+        {"at": 30, "data": {"bucket_run": 8}},
+        {"at": 40, "data": {"aspect": "mixed", "bucket_run": 16}},
+        {"at": 50, "data": {"bucket_run": 8}},
+    )
+    assert [s.data_step for s in stages] == [0, 10, 10, 30, 40, 40]
+
+
+def test_a_stage_inside_a_run_of_one_bucket_is_refused():
+    with pytest.raises(UserError) as caught:
+        resolved(
+            {"at": 10, "data": BUCKETS},
+            {"at": 21, "name": "large", "data": {"global_batch": 24, "micro_batch": 24}},
+        )
+    assert str(caught.value) == (
+        "stage 'large' begins after 88 samples, which micro-batches of 24 do not divide: they would hold two "
+        "buckets; set its data.micro_batch to a divisor"
+    )
+
+
 def test_a_stage_that_sets_the_schedule_begins_it_anew():
     stages = resolved(
         {"at": 10, "optimizer": {"lr": 1e-3}},

@@ -1,10 +1,12 @@
 """rope_attention against its equations, one sample and one head at a time."""
 
+import importlib
+
 import pytest
 import torch
 
 from millrace.kernels import rope_attention, sample_route
-from millrace.kernels.rope_attention import chosen_backend
+from millrace.kernels.rope_attention import chosen_backend, describe_choice
 
 HEADS, SIDE = 2, 6  # heads of every case; positions come from a table of SIDE^2 rows
 CASES = {
@@ -399,6 +401,19 @@ def test_says_what_auto_takes(case):
     backend = chosen_backend(*(arguments[name] for name in names))
     assert backend == "sdpa"  # the CPU, or FP64
     assert torch.equal(rope_attention(**arguments), rope_attention(**arguments, backend=backend))
+
+
+def test_says_what_auto_takes_on_a_gpu(monkeypatch):
+    measured = {"rope_attention_uniform": "triton", "rope_attention_ragged": None}
+    module = importlib.import_module("millrace.kernels.rope_attention")  # the package has the function
+    monkeypatch.setattr(module, "_measured", lambda kind, _device: measured[kind])
+    assert describe_choice(torch.device("cuda"), torch.bfloat16) == (
+        "triton for uniform batches (measured on this GPU), "
+        "varlen for ragged batches (not measured on this GPU)"
+    )
+    assert (
+        describe_choice(torch.device("cuda"), torch.float32) == "sdpa (no other backend for float32 on cuda)"
+    )
 
 
 @pytest.mark.cuda

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from millrace.engine.conditioning import autoencoder as module
 from millrace.engine.conditioning.autoencoder import open_autoencoder, published_factor
@@ -319,3 +319,46 @@ def test_missing_package_gives_the_pip_line(monkeypatch):
     with pytest.raises(UserError, match="pip install") as caught:
         open_autoencoder(Autoencoder(kind="flux1"), CPU)
     assert "\n" not in str(caught.value)
+
+
+FORMS = [("flux1", "raw"), ("flux2", "raw"), ("flux2", "patchified"), ("repa_e", "raw"), ("dc_ae", "raw")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_a_posterior_that_was_kept_gives_the_same_latents_without_the_network(tmp_path, kind, form, dtype):
+    network = flux2_with_statistics() if kind == "flux2" else make(kind)
+    network.save_pretrained(tmp_path)
+    config = Autoencoder(kind=kind, form=form, path=str(tmp_path), dtype=dtype)
+    autoencoder = open_autoencoder(config, CPU)
+    images = pictures(64, 32, batch=3)
+    noise = torch.randn(3, autoencoder.channels, 64 // autoencoder.factor, 32 // autoencoder.factor)
+    latents = autoencoder.encode(images, noise)
+    posterior = autoencoder.posterior(images)
+    assert posterior.mean.dtype == (torch.float32 if kind == "dc_ae" else getattr(torch, dtype))
+    assert (posterior.logvar is None) == (kind == "dc_ae")
+    assert autoencoder.latent_shape(posterior) == latents.shape
+
+    moments = torch.stack([x for x in posterior if x is not None], 1).contiguous()
+    save_file({"moments": moments}, tmp_path / "kept")
+    kept = load_file(tmp_path / "kept")["moments"]
+    later = module.open_later(config, CPU, autoencoder.constants, None)
+    found = later.sample(module.Posterior(kept[:, 0], kept[:, 1] if kept.shape[1] == 2 else None), noise)
+    assert torch.equal(found, latents)
+    assert "network" not in vars(later)
+    assert (later.identity, later.channels, later.factor) == (
+        autoencoder.identity,
+        autoencoder.channels,
+        autoencoder.factor,
+    )
+    assert torch.equal(later.decode(latents), autoencoder.decode(latents))
+    assert "network" in vars(later)
+
+
+def test_the_posterior_is_that_of_either_form_of_flux2(tmp_path):
+    flux2_with_statistics().save_pretrained(tmp_path)
+    raw, folded = open_saved("flux2", tmp_path, "bfloat16"), open_folded(tmp_path, "bfloat16")
+    for mine, theirs in zip(raw.posterior(pictures()), folded.posterior(pictures()), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(raw.constants.norm_mean, folded.constants.norm_mean)
+    assert torch.equal(raw.constants.norm_deviation, folded.constants.norm_deviation)

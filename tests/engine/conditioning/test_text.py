@@ -2,13 +2,21 @@ import hashlib
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from millrace.engine.conditioning.hash_tower import token_vector, tokenize
-from millrace.engine.conditioning.text import PackedText, clean_text, dense_text, open_text_tower
+from millrace.engine.conditioning.text import (
+    LaterTower,
+    PackedText,
+    TextEncoder,
+    clean_text,
+    dense_text,
+    open_text_tower,
+)
 from millrace.engine.config import TextTower
 
 CPU = torch.device("cpu")
@@ -136,3 +144,69 @@ def test_tokenize_splits_words_numbers_and_marks():
     assert tokenize("f/1.8 at 50mm, it's_me") == [
         "f", "/", "1", ".", "8", "at", "50", "mm", ",", "it", "'", "s", "_", "me", "</s>",
     ]  # fmt: skip
+
+
+class Kept(NamedTuple):
+    rows: torch.Tensor
+    scale: torch.Tensor | None = None
+    cut: bool = False
+
+
+class Asked(TextEncoder):
+    """Says which captions it was asked for; a caption of n letters has n rows of its length."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__(4, "asked", CPU, dtype)
+        self.asked = []
+
+    @staticmethod
+    def clean(caption):
+        return caption.strip()
+
+    def _rows(self, captions):
+        self.asked += captions
+        return [
+            (torch.full((max(len(c), 1), 4), float(len(c)), dtype=self.dtype), len(c) > 3) for c in captions
+        ]
+
+
+def test_kept_rows_take_their_captions_place_and_the_tower_sees_only_the_others():
+    tower = Asked()
+    stored = torch.randn(2, 4)
+    kept = [None, Kept(stored, cut=True), None, Kept(stored[:1]), None]
+    packed = tower.encode(["abcd", "kept", " xy ", "too", "xy"], kept)
+    assert tower.asked == ["abcd", "xy"]
+    assert packed.cu_seqlens.tolist() == [0, 4, 6, 8, 9, 11]
+    expected = torch.cat(
+        [torch.full((4, 4), 4.0), stored, torch.full((2, 4), 2.0), stored[:1], torch.full((2, 4), 2.0)]
+    )
+    assert torch.equal(packed.embeddings, expected)
+    assert (packed.max_seqlen, packed.truncated, tower.truncated) == (4, 2, 2)
+
+
+def test_kept_rows_of_any_stored_dtype_come_in_the_towers():
+    tower = Asked(torch.bfloat16)
+    steps, scale = torch.tensor([[127, -64, 0, 1], [3, 2, 1, 0]], dtype=torch.int8), torch.tensor([0.5, 2.0])
+    exact = torch.randn(1, 4)
+    packed = tower.encode(["a", "b", "c"], [Kept(steps, scale), Kept(exact), Kept(exact.bfloat16())])
+    assert packed.embeddings.dtype == torch.bfloat16
+    expected = torch.cat([steps.float() * scale[:, None], exact, exact])
+    assert torch.equal(packed.embeddings, expected.bfloat16())
+    assert tower.asked == []
+
+
+def test_a_tower_for_later_is_opened_by_the_first_caption_that_is_not_kept():
+    opened = []
+
+    def open_tower():
+        opened.append(Asked())
+        return opened[0]
+
+    later = LaterTower(open_tower, 4, "asked", CPU, torch.float32)
+    rows = Kept(torch.ones(2, 4))
+    assert torch.equal(later.encode(["ab", ""], [rows, rows]).embeddings, torch.ones(4, 4))
+    assert opened == []
+    packed = later.encode(["abcde", "ab", ""], [None, rows, None])
+    assert opened[0].asked == ["abcde", ""]
+    assert torch.equal(packed.embeddings, Asked().encode(["abcde", "ab", ""], [None, rows, None]).embeddings)
+    assert (later.truncated, opened[0].truncated) == (1, 0)

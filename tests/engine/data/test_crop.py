@@ -27,7 +27,7 @@ def rng(i):
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 64), (64, 101), (80, 80)])
-def test_square_centre_crop_is_what_pillow_gives(width, height):
+def test_square_centre_crop_is_within_two_levels_of_pillows(width, height):
     image = noise(width, height)
     edge = min(width, height)
     left, top = (width - edge) // 2, (height - edge) // 2
@@ -36,32 +36,33 @@ def test_square_centre_crop_is_what_pillow_gives(width, height):
     assert view.dtype == torch.float32
     assert view.is_contiguous()
     np.testing.assert_allclose(
-        view.numpy(), np.asarray(expected, np.float32).transpose(2, 0, 1) / 127.5 - 1, atol=1e-6
+        view.numpy(), np.asarray(expected, np.float32).transpose(2, 0, 1) / 127.5 - 1, atol=2.01 / 127.5
     )
 
 
-def test_mixed_centre_crop_is_what_pillow_gives():
+def test_mixed_centre_crop_is_within_two_levels_of_pillows():
     image = noise(150, 100)
     view = evaluation_view(image, Data(resolution=64, aspect="mixed"), patch=16)
     # Aspects 48:80, 48:96 and 64:64 surround 2:3; 48:80 is nearest. Height 90 fits the full width of 150.
     expected = image.crop((0, 5, 150, 95)).resize((80, 48), Image.Resampling.LANCZOS)
     np.testing.assert_allclose(
-        view.numpy(), np.asarray(expected, np.float32).transpose(2, 0, 1) / 127.5 - 1, atol=1e-6
+        view.numpy(), np.asarray(expected, np.float32).transpose(2, 0, 1) / 127.5 - 1, atol=2.01 / 127.5
     )
 
 
 def test_black_and_white_are_exactly_minus_one_and_one():
     for value, expected in ((0, -1.0), (255, 1.0)):
         image = Image.new("RGB", (8, 8), (value,) * 3)
-        assert torch.equal(cut(image, (0, 0, 8, 8), (8, 8)), torch.full((3, 8, 8), expected))
+        assert torch.equal(cut(image, (0, 0, 8, 8), (8, 8)), torch.full((3, 8, 8), value, dtype=torch.uint8))
+        assert torch.equal(evaluation_view(image, Data(resolution=8), 8), torch.full((3, 8, 8), expected))
 
 
-def test_large_reductions_stay_close_to_plain_lanczos():
+def test_large_reductions_are_those_of_pillow():
     y, x = np.mgrid[:512, :512] / 512
     smooth = np.stack([np.sin(9 * x + 4 * y), np.cos(7 * x * y), np.sin(11 * y)], -1) * 100 + 128
     image = Image.fromarray(smooth.astype(np.uint8))
     plain = np.asarray(image.resize((32, 32), Image.Resampling.LANCZOS), np.float32).transpose(2, 0, 1)
-    ours = (cut(image, (0, 0, 512, 512), (32, 32)).numpy() + 1) * 127.5
+    ours = cut(image, (0, 0, 512, 512), (32, 32)).float().numpy()
     assert np.abs(ours - plain).max() <= 2
 
 

@@ -139,3 +139,85 @@ def test_a_weight_may_be_zero_as_long_as_another_is_not():
         part(weight=[[0, 1], [10, 0]]), part("b", weight=[[5, 0], [10, 2.5]]), part("c", weight=0)
     )
     assert [p.weight for p in found.mixture] == [((0, 1.0), (10, 0.0)), ((5, 0.0), (10, 2.5)), 0.0]
+
+
+def buckets(**values):
+    return data(**({"source": "shards", "path": "s", "aspect": "bucket"} | values))
+
+
+def test_settings_of_shards():
+    found = buckets(loader="dali", cached=["text", "latents"], crop="center", verify=True)
+    assert found.cached == ("text", "latents")
+    assert (found.bucket_run, found.verify, data().loader, data().cached) == (64, True, "auto", ())
+    assert buckets(micro_batch=24, bucket_run=48).bucket_run == 48
+    two = [part(source="shards", path="s"), part("b", source="shards", path="t")]
+    assert mixture(*two, aspect="bucket", global_batch=256, bucket_run=32).named_sources == {
+        "part 'a'": "shards",
+        "part 'b'": "shards",
+    }
+    assert mixture(part(source="shards", path="s"), part("b"), cached=["text"]).cached == ("text",)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"aspect": "bucket"},
+            "data.source is builtin, which is not sorted into buckets; prepare shards of it, or set "
+            "data.aspect to mixed",
+        ),
+        (
+            {
+                "source": "mixture",
+                "mixture": [part("a", source="shards", path="s"), part("b")],
+                "aspect": "bucket",
+            },
+            "part 'b' is digits, which is not sorted into buckets; prepare shards of it, or set "
+            "data.aspect to mixed",
+        ),
+        (
+            {"source": "shards", "path": "s", "aspect": "bucket", "micro_batch": 24},
+            "data.micro_batch 24 does not divide data.bucket_run 64, so a micro-batch would hold two sizes; "
+            "set data.micro_batch to 16 or data.bucket_run to 72",
+        ),
+        (
+            {
+                "source": "mixture",
+                "mixture": [part("a", source="shards", path="s")],
+                "aspect": "bucket",
+                "global_batch": 96,
+            },
+            "data.global_batch 96 is not a multiple of data.bucket_run 64, but steps of a mixture give whole "
+            "runs to its parts; set data.bucket_run to 32",
+        ),
+        (
+            {"cached": ["text"]},
+            "data.cached is of shards, but data.source is builtin; set data.cached to [] or prepare shards",
+        ),
+        (
+            {"source": "shards", "path": "s", "cached": ["text", "text"]},
+            "data.cached names 'text' twice; remove one",
+        ),
+        (
+            {"source": "shards", "path": "s", "aspect": "bucket", "cached": ["latents"]},
+            "data.cached latents are of pictures that always look the same; set data.aspect bucket, "
+            "data.crop center and data.flip 0, or cache text alone",
+        ),
+        (
+            {
+                "source": "shards",
+                "path": "s",
+                "aspect": "bucket",
+                "crop": "center",
+                "flip": 0.5,
+                "cached": ["latents"],
+            },
+            "data.cached latents are of pictures that always look the same; set data.aspect bucket, "
+            "data.crop center and data.flip 0, or cache text alone",
+        ),
+    ],
+)
+def test_shards_are_refused_in_one_line(values, message):
+    with pytest.raises(UserError) as caught:
+        data(**values)
+    assert str(caught.value) == f"test.json: data: {message}"

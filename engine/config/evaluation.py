@@ -1,0 +1,53 @@
+"""Metrics of the model's samples, during training and afterwards."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from millrace.engine.config.section import Section
+
+
+class FeaturePaths(Section):
+    """Weights of the feature networks: a local file or folder, or a hub id."""
+
+    fid: str | None = None
+    """Inception of FID: the file of torch-fidelity or pytorch-fid, or a folder with it (docs/evaluation.md).
+    There is no default, because it is not on the hub."""
+    cmmd: str | None = None
+    """CLIP; default openai/clip-vit-large-patch14-336."""
+    dino_mmd: str | None = None
+    """DINOv2; default facebook/dinov2-with-registers-large."""
+
+
+class Evaluation(Section):
+    """Metrics of samples against reference pictures, and the defaults of `engine/evaluate.py`.
+
+    Samples are made as `sampling` says: guidance, solver, steps, weights.
+    """
+
+    every_steps: int = Field(0, ge=0)
+    """Steps between evaluations during training; 0 is never."""
+    metrics: tuple[Literal["fid", "cmmd", "dino_mmd"], ...] = ("fid", "cmmd", "dino_mmd")
+    """What is computed."""
+    samples: int = Field(10_000, ge=2)
+    """Pictures that are sampled. Sample i has the caption of the i-th reference picture; where there are
+    fewer, they come round again with other noise."""
+    reference: str | None = None
+    """Folder of pictures to compare with; null takes the pictures of `data`. Captions are those beside the
+    pictures; for a folder without any they come from `data`."""
+    reference_samples: int | None = Field(None, ge=2)
+    """Reference pictures, taken in an order that is the same for every run; null takes as many as samples.
+    There may be fewer."""
+    caption: Literal["long", "short"] = "long"
+    """Which caption of a picture that has two."""
+    seed: int = Field(1138, ge=0, lt=2**63)
+    """Of the samples' noise; sample i is a function of (seed, i)."""
+    features: FeaturePaths = FeaturePaths()
+    cache: str = "runs/reference-statistics"
+    """Folder for statistics of reference pictures, which runs may share."""
+
+    @model_validator(mode="after")
+    def _some_metric(self) -> "Evaluation":
+        if not self.metrics or len(set(self.metrics)) != len(self.metrics):
+            raise ValueError(f"metrics is {list(self.metrics)}; name one or more, each once")
+        return self

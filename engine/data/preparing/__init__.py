@@ -1,0 +1,1 @@
+"""Making a data set of shards from folders, tars and Parquet files."""
