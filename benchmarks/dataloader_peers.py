@@ -135,7 +135,7 @@ class Ours:
         )
         source = open_source(config)
         self.batches = len(source) // case.batch
-        self.stream = SampleStream(source, config, seed=0, patch=32, caption_drop=0.0, rank=0, world_size=1)
+        self.stream = SampleStream(source, config, seed=0, patch=1, caption_drop=0.0, rank=0, world_size=1)
 
     def epoch(self) -> Iterator[Tensor]:
         return islice(self.endless(), self.batches)
@@ -374,7 +374,7 @@ class Runner:
             if not self.pipe.poll(PATIENCE):
                 raise UserError(f"{self.name}: no answer to {what} in {PATIENCE:.0f} s")
             answer, problem = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise UserError(f"{self.name}: its process ended") from None
         if problem is not None:
             raise UserError(f"{self.name}: {what}: {problem}")

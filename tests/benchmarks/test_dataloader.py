@@ -148,8 +148,9 @@ def test_cores_that_a_gpu_needs():
     assert "2.5 cores with ours" in report.needs_in_words(ROWS)
 
 
-def test_a_loader_that_fails_is_one_line(smoke):
+def test_a_loader_that_fails_is_one_line(smoke, monkeypatch):
     folder, _, _ = smoke
+    monkeypatch.syspath_prepend(BENCHMARKS)  # its process imports the file
     runner = peers.Runner("torch DataLoader", 1, [0])
     try:
         case = peers.Case("none", *[folder / "none"] * 3, 32, False, 4)
