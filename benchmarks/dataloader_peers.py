@@ -126,7 +126,7 @@ class Ours:
             path=str(case.shards),
             resolution=case.resolution,
             aspect="square" if case.square else "bucket",
-            bucket_run=2 * case.batch,
+            bucket_run=case.batch,
             global_batch=case.batch,
             micro_batch=case.batch,
             loader=loader,
