@@ -46,7 +46,7 @@ AHEAD = 2
 """Batches that each worker prepares ahead."""
 SHUFFLED = 200
 """Samples among which webdataset shuffles."""
-PATIENCE = 600.0
+PATIENCE = 1800.0
 """Seconds after which a loader that says nothing has failed."""
 
 
