@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections import Counter
@@ -45,7 +46,7 @@ AHEAD = 2
 """Batches that each worker prepares ahead."""
 SHUFFLED = 200
 """Samples among which webdataset shuffles."""
-PATIENCE = 600.0
+PATIENCE = 1800.0
 """Seconds after which a loader that says nothing has failed."""
 
 
@@ -153,6 +154,8 @@ class Files(Dataset):
 
     def __init__(self, case: Case, transform: RandomResizedCrop) -> None:
         self.paths = sorted(case.files.glob("*/*.jpg"))
+        if not self.paths:
+            raise UserError(f"{case.files}: no pictures")
         self.sizes = [case.size(_size_in(path.parent.name)) for path in self.paths]
         self.transform = transform
 
@@ -387,6 +390,7 @@ def _serve(pipe: Connection, name: str, workers: int, cores: list[int]) -> None:
     os.setpgid(0, 0)
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     server = _Server(CONTESTANTS[name], workers)
     with suppress(EOFError):
         while True:
@@ -397,6 +401,12 @@ def _serve(pipe: Connection, name: str, workers: int, cores: list[int]) -> None:
                 traceback.print_exc()
                 pipe.send((None, f"{type(error).__name__}: {error}"))
     server.close()
+
+
+def _end_with_parent() -> None:
+    """Kill this process and its workers when the benchmark is gone, whatever they are doing."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
 class _Server:
