@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections import Counter
@@ -45,7 +46,7 @@ AHEAD = 2
 """Batches that each worker prepares ahead."""
 SHUFFLED = 200
 """Samples among which webdataset shuffles."""
-PATIENCE = 600.0
+PATIENCE = 1800.0
 """Seconds after which a loader that says nothing has failed."""
 
 
@@ -126,7 +127,7 @@ class Ours:
             path=str(case.shards),
             resolution=case.resolution,
             aspect="square" if case.square else "bucket",
-            bucket_run=2 * case.batch,
+            bucket_run=case.batch,
             global_batch=case.batch,
             micro_batch=case.batch,
             loader=loader,
@@ -135,7 +136,7 @@ class Ours:
         )
         source = open_source(config)
         self.batches = len(source) // case.batch
-        self.stream = SampleStream(source, config, seed=0, patch=32, caption_drop=0.0, rank=0, world_size=1)
+        self.stream = SampleStream(source, config, seed=0, patch=1, caption_drop=0.0, rank=0, world_size=1)
 
     def epoch(self) -> Iterator[Tensor]:
         return islice(self.endless(), self.batches)
@@ -153,6 +154,8 @@ class Files(Dataset):
 
     def __init__(self, case: Case, transform: RandomResizedCrop) -> None:
         self.paths = sorted(case.files.glob("*/*.jpg"))
+        if not self.paths:
+            raise UserError(f"{case.files}: no pictures")
         self.sizes = [case.size(_size_in(path.parent.name)) for path in self.paths]
         self.transform = transform
 
@@ -374,7 +377,7 @@ class Runner:
             if not self.pipe.poll(PATIENCE):
                 raise UserError(f"{self.name}: no answer to {what} in {PATIENCE:.0f} s")
             answer, problem = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise UserError(f"{self.name}: its process ended") from None
         if problem is not None:
             raise UserError(f"{self.name}: {what}: {problem}")
@@ -387,6 +390,7 @@ def _serve(pipe: Connection, name: str, workers: int, cores: list[int]) -> None:
     os.setpgid(0, 0)
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     server = _Server(CONTESTANTS[name], workers)
     with suppress(EOFError):
         while True:
@@ -397,6 +401,12 @@ def _serve(pipe: Connection, name: str, workers: int, cores: list[int]) -> None:
                 traceback.print_exc()
                 pipe.send((None, f"{type(error).__name__}: {error}"))
     server.close()
+
+
+def _end_with_parent() -> None:
+    """Kill this process and its workers when the benchmark is gone, whatever they are doing."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
 class _Server:
@@ -418,7 +428,7 @@ class _Server:
     def epoch(self) -> Counter[tuple[int, ...]]:
         shapes: Counter[tuple[int, ...]] = Counter()
         for batch in self.loader.epoch():
-            if batch.dtype != torch.uint8 or float(batch[:, :, ::8, ::8].float().std((1, 2, 3)).min()) < 1:
+            if batch.dtype != torch.uint8 or float(batch[:, :, ::8, ::8].float().std((1, 2, 3)).median()) < 1:
                 raise ValueError(f"these are no pictures: {batch.dtype} {tuple(batch.shape)}")
             shapes[tuple(batch.shape[1:])] += len(batch)
         return shapes

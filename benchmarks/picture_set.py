@@ -24,6 +24,7 @@ from millrace.engine.data.preparing.run import prepare
 from millrace.engine.data.preparing.settings import Settings
 from millrace.engine.data.shard_index import Manifest
 from millrace.engine.data.shards import ShardsSource
+from millrace.engine.errors import UserError
 
 SEED = 20260101
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 1, 4 / 3, 3 / 2, 16 / 9, 2)
@@ -84,10 +85,14 @@ def make_picture(folder: Path, resolution: int, i: int) -> None:
     _path(folder, i).with_suffix(".json").write_text(text)  # the last thing: with it the picture is whole
 
 
-def make_shards(pictures: Path, output: Path, resolution: int, workers: int) -> Manifest:
+def make_shards(pictures: Path, output: Path, resolution: int, workers: int, patch: int = PATCH) -> Manifest:
     """The pictures as shards for `resolution`, or what is there of them already."""
-    settings = Settings(resolution=resolution, patch=PATCH, shard_bytes=SHARD_BYTES)
+    settings = Settings(resolution=resolution, patch=patch, shard_bytes=SHARD_BYTES)
     manifest, _ = prepare(pictures, output, settings, workers, 0.0)
+    if manifest.rejects:
+        raise UserError(
+            f"{output}: prepare.py rejected pictures: {manifest.rejects}; remove it and try again"
+        )
     return manifest
 
 

@@ -32,7 +32,7 @@ EDGE = 64
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("set")
     picture_set.make_pictures(folder / "pictures", 12, EDGE, workers=0)
-    picture_set.make_shards(folder / "pictures", folder / "shards", EDGE, workers=0)
+    picture_set.make_shards(folder / "pictures", folder / "shards", EDGE, workers=0, patch=8)
     picture_set.copy_to_mds(folder / "shards", folder / "mds")
     picture_set.copy_to_files(folder / "shards", folder / "files")
     return folder

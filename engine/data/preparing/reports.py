@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from millrace.engine.data.pictures import UnreadablePicture
 from millrace.engine.data.shard_index import bucket_name
@@ -45,11 +45,7 @@ def _thumbnail(source: ShardsSource, sample: int, width: int) -> Image.Image:
         image = source.image(sample)
     except UnreadablePicture:  # the disk lost it since it was written; training will name it
         return Image.new("RGB", (width, THUMBNAIL), (200, 0, 0))
-    scale = min(image.width / width, image.height / THUMBNAIL)
-    w, h = width * scale, THUMBNAIL * scale
-    left, top = (image.width - w) / 2, (image.height - h) / 2
-    box = left, top, left + w, top + h
-    return image.resize((width, THUMBNAIL), Image.Resampling.LANCZOS, box, reducing_gap=3.0)
+    return ImageOps.fit(image, (width, THUMBNAIL), Image.Resampling.LANCZOS)
 
 
 def draw_caption_lengths(long: np.ndarray, short: np.ndarray, path: Path) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -129,3 +130,23 @@ def test_arrays_that_are_no_index(dataset, rows):
 def test_manifest_is_checked_when_it_is_made():
     with pytest.raises(ValueError, match="shards"):
         Manifest(resolution=16, aspect="mixed", patch=16, buckets=(), shards=())
+
+
+def test_many_threads_read_indexes_at_once(dataset):
+    """np.load fails now and then when several threads use it."""
+    shards = read_manifest(dataset).shards * 500
+    with ThreadPoolExecutor(16) as threads:
+        rows = list(threads.map(lambda shard: read_index(dataset, shard), shards))
+    for shard, some in zip(shards[:3], rows[:3], strict=True):
+        np.testing.assert_array_equal(some, np.load((dataset / shard.file).with_suffix(".npy")))
+
+
+def test_white_space_of_other_numpy_versions_is_taken(dataset):
+    path = dataset / "16x32/00000.npy"
+    data = path.read_bytes()
+    length = int.from_bytes(data[8:10], "little")
+    header = data[10 : 10 + length].rstrip() + b" " * 100 + b"\n"
+    path.write_bytes(data[:8] + len(header).to_bytes(2, "little") + header + data[10 + length :])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    rewrite(dataset, lambda values: values["shards"][0].update(index_sha256=digest))
+    assert len(read_index(dataset, read_manifest(dataset).shards[0])) == 4

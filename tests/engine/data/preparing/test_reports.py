@@ -26,6 +26,15 @@ def test_contact_sheet_has_a_row_a_bucket_in_its_shape(tmp_path, write_shards):
     assert np.flatnonzero(red.any(1)).max() < np.flatnonzero(blue.any(1)).min()
 
 
+def test_pictures_of_any_shape_fit(write_shards, tmp_path):
+    """Rounding must not put the crop outside of the picture."""
+    for h, w in ((32, 48), (37, 53), (736, 1440), (101, 67), (256, 256)):
+        root = tmp_path / f"{h}x{w}"
+        write_shards(root, {(h, w): 1})
+        draw_contact_sheet(ShardsSource(root), root / "sheet.png")
+        assert Image.open(root / "sheet.png").height == THUMBNAIL + 16
+
+
 def test_a_damaged_picture_is_red_on_the_sheet(tmp_path, write_shards):
     write_shards(tmp_path / "set", {(16, 16): 1})
     source = ShardsSource(tmp_path / "set")
