@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine.config_file import load_config
 from millrace.engine.errors import UserError
@@ -319,6 +320,28 @@ def test_random_autoencoders_give_latents_of_the_published_shape(monkeypatch, na
     assert latents.shape == (2, channels, 64 // factor, 32 // factor)
     assert latents.isfinite().all()
     assert (autoencoder.channels, autoencoder.factor, autoencoder.stochastic) == (channels, factor, True)
+
+
+def test_frozen_networks_cost_what_was_counted_by_hand():
+    """TFLOP of a picture of 256 pixels and of a caption of 256 tokens, on meta tensors."""
+    meta = torch.device("meta")
+    config = load_config(ROOT / "configs" / "latent_256_repa_dinov3.json")
+    pictures = torch.empty(1, 3, 256, 256, device=meta)
+    encoder = frozen.open_autoencoder(config.conditioning.autoencoder, meta)
+    name, values = frozen.DINOS["dinov3"]
+    transformers = importlib.import_module("transformers")
+    with meta:
+        teacher = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**values))
+    tower = frozen.open_text_tower(config.conditioning.text, 2304, meta, torch.bfloat16)
+    ids = torch.zeros(1, 256, dtype=torch.int64)
+    for call, wanted in (
+        (lambda: encoder.network.encode(pictures.bfloat16()), 0.27),
+        (lambda: teacher(pictures), 0.164),
+        (lambda: tower._forward(ids, torch.tensor([256])), 1.05),
+    ):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() / 1e12 == pytest.approx(wanted, rel=0.05)
 
 
 def test_frozen_networks_run_and_do_not_disturb_random_numbers(tmp_path):
