@@ -84,7 +84,6 @@ def test_every_format_has_the_same_bytes(folder):
     assert [path.parent.name for path in files] == [
         "{}x{}".format(*shards.buckets[number]) for number in shards.bucket_of
     ]
-    assert mds.buckets == shards.buckets
 
 
 def test_copies_are_made_anew_when_the_shards_change(folder, tmp_path):

@@ -179,8 +179,6 @@ def test_choice_on_cuda(lengths, dtype, backend, monkeypatch):
     if backend == "measured":
         table = {"GPU 1": {"rope_attention_uniform": backend}, "GPU 0": {"rope_attention_uniform": "other"}}
         monkeypatch.setattr(module, "measured_choices", lambda: table)
-    qkv = SimpleNamespace(
-        shape=(sum(lengths), 3, 2, 64), dtype=dtype, is_cuda=True, is_cpu=False, get_device=lambda: 1
-    )
+    qkv = SimpleNamespace(shape=(sum(lengths), 3, 2, 64), dtype=dtype, device=torch.device("cuda", 1))
     chosen = module.chosen_backend(qkv, torch.empty(6, 2, 2, 64), torch.empty(3), max(lengths), 3)
     assert chosen == backend
