@@ -78,10 +78,18 @@ def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world
 
     assert runs.here(root / "live", changes).error is None
     assert runs.here(root / "cached", changes, {"data": {"cached": ["text", "latents"]}}).error is None
-    runs.assert_same_bits(root / "cached", root / "live")
+    # Other processes wrote the caches, perhaps with other numbers of threads: BF16 may round otherwise.
+    # That nothing else differs is shown to the bit within one process, in test_caching.py.
+    cached, live = (losses(root / name) for name in ("cached", "live"))
+    assert len(live) == 6
+    assert cached == pytest.approx(live, rel=1e-3)
     lines = capsys.readouterr().err
     for kind, dtype in (("text", "bfloat16"), ("latents", "bfloat16")):
         assert f"cached {kind} ({dtype}): {root / 'set'}" in lines
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

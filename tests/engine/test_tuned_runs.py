@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from millrace.engine import export, sample
+from millrace.engine import export, sample, trained
 from millrace.engine.conditioning.autoencoder import open_autoencoder
 from millrace.engine.conditioning.latent_norm import STATISTICS_FILE
 from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
@@ -201,7 +201,7 @@ def test_another_run_trains_on_an_exported_autoencoder(runs, tuned, whole, tmp_p
 def test_sampling_uses_the_tuned_autoencoder(whole, tmp_path, monkeypatch):
     picture, opened = tmp_path / "fox.png", []
     monkeypatch.setattr(
-        sample, "open_trained", lambda *given: opened.append(open_trained(*given)) or opened[-1]
+        trained, "open_trained", lambda *given: opened.append(open_trained(*given)) or opened[-1]
     )
     words = ["--checkpoint", str(whole), "--prompt", "a fox", "--steps", "2", "--grid", str(picture)]
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
