@@ -19,6 +19,7 @@ mapped into memory: what is read of them are the pages of one sample, from any t
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
@@ -103,7 +104,7 @@ def remake(kind: Kind) -> str:
     return f"make it again with prepare.py --cache {kind} --replace"
 
 
-class Cache:
+class Cache(ABC):
     """The files of one kind of cache of one data set. Any thread may read.
 
     Args:
@@ -152,9 +153,9 @@ class Cache:
                 self._maps.popitem(last=False)
         return found
 
+    @abstractmethod
     def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
         """What is wrong with the tensors of a shard's file, if anything."""
-        raise NotImplementedError
 
     def _map(self, file: CacheFile) -> tuple[dict[str, Tensor], dict[str, str]]:
         path = _compare(self.root, file, self.kind, self.verify)
