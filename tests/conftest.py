@@ -11,9 +11,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuB
 
 
 def pytest_configure() -> None:
-    """Tiny tensors gain nothing from threads; more of them only make runs on a shared machine slow."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+    """Tiny tensors gain nothing from threads; more of them only make runs on a shared machine slow.
+
+    In the environment as well: a Trainer without the variable takes the threads it finds, for this process
+    and for all tests after it, and the bits of a sum follow the number of threads.
+    """
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,5 +39,7 @@ def _repeatable():
     np.random.seed(0)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    threads = torch.get_num_threads()
     yield
     torch.use_deterministic_algorithms(False)
+    assert torch.get_num_threads() == threads, "the test leaves another number of threads to those after it"

@@ -191,7 +191,6 @@ def runs() -> Runs:
 def _process_as_before():
     """A Trainer joins a job, handles signals and freezes the garbage collector; undo that."""
     environment = dict(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the runs elsewhere, whose bits are compared
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     os.environ.clear()
