@@ -132,7 +132,7 @@ class Ours:
             micro_batch=case.batch,
             loader=loader,
             workers=workers,
-            prefetch=AHEAD,
+            prefetch=AHEAD * workers,
         )
         source = open_source(config)
         self.batches = len(source) // case.batch

@@ -16,6 +16,7 @@ import io
 import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -43,17 +44,21 @@ _VIEW = ("start", "shape", "size", "flip")
 class DaliDecoder:
     """`python` takes the pictures that are not for DALI; `device` is where pixels are wanted."""
 
-    batched = True
-
     def __init__(self, source: Source, python: PythonDecoder, config: Data, device: torch.device) -> None:
         self._source, self._python = source, python
-        self._threads = max(config.workers, 1)
-        self._batch = config.micro_batch
-        self._resizers = ThreadPoolExecutor(self._threads, "resizing")
+        threads = max(config.workers, 1)
+        self._threads, self._batch = threads, config.micro_batch
+        self._resizers = ThreadPoolExecutor(threads, "resizing")
         self._device = device if device.type == "cuda" and self._works_on(device) else None
-        self._pipeline = self._build()
+        # On the CPU one micro-batch is decoded while the pictures of another are resized: each alone leaves
+        # threads idle when its last pictures are done.
+        self.lanes = 1 if self._device is not None else min(2, threads)
+        self._threads = threads // self.lanes
+        self._pipelines: SimpleQueue[dali.Pipeline] = SimpleQueue()
+        for _ in range(self.lanes):
+            self._pipelines.put(self._build())
         where = "on the CPU" if self._device is None else f"on {self._device}"
-        self.description = f"NVIDIA DALI {dali.__version__} {where}, {self._threads} threads"
+        self.description = f"NVIDIA DALI {dali.__version__} {where}, {threads} threads"
 
     def start(self, picture: int, viewer: Viewer) -> Tensor | Encoded:
         data = encoded(self._source, picture)
@@ -63,12 +68,23 @@ class DaliDecoder:
         return Encoded(data, picture, viewer(*size), viewer)
 
     def finish(self, files: list[Encoded]) -> list[Tensor | UnreadablePicture]:
+        pipeline = self._pipelines.get()
         try:
-            pictures = feed(self._pipeline, files, finished=self._device is not None)
-        except RuntimeError as error:
-            log.info("DALI: %s; Pillow decodes this micro-batch", str(error).splitlines()[0])
-            self._pipeline = self._build()
-            return list(self._resizers.map(self._again, files))
+            try:
+                pictures = feed(pipeline, files, finished=self._device is not None)
+            except RuntimeError as error:
+                log.info("DALI: %s; Pillow decodes this micro-batch", str(error).splitlines()[0])
+                pipeline = self._build()
+                return list(self._resizers.map(self._again, files))
+            return self._finished(pictures, files)
+        finally:
+            self._pipelines.put(pipeline)
+
+    def close(self) -> None:
+        self._resizers.shutdown(wait=False, cancel_futures=True)
+
+    def _finished(self, pictures: Any, files: list[Encoded]) -> list[Tensor]:
+        """Pixels out of DALI's memory, as they are wanted."""
         if self._device is not None:
             return self._copies(pictures, self._device)
 
@@ -80,9 +96,6 @@ class DaliDecoder:
             return pixels.flip(-1) if view.flip else pixels
 
         return list(self._resizers.map(finished, range(len(files))))
-
-    def close(self) -> None:
-        self._resizers.shutdown(wait=False, cancel_futures=True)
 
     def _in_python(self, picture: int, viewer: Viewer) -> Tensor:
         pixels = self._python.start(picture, viewer)
@@ -114,9 +127,9 @@ class DaliDecoder:
         Image.new("RGB", (32, 32), "red").save(file, "JPEG")
         self._device, view = device, View((16, 16), (0, 0, 32, 32), False)
         try:
-            self._pipeline = self._build()
+            pipeline = self._build()
             red = Encoded(file.getvalue(), 0, view, lambda _w, _h: view)
-            pictures = feed(self._pipeline, [red], finished=True)
+            pictures = feed(pipeline, [red], finished=True)
             (pixels,) = self._copies(pictures, device)
             level = float(pixels[0].float().mean())
         except Exception as error:  # whatever is missing, the CPU can do it

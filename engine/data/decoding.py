@@ -40,14 +40,14 @@ class Decoder(Protocol):
 
     description: str
     """For the log: who decodes, where."""
-    batched: bool
-    """Whether there is anything to `finish`."""
+    lanes: int
+    """Threads that may `finish` a micro-batch at the same time; 0 where there is nothing to finish."""
 
     def start(self, picture: int, viewer: Viewer) -> Tensor | Encoded:
         """In any thread. Raises UnreadablePicture, and what `viewer` raises."""
 
     def finish(self, files: list[Encoded]) -> list[Tensor | UnreadablePicture]:
-        """Pixels of each file, or why it has none. In one thread at a time."""
+        """Pixels of each file, or why it has none. In as many threads at a time as there are lanes."""
 
     def close(self) -> None:
         """Release threads and memory; nothing is asked for afterwards."""
@@ -56,7 +56,7 @@ class Decoder(Protocol):
 class PythonDecoder:
     """Pillow decodes each picture in the thread that reads it."""
 
-    batched = False
+    lanes = 0
 
     def __init__(self, source: Source, workers: int) -> None:
         self._source = source

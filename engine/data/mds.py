@@ -36,6 +36,8 @@ GRID = 32
 PROBED = 8
 """Pictures of a folder that are looked at to learn its aspect ratio."""
 SAME_ASPECT = 1.1
+NAMED_ASPECT = 1.25
+"""Factors by which aspect ratios in a folder may differ: from each other, and from the size in its name."""
 
 
 class MdsSource:
@@ -145,20 +147,27 @@ class MdsSource:
                 seen.append(self._size(index))
             except UnreadablePicture:
                 continue  # reported when its turn comes
-        aspects = [width / height for width, height in seen]
-        if not aspects or max(aspects) > SAME_ASPECT * min(aspects):
+        if not seen:
             return None
-        aspect = float(np.median(aspects))
+        if named := self._named_size(number, seen):
+            return named
+        aspects = [width / height for width, height in seen]
+        if max(aspects) > SAME_ASPECT * min(aspects):
+            return None
+        stored_w, stored_h = np.min(seen, axis=0).tolist()
+        root = float(np.median(aspects)) ** 0.5
+        return _edge(self._resolution / root, stored_h), _edge(self._resolution * root, stored_w)
+
+    def _named_size(self, number: int, seen: list[tuple[int, int]]) -> tuple[int, int] | None:
+        """(h, w) in a folder's name, in either order, where all pictures `seen` are of its aspect."""
         path = self._indexes[number]
         name = path.parent.name if path.name == "index.json" else path.stem
         for a, b in re.findall(r"(\d+)x(\d+)", name):
             for h, w in ((int(a), int(b)), (int(b), int(a))):
                 near = h * w and 0.75 < h * w / self._resolution**2 < 1.33
-                if near and 1 / SAME_ASPECT < w / h / aspect < SAME_ASPECT:
+                if near and all(_belongs(size, (h, w)) for size in seen):
                     return h, w
-        stored_w, stored_h = np.min(seen, axis=0).tolist()
-        root = aspect**0.5
-        return _edge(self._resolution / root, stored_h), _edge(self._resolution * root, stored_w)
+        return None
 
     def _size(self, index: int) -> tuple[int, int]:
         """(width, height) in pixels of a picture, upright. Raises UnreadablePicture."""
@@ -204,6 +213,17 @@ class MdsSource:
                 recent.index = None
                 raise UnreadablePicture(self._where(index), str(error)) from error
         return recent.columns
+
+
+def _belongs(stored: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a picture (width, height) is of the aspect of a folder named for `size` (h, w).
+
+    One that covers it may differ more: buckets of small pictures lie far apart, and crops take the rest away.
+    """
+    (width, height), (h, w) = stored, size
+    apart = (width * h) / (height * w)
+    most = NAMED_ASPECT if width >= w and height >= h else SAME_ASPECT
+    return 1 / most < apart < most
 
 
 def _edge(wanted: float, stored: int) -> int:

@@ -110,7 +110,9 @@ class SampleStream:
         self.loader = self._decoder.description
         self._pool = ThreadPoolExecutor(config.workers, "pictures") if config.workers else None
         self._finisher = (
-            ThreadPoolExecutor(1, "micro-batches") if self._pool and self._decoder.batched else None
+            ThreadPoolExecutor(self._decoder.lanes, "micro-batches")
+            if self._pool and self._decoder.lanes
+            else None
         )
         self._ahead: deque[tuple[range, Callable[[], list[_Sample]]]] = deque()
         self._closed = False

@@ -105,6 +105,22 @@ def test_a_folder_of_one_aspect_ratio_is_a_bucket(tmp_path, write_pictures, name
     assert source.bucket_of.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("48x80", [(80, 48), (100, 60), (100, 50), (170, 83)], ((48, 80),)),
+        ("80x48", [(80, 48), (100, 60), (100, 50), (170, 83)], ((48, 80),)),
+        ("48x80", [(80, 48), (100, 47)], ()),  # does not cover the bucket, and is of another aspect
+        ("48x80", [(80, 48), (100, 80)], ()),  # a third of its edge would be cropped
+    ],
+)
+def test_a_folder_named_for_a_bucket_may_hold_more_than_its_aspect(
+    tmp_path, write_pictures, name, sizes, expected
+):
+    write_pictures(tmp_path / name, sizes)
+    assert opened(tmp_path).buckets == expected
+
+
 def test_buckets_are_sorted_and_tell_the_size_of_every_sample(tmp_path, write_pictures):
     write_pictures(tmp_path / "a", [(64, 64)] * 3, size_limit=2000)
     write_pictures(tmp_path / "b", [(32, 96)] * 2)
