@@ -246,7 +246,12 @@ def _relative_speed(results: list[Result]) -> str:
     result = newest(results, "routing")
     if result is None:
         return "Not measured: no result of benchmarks/routing.py."
-    sides = {"ours": "Millrace, small model on a CPU", "peer": "diffusers, the same model and CPU"}
+    cpu = result["options"]["device"] == "cpu"
+    sides = (
+        {"ours": "Millrace, small model on a CPU", "peer": "diffusers, the same model and CPU"}
+        if cpu
+        else {"ours": "Millrace, blocks on a GPU", "peer": "diffusers, the same on that GPU"}
+    )
     dense = {row["side"]: row["seconds_median"] for row in result["rows"] if row["variant"] == "dense"}
     groups = []
     for method in ("TREAD", "SPRINT"):
@@ -275,10 +280,12 @@ def _relative_speed(results: list[Result]) -> str:
         ]
         groups.append(Group(method, found))
     options = result["options"]
+    where = f"No GPU measurement yet. CPU: {result['cpu']}, {result['threads']} threads"
+    if not cpu:
+        where = f"GPU: {result['gpus'][0]['name']}; forward and backward, no training step measured yet"
     notes = [
         "Each to the dense step of the same model; the tick is the speed it had if time followed the FLOPs.",
-        f"No GPU measurement yet. CPU: {result['cpu']}, {result['threads']} threads, "
-        f"width {options['width']}, {options['depth']} blocks, {options['image_tokens']} tokens.",
+        f"{where}, width {options['width']}, {options['depth']} blocks, {options['image_tokens']} tokens.",
         f"benchmarks/results/{result['file']}, {result['time'][:10]}; the post: benchmarks/published.json",
     ]
     return bars("Training speed with routing, the dense step being 1", groups, notes)

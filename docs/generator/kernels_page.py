@@ -1,6 +1,7 @@
 """The page of the operations: what each computes and fuses, from kernels/ and from the results."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,12 @@ def page() -> str:
 
 def _first_sentence(text: str) -> str:
     paragraph = " ".join(text.split("\n\n")[0].split()).replace("|", "\\|")
-    for end in (". ", ": "):
-        paragraph = paragraph.split(end)[0]
-    return paragraph.removesuffix(".")
+    return re.split(r"(?<!et al)\. ", paragraph)[0].removesuffix(".")
 
 
 def _has_cuda(names: list[str]) -> bool:
     library = (KERNELS / "cuda_library.py").read_text()
-    return any(f"def {name}(" in library for name in names)
+    return any(f"def {name.replace('_tokens', '_rows')}(" in library for name in names)
 
 
 def _signature(function: ast.FunctionDef) -> str:

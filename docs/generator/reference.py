@@ -145,8 +145,13 @@ def _values(field: dict[str, Any]) -> str:
         return f"list of {_values(field.get('items', {}))}"
     words = {"integer": "int", "number": "number", "string": "text", "boolean": "true, false", "null": "null"}
     signs = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-    bounds = [f"{sign} {field[name]:g}" for name, sign in signs if name in field]
+    bounds = [f"{sign} {_number(field[name])}" for name, sign in signs if name in field]
     return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def _number(value: float) -> str:
+    """Large bounds are powers of two."""
+    return f"2^{int(value).bit_length() - 1}" if value >= 2**32 else f"{value:g}"
 
 
 def _prose(text: str) -> str:
