@@ -26,7 +26,7 @@ _SKIPPED = re.compile(r"^(`{3,}|~{3,}).*?^\1\s*$|`[^`\n]+`|\]\([^)]*\)|<!--.*?--
 
 def pages() -> list[Path]:
     """Hand-written pages."""
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in found if path.relative_to(ROOT).as_posix() not in FROM_RESULTS]
 
 

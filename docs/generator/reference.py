@@ -32,6 +32,13 @@ def configurations_page() -> str:
         "`python engine/train.py --config FILE --print-config` prints everything, `--plan 8` what it needs "
         "on 8 processes, and `--smoke` runs it, tiny, on a CPU.",
     ]
+    rows = []
+    for path in files():
+        name = path.relative_to(CONFIGS).as_posix().removesuffix(".json")
+        rows.append(
+            f"| [{name}](#{name.replace('/', '')}) | {_prose(json.loads(path.read_text())['source'])} |"
+        )
+    text.append("\n".join(["| file | what |", "|---|---|", *rows]))
     folder = None
     for path in files():
         name = path.relative_to(CONFIGS).as_posix()
@@ -47,24 +54,34 @@ def configurations_page() -> str:
             base = (path.parent / values["extends"]).resolve().relative_to(CONFIGS).as_posix()
             anchor = base.removesuffix(".json").replace("/", "")
             text.append(f"Extends [{base.removesuffix('.json')}](#{anchor}).")
-        rows = [f"| `{key}` | `{value}` |" for key, value in _settings(values)]
-        text.append("\n".join(["| setting | value |", "|---|---|", *rows]))
+        rows = [f"| `{section}` | {', '.join(settings)} |" for section, settings in _settings(values).items()]
+        text.append("\n".join(["| section | sets |", "|---|---|", *rows]))
         if name.removesuffix(".json") in published:
             text.append(published[name.removesuffix(".json")])
     return "\n\n".join(text) + "\n"
 
 
-def _settings(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """What a file sets, as `section.key` and JSON."""
+def _settings(values: dict[str, Any]) -> dict[str, list[str]]:
+    """What a file sets in each section, as `key = JSON`."""
+    sections = {key: value for key, value in values.items() if key not in ("$schema", "extends", "source")}
+    return {
+        section: _pairs(value) if isinstance(value, dict) else [_code(json.dumps(value))]
+        for section, value in sections.items()
+    }
+
+
+def _pairs(values: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key, value in values.items():
-        if not prefix and key in ("$schema", "extends", "source"):
-            continue
         if isinstance(value, dict):
-            found += _settings(value, f"{prefix}{key}.")
+            found += _pairs(value, f"{prefix}{key}.")
         else:
-            found.append((prefix + key, json.dumps(value).replace("|", "\\|")))
+            found.append(_code(f"{prefix}{key} = {json.dumps(value)}"))
     return found
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('|', chr(92) + '|')}`"
 
 
 def _published() -> dict[str, str]:

@@ -25,6 +25,7 @@ LANGUAGES = {
     ".h": "cpp",
     ".sh": "bash",
     ".toml": "toml",
+    ".yml": "yaml",
     ".txt": "text",
 }
 FENCE = "`" * 8

@@ -28,6 +28,7 @@ GENERATED = {
 }
 
 _DRAWING = re.compile(r"^!\[([^\]]*)\]\((\S+\.svg)\)$", re.MULTILINE)
+_FIGURE = re.compile(r"(?<=\|) [\d.]+(?: ± |-| \([\d.]+-)[\d.]+\)? (?=\|)")
 _CHART = re.compile(r"^<!-- chart: (\w+) -->$", re.MULTILINE)
 
 
@@ -41,7 +42,7 @@ def stage(folder: Path = STAGED) -> None:
     pages["performance.md"] = charts.with_places(pages["performance.md"])
     linked = set().union(*(source_pages.targets(text) for text in pages.values()))
     for name, text in pages.items():
-        _write(folder / name, with_drawings(source_pages.rewritten(text)))
+        _write(folder / name, with_whole_figures(with_drawings(source_pages.rewritten(text))))
     for path in source_pages.with_contents(linked):
         address = folder / source_pages.address(path)
         if address.suffix == ".md":
@@ -62,6 +63,15 @@ def with_drawings(markdown: str) -> str:
         return svg.figure(made) if made.startswith("<svg") else made
 
     return _CHART.sub(chart, _DRAWING.sub(drawing, markdown))
+
+
+def with_whole_figures(markdown: str) -> str:
+    """A page whose figures in tables do not break at a hyphen or a space: `1.2 (1.1-1.4)`, `0.5 ± 0.1`."""
+
+    def whole(found: re.Match[str]) -> str:
+        return f" {found.group().strip().replace(' ', chr(0xA0)).replace('-', chr(0x2011))} "
+
+    return _FIGURE.sub(whole, markdown)
 
 
 def _write(path: Path, text: str) -> None:

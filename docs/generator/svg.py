@@ -22,7 +22,7 @@ LIGHT = {
     "orange-pale": "#f7e4d1",
     "purple": "#6a4c93",
     "purple-pale": "#e6def0",
-    "grey": "#9aa5b1",
+    "grey": "#717c87",
     "grey-pale": "#eef0f2",
 }
 DARK = {
@@ -39,7 +39,7 @@ DARK = {
     "orange-pale": "#4d3218",
     "purple": "#a88bd4",
     "purple-pale": "#35274d",
-    "grey": "#77828d",
+    "grey": "#8b97a3",
     "grey-pale": "#2b323b",
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"

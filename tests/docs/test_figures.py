@@ -1,15 +1,10 @@
 """Figures on hand-written pages have a source: see docs/generator/figures.py."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-SPEC = importlib.util.spec_from_file_location(
-    "figures", Path(__file__).resolve().parents[2] / "docs" / "generator" / "figures.py"
-)
-figures = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(figures)
+from tests.docs.building import load
+
+figures = load("figures")
 
 
 @pytest.mark.parametrize("path", figures.pages(), ids=lambda path: path.name)

@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 LEAST = 12
 """Characters that a message of the code must have besides what it fills in."""
 
-MESSAGES = re.findall(r"^```text\n(.*)\n```$", PAGE.read_text(), re.MULTILINE)
+MESSAGES = re.findall(r"^```output\n(.*)\n```$", PAGE.read_text(), re.MULTILINE)
 
 
 @cache

@@ -1,6 +1,5 @@
 """The documentation builds as a site without a warning, needs no network, and no link of it leads nowhere."""
 
-import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -11,19 +10,10 @@ import pytest
 import yaml
 
 import millrace.kernels
+from tests.docs.building import Site, build, load
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-def helpers():
-    """conftest.py under a name of its own; there are others."""
-    spec = importlib.util.spec_from_file_location("site_helpers", Path(__file__).with_name("conftest.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build, load = helpers().build, helpers().load
 
 LOADS = {
     "script": ("src",),
@@ -62,6 +52,11 @@ class Addresses(HTMLParser):
 
 def is_outside(address):
     return address.startswith("//") or urlsplit(address).scheme not in ("", "data")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return Site(tmp_path_factory.mktemp("site"))
 
 
 def test_builds_without_a_warning(site):

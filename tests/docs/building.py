@@ -1,12 +1,10 @@
-"""The programs that make the site, found as when one of them runs as a script, and the site itself."""
+"""The programs that make the site, found as when one runs as a script, and MkDocs as `make docs` runs it."""
 
 import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATOR = ROOT / "docs" / "generator"
@@ -22,29 +20,25 @@ def load(name):
 
 
 def build(config):
-    """Run MkDocs as `make docs` does."""
+    """The finished process of a strict build."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
 class Site:
-    """The built site: its folder, and what the build said."""
+    """The site, built in a folder: its pages, and what the build said."""
 
     def __init__(self, folder):
         self.folder = folder / "site"
         load("stage").stage(folder / "docs")
         config = (ROOT / "mkdocs.yml").read_text()
-        config = config.replace("docs_dir: build/docs", "docs_dir: docs")
-        config = config.replace("site_dir: build/site", "site_dir: site")
+        for name in ("docs", "site"):
+            assert f"{name}_dir: build/{name}\n" in config
+            config = config.replace(f"{name}_dir: build/{name}\n", f"{name}_dir: {name}\n")
         (folder / "mkdocs.yml").write_text(config)
         self.built = build(folder / "mkdocs.yml")
         self.pages = sorted(self.folder.rglob("*.html"))
 
     def page(self, name):
         return (self.folder / name).read_text()
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    return Site(tmp_path_factory.mktemp("site"))
