@@ -3,6 +3,7 @@
 Every number comes from a file, whose name stands under the chart. What has no file says so.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -44,6 +45,15 @@ def load(folder: Path = RESULTS) -> list[Result]:
         (result for result in found if not result.get("smoke")),
         key=lambda result: (result.get("time", ""), result["file"]),
     )
+
+
+def benchmark(name: str) -> Any:
+    """A module of benchmarks/, found as when one of its programs runs."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def newest(results: Iterable[Result], benchmark: str) -> Result | None:
@@ -292,11 +302,7 @@ def _relative_speed(results: list[Result]) -> str:
 
 def _post_relative(method: str) -> list[Result]:
     """The post's rows of a routing method: speed relative to their baseline, and that by FLOPs."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import suite_report
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    suite_report = benchmark("suite_report")
     speeds = {row["config"]: row["batches_per_second"] for row in suite_report.post_rows()}
     found = []
     for row in suite_report.post_rows():

@@ -182,7 +182,10 @@ def routing() -> str:
                 colour="orange",
             )
     canvas.text(
-        0, 404, "Routing is for training only; sampling runs every token through every block.", size=12.5
+        0,
+        404,
+        "Routing is for training; sampling runs every token through every block, unless guidance says otherwise.",
+        size=12.5,
     )
     canvas.text(
         0,

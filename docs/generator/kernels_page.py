@@ -52,8 +52,9 @@ def page() -> str:
         text = ast.get_docstring(tree)
         links = ", ".join(f"[`{name}`](#{name})" for name in names)
         cuda = "yes" if _has_cuda(names) else ""
-        rows.append(f"| {links} | {_first_sentence(text)} | {cuda} |")
-    parts = [INTRODUCTION, "\n".join(["| operation | computes | CUDA C++ |", "|---|---|---|", *rows])]
+        rows.append(f"| {links} | {_first_sentence(text)} | {cuda} | {_on_a_gpu(results, names)} |")
+    head = ["| operation | computes | CUDA C++ | on a GPU |", "|---|---|---|---|"]
+    parts = [INTRODUCTION, "\n".join([*head, *rows])]
     for module, names in modules.items():
         tree = ast.parse((KERNELS / f"{module}.py").read_text())
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -76,6 +77,26 @@ def _first_sentence(text: str) -> str:
 def _has_cuda(names: list[str]) -> bool:
     library = (KERNELS / "cuda_library.py").read_text()
     return any(f"def {name.replace('_tokens', '_rows')}(" in library for name in names)
+
+
+def _on_a_gpu(results: list[Result], names: list[str]) -> str:
+    """How the fastest of ours stands to the fastest peer, over the cases of the newest measurement."""
+    measured = [r for r in results if r["benchmark"] == "kernels" and r["device"] == "cuda"]
+    ratios = []
+    for _, rows in (
+        charts.benchmark("kernels_report").by_case(measured[-1]["rows"] if measured else []).items()
+    ):
+        best: dict[bool, float] = {}
+        for row in rows:
+            if row["operation"] in names:
+                ours = row["implementation"].startswith("ours/")
+                best[ours] = min(best.get(ours, row["seconds_median"]), row["seconds_median"])
+        if len(best) == 2:
+            ratios.append(best[False] / best[True])
+    if not ratios:
+        return "not measured"
+    words = f"{min(ratios):.2f} to {max(ratios):.2f} times the fastest peer, {len(ratios)} cases"
+    return f"{words} (`{measured[-1]['file']}`)"
 
 
 def _signature(function: ast.FunctionDef) -> str:

@@ -56,7 +56,8 @@ def with_drawings(markdown: str) -> str:
     """A page with its SVG files and charts inside it, where they follow the page's light and dark."""
 
     def drawing(found: re.Match[str]) -> str:
-        return svg.figure((DOCS / found[2]).read_text(), found[1])
+        path = DOCS / found[2]
+        return svg.figure(path.read_text(), found[1]) if path.is_file() else found[0]
 
     def chart(found: re.Match[str]) -> str:
         made = charts.CHARTS[found[1]](charts.load())

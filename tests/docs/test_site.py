@@ -70,6 +70,7 @@ def test_a_browser_asks_nothing_of_the_network(site):
     for page in site.pages:
         outside = [address for address in Addresses(page.read_text()).loaded if is_outside(address)]
         assert not outside, f"{page.name} loads {outside}"
+        assert 'class="mermaid' not in page.read_text(), f"{page.name}: the theme would fetch mermaid"
     for sheet in site.folder.rglob("*.css"):
         found = re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//[^)'\"]*", sheet.read_text())
         assert not found, f"{sheet.name} loads {found}"
@@ -153,6 +154,25 @@ def test_all_settings_and_configurations_are_listed(site):
     assert len(files) > 25
     for path in files:
         assert f"configs/{path.relative_to(ROOT / 'configs').as_posix()}</code>" in page
+
+
+def test_operations_are_beside_their_peers_once_a_gpu_was_measured():
+    def row(implementation, shape, seconds):
+        shown = {"operation": "geglu", "mode": "both", "status": "timed", "shape": {"name": shape}}
+        return shown | {"implementation": implementation, "seconds_median": seconds}
+
+    rows = [row("ours/triton", "256", 2.0), row("compile", "256", 3.0), row("eager", "256", 9.0)]
+    rows += [row("ours/triton", "1024", 4.0), row("compile", "1024", 5.0)]
+    result = {"benchmark": "kernels", "device": "cuda", "file": "kernels-x.json", "rows": rows}
+    said = load("kernels_page")._on_a_gpu([result], ["geglu"])
+    assert said == "1.25 to 1.50 times the fastest peer, 2 cases (`kernels-x.json`)"
+    assert load("kernels_page")._on_a_gpu([result], ["add_noise"]) == "not measured"
+
+
+def test_charts_of_benchmarks_stay_pictures():
+    """Those that a GPU run leaves beside its results have colours of their own."""
+    line = "![Share of the ceiling](source/benchmarks/results/kernels-x.svg)"
+    assert load("stage").with_drawings(line) == line
 
 
 def test_all_operations_are_listed(site):
