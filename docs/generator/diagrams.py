@@ -184,7 +184,7 @@ def routing() -> str:
     canvas.text(
         0,
         404,
-        "Routing is for training; sampling runs every token through every block, unless guidance says otherwise.",
+        "Routing is for training; in sampling all tokens run, unless the guidance says otherwise.",
         size=12.5,
     )
     canvas.text(
