@@ -1,0 +1,235 @@
+"""The documentation builds as a site without a warning, needs no network, and no link of it leads nowhere."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+import millrace.kernels
+from tests.docs.building import Site, build, load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+LOADS = {
+    "script": ("src",),
+    "link": ("href",),
+    "img": ("src", "srcset"),
+    "source": ("src", "srcset"),
+    "video": ("src", "poster"),
+    "iframe": ("src",),
+    "object": ("data",),
+    "embed": ("src",),
+    "image": ("href",),
+    "use": ("href",),
+}
+"""What a browser fetches without being asked."""
+
+
+class Addresses(HTMLParser):
+    """Addresses of a page: those that a browser loads, and those that a reader may follow."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.loaded, self.linked, self.names = [], [], set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in LOADS.get(tag, ()) and value:
+                self.loaded.append(value)
+            elif (tag, name) == ("a", "href") and value:
+                self.linked.append(value)
+            elif name == "id":
+                self.names.add(value)
+            elif name == "style" and "url(" in (value or ""):
+                self.loaded.append(value)
+
+
+def is_outside(address):
+    return address.startswith("//") or urlsplit(address).scheme not in ("", "data")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return Site(tmp_path_factory.mktemp("site"))
+
+
+def test_builds_without_a_warning(site):
+    said = site.built.stdout + site.built.stderr
+    assert site.built.returncode == 0, said
+    assert "WARNING" not in said
+    assert len(site.pages) > 30
+
+
+def test_a_browser_asks_nothing_of_the_network(site):
+    for page in site.pages:
+        outside = [address for address in Addresses(page.read_text()).loaded if is_outside(address)]
+        assert not outside, f"{page.name} loads {outside}"
+        assert 'class="mermaid' not in page.read_text(), f"{page.name}: the theme would fetch mermaid"
+    for sheet in site.folder.rglob("*.css"):
+        found = re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//[^)'\"]*", sheet.read_text())
+        assert not found, f"{sheet.name} loads {found}"
+
+
+def test_a_page_that_loads_from_elsewhere_is_seen():
+    page = Addresses(
+        '<script src="https://a.example/x.js"></script><img src="//b.example/y.png"><a href="https://c">'
+    )
+    assert [is_outside(address) for address in page.loaded] == [True, True]
+
+
+def test_every_link_leads_to_a_page_of_the_site(site):
+    names = {page.resolve(): Addresses(page.read_text()).names for page in site.pages}
+    for page in site.pages:
+        if page.name == "404.html":
+            continue
+        for address in Addresses(page.read_text()).linked:
+            parts = urlsplit(address)
+            if parts.scheme or not (parts.path or parts.fragment):
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page.resolve()
+            assert target.exists(), f"{page.name} links {address}"
+            if parts.fragment and target in names and not parts.fragment.startswith("__"):
+                assert unquote(parts.fragment) in names[target], f"{page.name} links {address}"
+
+
+def test_pages_link_source_files_that_the_site_has(site):
+    assert 'href="source/engine/trainer.py.html"' in site.page("step.html")
+    assert "class Trainer" in re.sub("<[^>]*>", "", site.page("source/engine/trainer.py.html"))
+    assert 'href="source/kernels/index.html"' in site.page("step.html")
+    assert (site.folder / "source/benchmarks/results/guidance.json").exists()
+
+
+def test_a_broken_link_stops_the_build(tmp_path):
+    """With the checks of mkdocs.yml: a page or heading that is not there, a page outside the navigation."""
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    (tmp_path / "docs").mkdir()
+    source_pages = load("source_pages")
+
+    def built(index, others=()):
+        for name in ("index", "a", *others):
+            (tmp_path / "docs" / f"{name}.md").write_text(f"# {name}\n")
+        (tmp_path / "docs" / "index.md").write_text(source_pages.rewritten(f"# Index\n\n{index}\n"))
+        config = {"site_name": "x", "theme": "mkdocs", "plugins": [], "validation": settings["validation"]}
+        config["nav"] = [{"i": "index.md"}, {"a": "a.md"}]
+        (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
+        return build(tmp_path / "mkdocs.yml").returncode
+
+    assert built("[a](a.md#a)") == 0
+    assert built("[a](../engine/nothing.py)") != 0
+    assert built("[a](a.md#nothing)") != 0
+    assert built("text", others=("left_out",)) != 0
+
+
+def test_committed_pictures_are_what_the_results_say():
+    for path, drawn in load("pictures").pictures().items():
+        assert path.read_text() == drawn, f"{path} is out of date: run python docs/generator/pictures.py"
+
+
+def test_drawings_follow_the_page(site):
+    page = site.page("concepts.html")
+    assert page.count('class="drawing"') == 5
+    assert (
+        "prefers-color-scheme: dark) { .drawing" not in page
+    )  # the file's own rules would follow the system
+    sheet = (site.folder / "assets" / "drawings.css").read_text()
+    assert 'data-md-color-scheme="slate"] .drawing' in sheet
+
+
+def test_all_settings_and_configurations_are_listed(site):
+    page = site.page("settings.html")
+    schema = json.loads((ROOT / "configs" / "schema.json").read_text())
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            for key in schema["$defs"][field["$ref"].rsplit("/", 1)[1]]["properties"]:
+                assert f"<code>{name}.{key}</code>" in page
+    assert "<code>conditioning.autoencoder.tuning.enabled</code>" in page
+    page = site.page("configurations.html")
+    files = [path for path in (ROOT / "configs").rglob("*.json") if path.name != "schema.json"]
+    assert len(files) > 25
+    for path in files:
+        assert f"configs/{path.relative_to(ROOT / 'configs').as_posix()}</code>" in page
+
+
+def test_operations_are_beside_their_peers_once_a_gpu_was_measured():
+    def row(implementation, shape, seconds):
+        shown = {"operation": "geglu", "mode": "both", "status": "timed", "shape": {"name": shape}}
+        return shown | {"implementation": implementation, "seconds_median": seconds}
+
+    rows = [row("ours/triton", "256", 2.0), row("compile", "256", 3.0), row("eager", "256", 9.0)]
+    rows += [row("ours/triton", "1024", 4.0), row("compile", "1024", 5.0)]
+    result = {"benchmark": "kernels", "device": "cuda", "file": "kernels-x.json", "rows": rows}
+    said = load("kernels_page")._on_a_gpu([result], ["geglu"])
+    assert said == "1.25 to 1.50 times the fastest peer, 2 cases (`kernels-x.json`)"
+    assert load("kernels_page")._on_a_gpu([result], ["add_noise"]) == "not measured"
+
+
+def test_charts_of_benchmarks_stay_pictures():
+    """Those that a GPU run leaves beside its results have colours of their own."""
+    line = "![Share of the ceiling](source/benchmarks/results/kernels-x.svg)"
+    assert load("stage").with_drawings(line) == line
+
+
+def test_all_operations_are_listed(site):
+    page = site.page("kernels.html")
+    for name in millrace.kernels.__all__:
+        assert name[0].isupper() or f'id="{name}"' in page, name
+    assert "resources.json" in page
+    assert "traffic.json" in page
+
+
+GPU = {
+    "benchmark": "throughput",
+    "file": "throughput-x.json",
+    "time": "2026-01-02T03:04:05+00:00",
+    "cpu": "Some CPU",
+    "gpus": [{"name": "NVIDIA H200"}],
+    "rows": [
+        {
+            "config": "jit_1024",
+            "overrides": [],
+            "conditioning": "cached",
+            "device": "cuda",
+            "devices": 8,
+            "images_per_second": 678.9,
+        }
+    ],
+}
+
+
+def test_the_picture_of_readme_shows_a_gpu_once_there_is_one():
+    charts = load("charts")
+    post = {
+        row["config"]: row
+        for table in json.loads(charts.PUBLISHED.read_text())["tables"]
+        for row in table["rows"]
+    }
+    drawn = charts.speed([*charts.load(), GPU])
+    assert ">679<" in drawn
+    assert f">{post['jit_1024']['batches_per_second'] * 256:.0f}<" in drawn
+    assert "8 x H200" in drawn
+    assert "throughput-x.json" in drawn
+    assert "does not say on what GPUs" in drawn
+    drawn = charts.speed([result for result in charts.load() if not result.get("gpus")])
+    assert "small model on a CPU" in drawn
+    assert "No GPU measurement yet" in drawn
+
+
+def test_charts_say_what_was_not_measured():
+    charts = load("charts")
+    for name, chart in charts.CHARTS.items():
+        assert chart([]).startswith("Not "), name
+    with pytest.raises(ValueError, match="no heading '## Routing'"):
+        charts.with_places("# Performance\n\n## Memory traffic, counted\n\n## Loading pictures\n")
+
+
+def test_charts_name_the_file_they_are_drawn_from(site):
+    page = site.page("performance.html")
+    assert page.count('class="drawing"') == len(load("charts").CHARTS)
+    for name in ("routing", "traffic", "dataloader"):
+        assert re.search(rf">benchmarks/results/{name}\S*\.json: \d{{4}}-", page), name
