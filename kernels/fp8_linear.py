@@ -229,9 +229,7 @@ def _product_eager(
     if not a.numel() or not b.numel():
         return torch.zeros(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
     if a.is_cuda:
-        return torch._scaled_mm(
-            a, b.T, scale_a=unit_a, scale_b=unit_b, out_dtype=dtype, use_fast_accum=fast
-        )
+        return torch._scaled_mm(a, b.T, scale_a=unit_a, scale_b=unit_b, out_dtype=dtype, use_fast_accum=fast)
     with torch.autocast("cpu", enabled=False):
         return ((a.float() @ b.float().T) * (unit_a * unit_b)).to(dtype)
 
@@ -331,9 +329,7 @@ def fp8_linear(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> T
     expect_shape("x", x, "T", "K")
     expect_shape("weight", weight, "N", x.shape[1])
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, FP8 products take multiples of {MULTIPLE}"
-        )
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, FP8 products take multiples of {MULTIPLE}")
     if dtype is None:
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -123,7 +123,10 @@ def test_any_magnitude(largest, device):
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_not_hidden(bad, device, dtype):
     """A saturated infinity would pass the check of the loss; here nothing of the product is a number."""
-    x, weight = torch.randn(5, 32, device=device, dtype=dtype), torch.randn(16, 32, device=device, dtype=dtype)
+    x, weight = (
+        torch.randn(5, 32, device=device, dtype=dtype),
+        torch.randn(16, 32, device=device, dtype=dtype),
+    )
     grad = torch.randn(5, 16, device=device, dtype=dtype)
     spoiled = x.clone()
     spoiled[2, 3] = bad
