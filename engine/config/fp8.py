@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from millrace.engine.config.model import Model
 from millrace.engine.config.section import Section
@@ -30,7 +30,7 @@ class Fp8(Section):
     """What shares a scale, always found from the values at hand: a tensor; a row of each product's operands
     (`rowwise`; with `_with_gw_hp` gradients of weights stay BF16), by torchao; 128 values or 128 x 128 of a
     weight (`blockwise`), by transformer_engine."""
-    layers: tuple[Fp8Layer, ...] = Field(("qkv", "attn_out", "gate_up", "down", "text_kv"), min_length=1)
+    layers: tuple[Fp8Layer, ...] = ("qkv", "attn_out", "gate_up", "down", "text_kv")
     """Linear layers of the blocks that are done so, of those that are worth it."""
 
     @property
@@ -44,7 +44,9 @@ class Fp8(Section):
         return "torch" if self.backend == "auto" else self.backend
 
     @model_validator(mode="after")
-    def _recipe_exists(self) -> "Fp8":
+    def _possible(self) -> "Fp8":
+        if not self.layers:
+            raise ValueError("layers is empty; set backend to none")
         known = RECIPES.get(self.chosen)
         if known and self.recipe not in known:
             raise ValueError(
