@@ -47,13 +47,13 @@ from millrace.engine.trainer import train
 Result = dict[str, Any]
 
 BASE: Result = {
-    "run": {"steps": 250, "device": "auto"},
+    "run": {"steps": 200, "device": "auto"},
     "model": {"width": 128, "depth": 4, "heads": 4, "patch_size": 4, "in_channels": 3, "context_dim": 64},
     "conditioning": {"text": {"kind": "hash"}, "autoencoder": {"kind": "pixels"}},
-    "data": {"source": "folder", "resolution": 32, "global_batch": 16, "micro_batch": 16, "workers": 0}
+    "data": {"source": "folder", "resolution": 32, "global_batch": 8, "micro_batch": 8, "workers": 0}
     | {"loader": "python"},
     "optimizer": {"lr": 2e-3, "eps": 1e-8, "clip": 1.0},
-    "schedule": {"kind": "cosine", "warmup": 25, "final": 0.05},
+    "schedule": {"kind": "cosine", "warmup": 20, "final": 0.05},
     "logging": {"tensorboard": False, "every_steps": 25},
     "sampling": {"every_steps": 0},
 }
@@ -65,9 +65,9 @@ ARMS: dict[str, Result] = {
     "FP8, torchao": {"backend": "torchao"},
 }
 """`precision.fp8` of each."""
-PICTURES, HELD_OUT = 400, 48
+PICTURES, HELD_OUT = 400, 40
 """How many parts of the built-in pictures are made, and how many of them, the last, are held out."""
-LOOKS = 5
+LOOKS = 4
 """How often, at equal distances, the held-out loss is measured."""
 HORIZON = 25
 """Steps over which the training loss is averaged for the chart and the comparison."""
