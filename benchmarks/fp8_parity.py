@@ -244,6 +244,12 @@ def section(result: Result) -> str:
         for names, words in ((inside, "with every seed nearer to BF16 than"), (outside, "not within"))
         if names
     ]
+    seeds = "One seed: no spread to compare with."
+    if spread is not None:
+        seeds = (
+            f"Seeds of BF16 lie {spread:.2%} apart in the held-out loss (largest to smallest) and "
+            f"{base['training_spread']:.2%} in the training loss (mean over pairs)."
+        )
     return "\n".join(
         [
             f"Width {model['width']}, {model['depth']} blocks, {data['resolution']} pixels; "
@@ -254,8 +260,7 @@ def section(result: Result) -> str:
             "",
             *lines,
             "",
-            f"Seeds of BF16 lie {spread:.2%} apart in the held-out loss (largest to smallest) and "
-            f"{base['training_spread']:.2%} in the training loss (mean over pairs). {' '.join(verdict)}",
+            f"{seeds} {' '.join(verdict)}".strip(),
             "",
             f"![Losses](../benchmarks/results/{result['chart']})",
         ]
