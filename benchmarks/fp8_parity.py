@@ -237,13 +237,6 @@ def section(result: Result) -> str:
         )
     where = "a CPU, with emulated products" if not result["gpus"] else result["gpus"][0]["name"]
     changed = " with uncommitted changes" if result["dirty"] else ""
-    inside = [row["arm"] for row in others if row["within_spread"]]
-    outside = [row["arm"] for row in others if row["within_spread"] is False]
-    verdict = [
-        f"{', '.join(names)}: {words} the spread of the seeds."
-        for names, words in ((inside, "with every seed nearer to BF16 than"), (outside, "not within"))
-        if names
-    ]
     seeds = "One seed: no spread to compare with."
     if spread is not None:
         seeds = (
@@ -260,11 +253,27 @@ def section(result: Result) -> str:
             "",
             *lines,
             "",
-            f"{seeds} {' '.join(verdict)}".strip(),
+            seeds,
+            "",
+            *(f"- {verdict(row)}" for row in others),
             "",
             f"![Losses](../benchmarks/results/{result['chart']})",
         ]
     )
+
+
+def verdict(row: Result) -> str:
+    """What the distances of the held-out loss say, by a fixed rule."""
+    apart = row["held_out_distances"]
+    text = f"`{row['arm']}`: held-out loss {statistics.fmean(apart):+.2%} from BF16 on average"
+    if len(apart) > 1:
+        same = "higher" if min(apart) > 0 else "lower" if max(apart) < 0 else None
+        text += f", {same} with every seed" if same else ", higher or lower with the seed"
+    if row["within_spread"] is not None:
+        text += (
+            f"; {'every' if row['within_spread'] else 'not every'} distance is within the spread of the seeds"
+        )
+    return f"{text}."
 
 
 def write_page(result: Result, page: Path, check: bool) -> int:

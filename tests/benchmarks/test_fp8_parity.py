@@ -84,8 +84,16 @@ def test_the_section_says_what_was_measured():
     text = parity.section(result())
     assert "| FP8, torch | 1.0545 | +2.00%, -1.00% | 2.50% | 1 |" in text
     assert "Seeds of BF16 lie 9.52% apart in the held-out loss" in text
-    assert "FP8, torch: with every seed nearer to BF16 than the spread of the seeds." in text
-    assert "FP8, torchao: not within the spread of the seeds." in text
+    own = "- `FP8, torch`: held-out loss +0.50% from BF16 on average, higher or lower with the seed; "
+    assert f"{own}every distance is within the spread of the seeds." in text
+    assert "not every distance is within the spread of the seeds." in text
+    higher = [
+        run("BF16", 0, 1.0),
+        run("FP8, torch", 0, 1.01),
+        run("BF16", 1, 1.1),
+        run("FP8, torch", 1, 1.12),
+    ]
+    assert "on average, higher with every seed; every" in parity.section(result(higher))
     assert "on a CPU, with emulated products" in text
     assert "commit 0123456789ab," in text.lower()
     assert "torchao not installed" in text
