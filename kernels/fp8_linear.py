@@ -9,8 +9,8 @@ unit, and rounded to eight bits (Micikevicius et al., arXiv 2209.05433): E4M3 fo
 
 Scaling is dynamic and per tensor: the unit is the smallest power of two with which the largest magnitude of
 this very tensor fits the format, so nothing saturates, scaling itself rounds nothing, and there is no state.
-The rounding of a value is at most 2^-4 (E4M3) or 2^-3 (E5M2) of it, or, for values 2^-14 (2^-30) and more
-below the largest, half the smallest step. A value that is not finite makes the whole product NaN.
+Rounding changes a value by at most 2^-4 (E4M3) or 2^-3 (E5M2) of it; values below about 2^-14 (2^-30) of the
+largest by at most half the format's smallest step. A value that is not finite makes the whole product NaN.
 
 Bytes, with values of b bytes and weights of w: forward reads x twice (its largest magnitude, then the cast)
 and writes it twice, once transposed for grad W; it reads the weight twice and writes it once. Backward treats
