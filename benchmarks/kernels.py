@@ -51,7 +51,7 @@ from millrace.engine.errors import UserError
 from millrace.kernels.operators import uses_triton
 
 OPERATIONS = {"rope_attention": Operation(rope_attention_case), **OTHERS}
-PEERS = ("liger-kernel", "flash-attn", "flash-attn-4", "xformers", "transformer-engine")
+PEERS = ("liger-kernel", "flash-attn", "flash-attn-4", "xformers", "transformer-engine", "torchao")
 MEASURED = recording.ROOT / "kernels" / "measured.json"
 Row = dict[str, Any]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import millrace.kernels.fp8_linear  # noqa: F401 - registers an operator that is named here
 from millrace.kernels.rows import row_launch
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ KERNELS = {
 }
 """Kernels of operators that take more than one; masked_select counts, sums up and copies."""
 
-GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, torch.ops.millrace.fp8_product}
 ATTENTION = (
     "scaled_dot_product",
     "_flash_attention",
@@ -193,7 +194,7 @@ def read_bytes(tensors: Sequence[Tensor]) -> int:
 
 def _flops(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Of a product or an attention; attention backward makes 2.5 times the products of forward."""
-    if operator.namespace == "aten":
+    if operator.namespace == "aten" or operator.overloadpacket in GEMMS:
         return flop_registry[operator.overloadpacket](*args, **kwargs, out_val=result)
     # Packed: every sample here has as many queries, so the pairs of query and key need no lengths.
     tensors = [x for x in args if isinstance(x, Tensor)]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from accuracy import Function
+from fp8_case import fp8_linear_case
 from operations import (
     EPS,
     Build,
@@ -356,6 +357,7 @@ OPERATIONS = {
     "norm_modulate": Operation(norm_modulate_case),
     "geglu": Operation(geglu_case),
     "gated_residual": Operation(gated_residual_case),
+    "fp8_linear": Operation(fp8_linear_case),
     "gather_fuse": Operation(gather_fuse_case, _sprint),
     "flow_loss": Operation(flow_loss_case, _whole),
     "gather_tokens": Operation(gather_tokens_case, _routed),

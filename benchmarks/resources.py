@@ -93,6 +93,7 @@ def measure(file: str, launch: Launch) -> list[tuple[dict[str, Any], list[str]]]
             problems(launch, resources, architecture),
         )
         for architecture in ARCHITECTURES
+        if architecture >= launch.needs
         for resources in compile_launch(launch, architecture)
     ]
 

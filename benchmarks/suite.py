@@ -6,6 +6,7 @@ one case, and a fresh process goes on with the others.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -44,18 +45,25 @@ class Case(NamedTuple):
     config: str
     conditioning: str
     peer: str | None = None
+    fp8: str | None = None
+    """`precision.fp8.backend`, where that is not the configuration's."""
 
     @property
     def name(self) -> str:
         """How the command, the log and the results call it."""
-        return f"{self.config}/{self.peer or self.conditioning}"
+        name = f"{self.config}/{self.peer or self.conditioning}"
+        return f"{name}, FP8 {self.fp8}" if self.fp8 else name
+
+
+FP8_BACKENDS = ("torch", "torchao", "transformer_engine")
+"""Of `precision.fp8`, named as the packages that they need."""
 
 
 def all_cases(conditioning: Sequence[str]) -> list[Case]:
     """Every case, the most telling first.
 
-    Baselines and routed rows on cached inputs, the peers of the baselines, the other rows on cached inputs,
-    then other inputs, then the peers with routing.
+    Baselines and routed rows on cached inputs, the baselines in FP8, the peers of the baselines, the other
+    rows on cached inputs, then other inputs, then the peers with routing.
     """
     names = [row["config"] for row in report.post_rows()]
     baselines = list(dict.fromkeys(row["baseline"] for row in report.post_rows()))
@@ -68,6 +76,7 @@ def all_cases(conditioning: Sequence[str]) -> list[Case]:
     peers = [Case(name, "cached", peer) for name in baselines for peer in peer_steps.PEERS]
     return [
         *(Case(name, kinds[0]) for name in first),
+        *(Case(name, "cached", None, backend) for backend in FP8_BACKENDS for name in baselines),
         *peers,
         *(Case(name, kinds[0]) for name in others),
         *(Case(name, kind) for kind in kinds[1:] for name in (*first, *others)),
@@ -138,6 +147,8 @@ class Run:
         """The row of a case, and whether an unexpected error ended it."""
         if case.peer and (reason := peer_steps.missing()):
             return without(case, "left out", reason), False
+        if case.fp8 and (reason := self._fp8_missing(case.fp8)):
+            return without(case, "left out", reason), False
         started = time.perf_counter()
         fatal = False
         try:
@@ -151,13 +162,16 @@ class Run:
 
     def _figures(self, case: Case) -> Row:
         path = str(throughput_report.CONFIGS / f"{case.config}.json")
-        config = self._resolve(case, path)
-        if case.peer:
-            return peer_steps.measure(path, config, case.peer, self.arguments)
         arguments = self.arguments
+        if case.fp8:
+            fp8 = [*arguments.overrides, f"precision.fp8.backend={case.fp8}"]
+            arguments = argparse.Namespace(**vars(arguments) | {"overrides": fp8, "profile": None})
+        config = self._resolve(case, path, arguments)
+        if case.peer:
+            return peer_steps.measure(path, config, case.peer, arguments)
         if case.config not in {row["baseline"] for row in report.post_rows()}:
             arguments = argparse.Namespace(**vars(arguments) | {"profile": None})
-        row = measurement.measure(path, config, case.conditioning, arguments)
+        row = measurement.measure(path, config, case.conditioning, arguments) | {"fp8": case.fp8}
         # Rows that are set against each other have the same micro-batch, if it fits all of them.
         smallest = self.micro_batches.get(config.data.resolution, row["micro_batch"])
         self.micro_batches[config.data.resolution] = min(smallest, row["micro_batch"])
@@ -165,12 +179,20 @@ class Run:
             waterfall.write(row.pop("profile"), waterfall.target(self.arguments, self.output, case.name))
         return row
 
-    def _resolve(self, case: Case, path: str) -> Config:
+    def _fp8_missing(self, backend: str) -> str | None:
+        """Why a way to do FP8 products is not measured, or None; what the GPU lacks the run says itself."""
+        if importlib.util.find_spec(backend) is None:
+            return f"{backend} is not installed"
+        if backend == "transformer_engine" and self.result["device"] != "cuda":
+            return "transformer_engine runs on CUDA alone"
+        return None
+
+    def _resolve(self, case: Case, path: str, arguments: argparse.Namespace) -> Config:
         defaults: list[str] = []
         if case.conditioning in ("live", "pictures") and not self.arguments.smoke:
             defaults = self._pictures(path)
         folder = self.folder / case.name.replace("/", "-").replace(", ", "-").replace(" ", "-")
-        config = measurement.resolve(path, self.arguments, folder, defaults)
+        config = measurement.resolve(path, arguments, folder, defaults)
         samples = self.micro_batches.get(config.data.resolution, config.data.micro_batch)
         return config if samples >= config.data.micro_batch else measurement.with_micro_batch(config, samples)
 
@@ -221,6 +243,7 @@ def without(case: Case, status: str, reason: str) -> Row:
         "config": case.config,
         "conditioning": case.conditioning,
         "peer": case.peer,
+        "fp8": case.fp8,
         "seconds": 0.0,
     }
 

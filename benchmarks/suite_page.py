@@ -37,6 +37,9 @@ def suite_section(
         peers = suite_report.peer_lines(result["cases"])
         if peers:
             text += ["Peers, on cached inputs:", markdown(*_split(peers))]
+        fp8 = suite_report.fp8_lines(result["cases"])
+        if fp8:
+            text += ["FP8 products in the blocks, on cached inputs:", markdown(*_split(fp8))]
         others = suite_report.other_lines(result["cases"])
         if others:
             text += ["Without figures:", "\n".join(f"- {line}" for line in others)]

@@ -63,11 +63,7 @@ def derive(cases: Iterable[Row], routing: Row | None) -> list[Row]:
         full captions); by conditioning: the same of the measured row, MFU, and `ideal`, the speed relative to
         the baseline if time followed the FLOPs of everything that runs.
     """
-    measured = {
-        (case["config"], case["conditioning"]): case
-        for case in cases
-        if case["status"] == "measured" and not case.get("peer")
-    }
+    measured = {(case["config"], case["conditioning"]): case for case in cases if _plain(case)}
     kinds = list(dict.fromkeys(kind for _, kind in measured))
     speeds = {row["config"]: row["batches_per_second"] for row in post_rows()}
     found = []
@@ -171,11 +167,7 @@ def kinds_of(rows: list[Row]) -> list[str]:
 
 def peer_lines(cases: list[Row]) -> list[list[str]]:
     """Head and cells: every peer beside our step with the same inputs; empty without peers."""
-    ours = {
-        case["config"]: case
-        for case in cases
-        if case["status"] == "measured" and not case.get("peer") and case["conditioning"] == "cached"
-    }
+    ours = {case["config"]: case for case in cases if _plain(case) and case["conditioning"] == "cached"}
     lines = [["configuration", "peer", "batch", "step ms", "images/s/device", "MFU", "GiB", "ours to peer"]]
     for case in cases:
         if not case.get("peer") or case["status"] != "measured":
@@ -195,6 +187,38 @@ def peer_lines(cases: list[Row]) -> list[list[str]]:
             ]
         )
     return lines if len(lines) > 1 else []
+
+
+def fp8_lines(cases: list[Row]) -> list[list[str]]:
+    """Head and cells: every step in FP8 beside the same step in BF16; empty without them."""
+    plain = {case["config"]: case for case in cases if _plain(case) and case["conditioning"] == "cached"}
+    lines = [["configuration", "FP8 by", "batch", "step ms", "images/s/device", "GiB", "to BF16"]]
+    for case in cases:
+        if not case.get("fp8") or case["status"] != "measured":
+            continue
+        own = plain.get(case["config"])
+        speed = case["images_per_second_per_device"]
+        ratio = "-"
+        if own:
+            ratio = f"{speed / own['images_per_second_per_device']:.2f}"
+            ratio += "" if own["micro_batch"] == case["micro_batch"] else "~"
+        lines.append(
+            [
+                case["config"],
+                case["fp8"],
+                str(case["micro_batch"]),
+                f"{case['step_seconds_median'] * 1e3:.1f}",
+                f"{speed:.1f}",
+                f"{case['peak_memory_bytes'] / 2**30:.1f}",
+                ratio,
+            ]
+        )
+    return lines if len(lines) > 1 else []
+
+
+def _plain(case: Row) -> bool:
+    """Whether a case has figures of our own step as its configuration says."""
+    return case["status"] == "measured" and not case.get("peer") and not case.get("fp8")
 
 
 def other_lines(cases: list[Row]) -> list[str]:
@@ -220,8 +244,9 @@ def notes(result: Row) -> list[str]:
         "autoencoder and text tower where they run",
         *meanings(result),
     ]
-    if any(case["overrides"] for case in cases):
-        lines.append(f"overridden: {' '.join(cases[0]['overrides'])}")
+    overrides = [case["overrides"] for case in cases if case["overrides"] and not case.get("fp8")]
+    if overrides:
+        lines.append(f"overridden: {' '.join(overrides[0])}")
     if result["smoke"]:
         lines.append("--smoke: small models on a CPU; the speeds mean nothing, the program does")
     if any(case["skipped_steps"] for case in cases):
@@ -253,6 +278,9 @@ def text(result: Row) -> str:
     peers = peer_lines(result["cases"])
     if peers:
         parts.append(aligned(peers, 2))
+    fp8 = fp8_lines(result["cases"])
+    if fp8:
+        parts.append(aligned(fp8, 2))
     others = other_lines(result["cases"])
     parts += [others] if others else []
     return "\n\n".join("\n".join(part) for part in [*parts, notes(result)])

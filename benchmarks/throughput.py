@@ -6,6 +6,7 @@ python benchmarks/throughput.py --config configs/jit_1024.json configs/jit_1024_
 python benchmarks/throughput.py --config configs/latent_256.json --conditioning cached live --profile
 deepspeed --num_gpus 8 benchmarks/throughput.py --config configs/latent_256.json --accumulate
 python benchmarks/throughput.py --config configs/jit_1024.json --set data.micro_batch=16 --output a.json
+python benchmarks/throughput.py --config configs/jit_1024.json --set precision.fp8.backend=torch
 python benchmarks/throughput.py --config configs/quickstart.json --smoke
 
 A step is the trainer's own: forward and backward of every micro-batch, reduction, clipping, optimizer, the
@@ -25,7 +26,8 @@ benchmarks/results/, elsewhere only with --output.
 
 --suite post measures every row of the post's tables that has a speed, and as peers diffusers' PRX in a plain
 compiled loop (with its broadcast attention mask, and with the materialised one that Photoroom/PRX has), and
-the same under FSDP2. The most telling cases come first; --seconds bounds the time; a case that fails is
+the same under FSDP2, and the dense baselines once more with FP8 products (`precision.fp8`), by each backend
+that is installed. The most telling cases come first; --seconds bounds the time; a case that fails is
 recorded with its error, and the others go on. The JSON is written after every case.
 
 --profile also writes where one step's time went, as JSON and PNG; of a suite, for the baselines.

@@ -2,7 +2,8 @@
 
 Kept: prediction type, routing, alignment, kinds of towers (tiny ones with random weights of the real
 classes), optimizer, solver, ZeRO stage, precision, and the stages, two steps each. Shrunk: every dimension.
-Not run: `torch.compile`, which takes longer than the rest.
+Not run: `torch.compile`, which takes longer than the rest, and transformer_engine, which needs a GPU: its FP8
+products are done by torch's.
 """
 
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.engine.conditioning.autoencoder import published_factor
-from millrace.engine.config import AutoencoderTuning, Config, Data, Objective
+from millrace.engine.config import AutoencoderTuning, Config, Data, Fp8, Objective
 from millrace.engine.config_file import dict_from_overrides, merge, parse_config
 from millrace.engine.stages import Stage, resolve_stages
 
@@ -101,6 +102,7 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
             "workers": 1,
         },
         "schedule": {"warmup": 2},
+        "precision": {"fp8": _fp8_without_gpu(config.precision.fp8)},
         "ema": {"every": 1, "start": 0},
         "checkpoint": {"every_steps": 2, "keep": 2},
         "logging": {"every_steps": 2, "wandb": False},
@@ -112,6 +114,10 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
             "reference_samples": 4,
         },
     }
+
+
+def _fp8_without_gpu(fp8: Fp8) -> dict[str, Any]:
+    return {"backend": "torch", "recipe": "tensorwise"} if fp8.backend == "transformer_engine" else {}
 
 
 def _small_tuning(tuning: AutoencoderTuning) -> dict[str, Any]:

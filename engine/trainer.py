@@ -30,6 +30,7 @@ from millrace.engine.introduction import introduction
 from millrace.engine.losses import Losses
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
+from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
 from millrace.engine.objective.contrastive import MeanTarget
 from millrace.engine.objective.flow import FlowMatching
@@ -133,6 +134,7 @@ class Trainer:
         elif config.run.init_from:
             messages += start_from(denoiser, config.run.init_from)
         self.model.to(self.device, DTYPES[config.precision.master])
+        use_fp8(denoiser, config.precision.fp8, self.device)
         denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.zero_stage == 3)
         if config.run.compile:
             for block in denoiser.blocks:

@@ -5,6 +5,7 @@ T packed tokens, S packed text tokens, B samples, C width, F MLP width, H heads,
 
 from millrace.kernels.add_noise import add_noise
 from millrace.kernels.flow_loss import flow_loss
+from millrace.kernels.fp8_linear import fp8_linear
 from millrace.kernels.gated_residual import gated_residual
 from millrace.kernels.gated_residual_norm_modulate import gated_residual_norm_modulate
 from millrace.kernels.gather_fuse import gather_fuse
@@ -18,6 +19,7 @@ __all__ = [
     "Route",
     "add_noise",
     "flow_loss",
+    "fp8_linear",
     "gated_residual",
     "gated_residual_norm_modulate",
     "gather_fuse",

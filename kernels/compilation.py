@@ -39,12 +39,14 @@ class Launch:
     name: operation, direction, sizes and dtype, for people; unique within the file.
     launcher: the function that starts the kernels; it runs with `arguments`, tensors on the meta device.
     wgmma: names of the kernels that must use Hopper's matrix instructions when compiled for it.
+    needs: first capability that it is for.
     """
 
     name: str
     launcher: Callable[..., Any]
     arguments: tuple[Any, ...]
     wgmma: frozenset[str] = field(default_factory=frozenset)
+    needs: int = 80
 
 
 @dataclass(frozen=True)

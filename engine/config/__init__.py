@@ -15,6 +15,7 @@ from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teac
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
 from millrace.engine.config.evaluation import Evaluation, FeaturePaths
+from millrace.engine.config.fp8 import Fp8, check_fp8
 from millrace.engine.config.model import AttentionBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
@@ -37,6 +38,7 @@ __all__ = [
     "Ema",
     "Evaluation",
     "FeaturePaths",
+    "Fp8",
     "Logging",
     "Lpips",
     "Model",
@@ -115,6 +117,7 @@ class Config(Section):
         )
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
+        check_fp8(self.precision.fp8, self.precision.compute, model)
         return self
 
 

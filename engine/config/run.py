@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from millrace.engine.config.fp8 import Fp8
 from millrace.engine.config.section import Section
 
 
@@ -47,6 +48,7 @@ class Precision(Section):
     """Storage of weights, optimizer state and EMA. `bfloat16` is the post's bug, kept as an experiment."""
     reduce: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the gradient reduction between processes."""
+    fp8: Fp8 = Fp8()
 
 
 class Checkpoint(Section):

@@ -42,6 +42,9 @@ def audit(
         ("norms, softmax, RoPE, loss", "float32"),
         ("gradient reduction", precision.reduce),
     ]
+    if precision.fp8.active:
+        fp8 = precision.fp8
+        rows.insert(4, ("FP8 matrix products", f"{', '.join(fp8.layers)} ({fp8.chosen}, {fp8.recipe})"))
     if ema is not None:
         averages = (ema.of(flat, name) for name in ema.names for flat in flats)
         rows.insert(3, ("EMA (this rank)", _dtypes(averages)))

@@ -52,6 +52,9 @@ PASSED = (
     "zero_force_ds_cpu_optimizer",
 )
 
+_LINEAR = ("torch.nn.Linear", "millrace.engine.model.fp8.Fp8Linear")
+"""Linear layers by the names that DeepSpeed imports; it asks for the very class."""
+
 
 def zero_stage(config: Config) -> int:
     """ZeRO stage 0 to 3 of the run."""
@@ -103,6 +106,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             "run.activation_checkpointing.policy selective does not see into compiled blocks (run.compile) "
             "and would recompute everything; use full, or switch one of the two off"
         )
+    backend = precision.fp8.chosen
+    if stage == 3 and backend in ("torchao", "transformer_engine"):
+        raise UserError(
+            f"precision.fp8.backend {backend} keeps whole weights from forward to backward, which ZeRO stage "
+            "3 frees; take torch, or stage 2"
+        )
     for key in ("offload_optimizer", "offload_param"):
         if key in config.deepspeed.get("zero_optimization", {}):
             raise UserError(f"deepspeed.zero_optimization.{key} is not supported by this engine; remove it")
@@ -119,7 +128,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
     if precision.compute == "bfloat16":
         # The list names the modules whose gradients ZeRO reduces in BF16; empty keeps the reduction FP32.
-        low = ["torch.nn.Linear"] if precision.reduce == "bfloat16" else []
+        low = list(_LINEAR) if precision.reduce == "bfloat16" else []
         values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": low}
         if precision.reduce == "bfloat16":
             values["communication_data_type"] = "bf16"

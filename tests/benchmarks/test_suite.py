@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -162,6 +163,59 @@ def test_the_text_has_all_rows_peers_and_failures():
     assert failures == "latent_256_sprint/cached: failed: RuntimeError: no"
     assert "derived: measured images/s over 256" in notes
     assert "routing.json (Some CPU)" in notes
+
+
+def test_the_dense_baselines_are_measured_in_fp8_too():
+    cases = [case for case in suite.all_cases(("cached", "live")) if case.fp8]
+    assert {(case.config, case.fp8) for case in cases} == {
+        (name, backend) for name in ("latent_256", "jit_1024") for backend in suite.FP8_BACKENDS
+    }
+    assert cases[0].name == "latent_256/cached, FP8 torch"
+    names = [case.name for case in suite.all_cases(("cached",))]
+    assert names.index("jit_1024_sprint/cached") < names.index("latent_256/cached, FP8 torch")
+    assert names.index("jit_1024/cached, FP8 transformer_engine") < names.index("latent_256/diffusers")
+
+
+def test_fp8_stands_beside_bf16_and_in_no_row_of_the_post():
+    fp8 = {"fp8": "torch", "overrides": ["precision.fp8.backend=torch"]}
+    cases = [
+        case("jit_1024", images=100.0),
+        case("jit_1024", images=130.0, **fp8),
+        case("latent_256", images=50.0, **fp8, micro_batch=16),
+        suite.without(suite.Case("jit_1024", "cached", None, "torchao"), "left out", "not installed"),
+    ]
+    rows = {row["config"]: row for row in report.derive(cases, None)}
+    assert rows["jit_1024"]["cached"]["images_per_second_per_device"] == 100.0
+    assert rows["latent_256"]["cached"] is None
+    head, fast, alone = report.fp8_lines(cases)
+    assert head[-1] == "to BF16"
+    assert (fast[0], fast[1], fast[-1]) == ("jit_1024", "torch", "1.30")
+    assert alone[-1] == "-"
+    assert report.fp8_lines(cases[:1]) == []
+    text = report.text(result(cases))
+    assert "to BF16" in text
+    assert "jit_1024/cached, FP8 torchao: left out: not installed" in text
+    assert "overridden" not in text, "what makes the case is no override of the run"
+    smaller = [case("jit_1024"), case("jit_1024", **fp8, micro_batch=16)]
+    assert report.fp8_lines(smaller)[1][-1] == "1.00~"
+
+
+def test_an_fp8_case_is_the_configuration_with_the_backend(monkeypatch, tmp_path):
+    seen = []
+
+    def measure(path, config, conditioning, arguments):
+        seen.append((config.precision.fp8.backend, arguments.overrides))
+        return case("jit_1024")
+
+    monkeypatch.setattr(measurement, "measure", measure)
+    chosen = ["jit_1024/cached", "jit_1024/cached, FP8 torch", "jit_1024/cached, FP8 transformer_engine"]
+    run = suite.Run(given(case=chosen), None, tmp_path)
+    run.run()
+    hash_tower = "conditioning.text.kind=hash"
+    assert seen == [("none", [hash_tower]), ("torch", [hash_tower, "precision.fp8.backend=torch"])]
+    plain, fp8, other = run.result["cases"]
+    assert (plain["fp8"], fp8["fp8"], other["status"]) == (None, "torch", "left out")
+    assert other["reason"].startswith("transformer_engine ")
 
 
 def test_the_newest_routing_result_on_the_device_is_taken():
@@ -403,8 +457,19 @@ def test_the_whole_suite_on_small_models(tmp_path):
     assert content["running"] is None
     rows = content["cases"]
     assert [row["case"] for row in rows] == [case.name for case in suite.all_cases(("cached", "live"))]
-    assert {row["status"] for row in rows} == {"measured"}, [row.get("reason") for row in rows]
-    found = {(row["config"], row["conditioning"]): row for row in rows if not row.get("peer")}
+    left_out = [row["case"] for row in rows if row["status"] != "measured"]
+    optional = {"torchao"} if importlib.util.find_spec("torchao") is None else set()
+    assert left_out == [
+        case.name
+        for case in suite.all_cases(("cached", "live"))
+        if case.fp8 in {"transformer_engine", *optional}
+    ], [row.get("reason") for row in rows]
+    assert "to BF16" in done.stdout
+    found = {
+        (row["config"], row["conditioning"]): row
+        for row in rows
+        if not row.get("peer") and not row.get("fp8")
+    }
     for row in found.values():
         ran = {name for name, flops in row["frozen_flops_per_image"].items() if flops}
         wanted = {"teacher"} if "repa" in row["config"] else set()

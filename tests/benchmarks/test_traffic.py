@@ -12,7 +12,7 @@ from torch import nn
 
 from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
-from millrace.kernels import gather_fuse, gather_tokens, norm_modulate, scatter_tokens
+from millrace.kernels import fp8_linear, gather_fuse, gather_tokens, norm_modulate, scatter_tokens
 from millrace.kernels.rows import row_launch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -152,6 +152,30 @@ def test_our_backward_counts_its_partial_sums():
     # The gradient of sum() is one number expanded, so only x, scale, offsets and statistics are read.
     assert backward.read == 2 + row + vectors + 4 * 5 + statistics
     assert sums == Cost("other", 2 * samples * chunks * width * 4, 2 * samples * chunks * width * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp8_casts_cost_what_their_file_says(dtype):
+    """Beside the products, which read one byte of a value: the largest magnitude, the cast, its transpose."""
+    rows, inner, outer = 64, 32, 48
+    x = meta(rows, inner, dtype=dtype).requires_grad_()
+    weight = meta(outer, inner, dtype=torch.float32).requires_grad_()
+
+    def step():
+        y = fp8_linear(x, weight, dtype=dtype)
+        torch.autograd.grad(y, (x, weight), meta(rows, outer, dtype=dtype))
+
+    found = costs_of(step)
+    b, w, number = dtype.itemsize, 4, 4
+    casts = sum(cost.moved for cost in found if cost.kind == "other")
+    numbers = 3 * number + 4 * 2 * number  # three magnitudes; four casts read one and write a unit
+    stated = (2 * b + 2) * inner * rows + (2 * b + 2) * outer * rows + (3 * w + 2) * inner * outer
+    assert casts == stated + numbers
+    products = [cost for cost in found if cost.kind == "gemm"]
+    assert [cost.flops for cost in products] == 3 * [2 * rows * inner * outer]
+    read = sum(cost.read for cost in products)
+    assert read == 2 * (rows * inner + inner * outer + rows * outer) + 6 * number
+    assert sum(cost.written for cost in products) == b * rows * (inner + outer) + w * inner * outer
 
 
 def test_scatter_moves_rows_only():

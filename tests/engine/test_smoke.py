@@ -53,6 +53,20 @@ def test_small_but_the_same_kind(path, tmp_path, monkeypatch):
     assert small.run.output_dir == f"{tmp_path}/run-smoke"
 
 
+@pytest.mark.parametrize(
+    ("fp8", "small"),
+    [("transformer_engine", ("torch", "tensorwise")), ("torchao", ("torchao", "rowwise")), ("none", None)],
+)
+def test_fp8_stays_where_a_cpu_can(tmp_path, fp8, small):
+    path = next(path for path in shipped() if path.stem == "jit_1024")
+    recipe = {"transformer_engine": "blockwise", "torchao": "rowwise"}.get(fp8, "tensorwise")
+    changes = [f"precision.fp8.backend={fp8}", f"precision.fp8.recipe={recipe}"]
+    config = load_config(path, [f"run.output_dir={tmp_path}", *changes])
+    found = smoke(config).precision.fp8
+    assert (found.backend, found.recipe) == (small or ("none", "tensorwise"))
+    assert found.layers == config.precision.fp8.layers
+
+
 def test_overrides_have_the_last_word(tmp_path):
     path = next(path for path in shipped() if path.stem == "quickstart")
     overrides = [f"run.output_dir={tmp_path}/own", "run.steps=7", "model.depth=3"]

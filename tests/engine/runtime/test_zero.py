@@ -47,7 +47,8 @@ def test_bfloat16_is_autocast_and_reduces_in_float32(runs, tmp_path):
 def test_bfloat16_reduction_where_asked_for(runs, tmp_path):
     low = {"precision": {"compute": "bfloat16", "reduce": "bfloat16"}}
     found = deepspeed_config(runs.config(tmp_path, low))
-    assert found["torch_autocast"]["lower_precision_safe_modules"] == ["torch.nn.Linear"]
+    linear = ["torch.nn.Linear", "millrace.engine.model.fp8.Fp8Linear"]
+    assert found["torch_autocast"]["lower_precision_safe_modules"] == linear
     assert found["communication_data_type"] == "bf16"
     with pytest.raises(UserError, match=r"precision\.reduce bfloat16 needs precision.compute bfloat16"):
         deepspeed_config(runs.config(tmp_path, {"precision": {"reduce": "bfloat16"}}))
