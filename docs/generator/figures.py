@@ -1,7 +1,8 @@
 """Figures on hand-written pages: each comes from a results file, or stands in figures.json with its source.
 
 A figure is a number with a unit of speed, a share in percent, or so-and-so many times faster. Pages that are
-made from results are not looked at, nor are code and addresses.
+made from results are not looked at, nor are code, addresses, and sections that a program writes, between
+`<!-- written by PROGRAM -->` and `<!-- end -->`.
 """
 
 import json
@@ -21,7 +22,10 @@ FIGURE = re.compile(
     r"|\d+(?:\.\d+)? of the (?:throughput|speed)"
     r"|(?:FID|CMMD|DINO-MMD|MFU) (?:of )?\d+(?:\.\d+)?"
 )
-_SKIPPED = re.compile(r"^(`{3,}|~{3,}).*?^\1\s*$|`[^`\n]+`|\]\([^)]*\)|<!--.*?-->", re.MULTILINE | re.DOTALL)
+_SKIPPED = re.compile(
+    r"^(`{3,}|~{3,}).*?^\1\s*$|`[^`\n]+`|\]\([^)]*\)|<!-- written by .*?<!-- end -->|<!--.*?-->",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def pages() -> list[Path]:

@@ -31,6 +31,7 @@ def test_sources_are_of_pages_that_exist():
         ("It reaches 610 TFLOP/s, MFU 0.61.", ["610 TFLOP/s", "MFU 0.61"]),
         ("Between 7-9 % in the prose.", ["7-9 %"]),
         ("`--set x=5 ms` and\n\n```\n12 ms\n```\n\nare code.", []),
+        ("1 ms\n\n<!-- written by a.py -->\n2 ms\n<!-- end -->\n\n3 ms", ["1 ms", "3 ms"]),
         ("256 px, 1,438 pictures, 0.2 of the samples, 30 seconds, 16 bytes, 347 TFLOP", []),
     ],
 )
