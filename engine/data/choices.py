@@ -10,7 +10,7 @@ from millrace.engine.config.data import value_at
 from millrace.engine.data.crop import Box, crop_box, output_size
 from millrace.engine.data.order import Pool, Size
 from millrace.engine.data.pictures import WhichCaption
-from millrace.engine.randomness import host_generator
+from millrace.engine.randomness import passing_generator
 
 
 class View(NamedTuple):
@@ -56,7 +56,7 @@ class Choices:
         return "empty" if self._chance(i, "caption drop", self._caption_drop) else which
 
     def _generator(self, i: int, purpose: str) -> np.random.Generator:
-        return host_generator(self._seed, i, purpose)
+        return passing_generator(self._seed, i, purpose)
 
     def _chance(self, i: int, purpose: str, share: float) -> bool:
         return self._generator(i, purpose).random() < share

@@ -117,7 +117,7 @@ def cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """A picture (H, W, 3) uint8, contiguous, resized to `size` (h, w) by Lanczos: (3, h, w) uint8.
+    """A picture (H, W, 3) uint8, or a part of one, resized to `size` (h, w) by Lanczos: (3, h, w) uint8.
 
     By torch's kernel, which takes a fifth of the time of Pillow's and is within two levels of it where the
     aspect is kept. A torch that does not have it for this filter leaves it to Pillow.

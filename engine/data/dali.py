@@ -15,6 +15,7 @@ errors below them.
 import io
 import logging
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor
 from millrace.engine.config import Data
 from millrace.engine.data.choices import View, Viewer
 from millrace.engine.data.crop import resize
-from millrace.engine.data.decoding import Encoded, PythonDecoder
+from millrace.engine.data.decoding import Encoded, PythonDecoder, parts
 from millrace.engine.data.pictures import Source, UnreadablePicture, encoded, stored_size
 
 log = logging.getLogger(__name__)
@@ -46,19 +47,19 @@ class DaliDecoder:
 
     def __init__(self, source: Source, python: PythonDecoder, config: Data, device: torch.device) -> None:
         self._source, self._python = source, python
-        threads = max(config.workers, 1)
-        self._threads, self._batch = threads, config.micro_batch
-        self._resizers = ThreadPoolExecutor(threads, "resizing")
+        self._workers = self._threads = max(config.workers, 1)
+        self._batch = config.micro_batch
+        self._resizers = ThreadPoolExecutor(self._workers, "resizing")
         self._device = device if device.type == "cuda" and self._works_on(device) else None
         # On the CPU one micro-batch is decoded while the pictures of another are resized: each alone leaves
         # threads idle when its last pictures are done.
-        self.lanes = 1 if self._device is not None else min(2, threads)
-        self._threads = threads // self.lanes
+        self.lanes = 1 if self._device is not None else min(2, self._workers)
+        self._threads = self._workers // self.lanes
         self._pipelines: SimpleQueue[dali.Pipeline] = SimpleQueue()
         for _ in range(self.lanes):
             self._pipelines.put(self._build())
         where = "on the CPU" if self._device is None else f"on {self._device}"
-        self.description = f"NVIDIA DALI {dali.__version__} {where}, {threads} threads"
+        self.description = f"NVIDIA DALI {dali.__version__} {where}, {self._workers} threads"
 
     def start(self, picture: int, viewer: Viewer) -> Tensor | Encoded:
         data = encoded(self._source, picture)
@@ -88,14 +89,18 @@ class DaliDecoder:
         if self._device is not None:
             return self._copies(pictures, self._device)
 
-        def finished(k: int) -> Tensor:
-            view = files[k].view
-            left, top, right, bottom = view.box
-            whole = np.asarray(pictures[k])  # DALI's own memory
-            pixels = resize(np.ascontiguousarray(whole[top:bottom, left:right]), view.size)
-            return pixels.flip(-1) if view.flip else pixels
+        def finished(part: Sequence[int]) -> list[Tensor]:
+            found = []
+            for k in part:
+                view = files[k].view
+                left, top, right, bottom = view.box
+                whole = np.asarray(pictures[k])  # DALI's own memory
+                pixels = resize(whole[top:bottom, left:right], view.size)
+                found.append(pixels.flip(-1) if view.flip else pixels)
+            return found
 
-        return list(self._resizers.map(finished, range(len(files))))
+        done = self._resizers.map(finished, parts(range(len(files)), self._workers))
+        return [pixels for part in done for pixels in part]
 
     def _in_python(self, picture: int, viewer: Viewer) -> Tensor:
         pixels = self._python.start(picture, viewer)

@@ -8,7 +8,9 @@ Both give the same pixels of the same pictures, and call the same pictures unrea
 
 import importlib.util
 import logging
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from millrace.engine.data.pictures import Source, UnreadablePicture, holds_files
 from millrace.engine.errors import UserError
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 DALI = "nvidia-dali-cuda130"
 """Its package; it runs without a GPU too."""
@@ -51,6 +55,17 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Release threads and memory; nothing is asked for afterwards."""
+
+
+def parts(sequence: Sequence[Item], count: int) -> list[Sequence[Item]]:
+    """At most `count` parts of a sequence, in order, of nearly equal length; none is empty.
+
+    A thread that takes a part wakes others once, not for every picture: where pictures are small, waking is a
+    good part of the work.
+    """
+    count = min(count, len(sequence))
+    ends = [len(sequence) * i // count for i in range(count + 1)] if count else [0]
+    return [sequence[a:b] for a, b in pairwise(ends)]
 
 
 class PythonDecoder:

@@ -9,8 +9,8 @@ because each choice about it is drawn from (seed, i, purpose). The only state of
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from millrace.engine.data.cache import CachedText
 from millrace.engine.data.cached import Caches
 from millrace.engine.data.choices import Choices
 from millrace.engine.data.crop import check_bucket, check_resolution
-from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder
+from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder, parts
 from millrace.engine.data.mixture import order_of
 from millrace.engine.data.order import Pool
 from millrace.engine.data.pictures import Source, UnreadablePicture
@@ -126,7 +126,9 @@ class SampleStream:
         try:
             if self._pool is None:
                 indices = self._next_indices()
-                return self._collect(indices, self._finish([self._start(*self._place(i)) for i in indices]))
+                return self._collect(
+                    indices, self._finish(self._start_all([self._place(i) for i in indices]))
+                )
             # One more than asked for: the first is the one that is handed out now.
             while len(self._ahead) <= self._config.prefetch:
                 indices = self._next_indices()
@@ -164,12 +166,21 @@ class SampleStream:
 
     def _submit(self, indices: range, pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
         """Begin a micro-batch in threads; what is returned waits for it."""
-        started = [pool.submit(self._start, *self._place(i)) for i in indices]
+        places = [self._place(i) for i in indices]
+        started = [pool.submit(self._start_all, part) for part in parts(places, self._config.workers)]
 
         def samples() -> list[_Sample]:
-            return self._finish([future.result() for future in started])
+            return self._finish([sample for future in started for sample in future.result()])
 
         return samples if self._finisher is None else self._finisher.submit(samples).result
+
+    def _start_all(self, places: Sequence[tuple[int, int, Pool]]) -> list[_Sample]:
+        found = []
+        for place in places:
+            if self._closed:
+                raise CancelledError
+            found.append(self._start(*place))
+        return found
 
     def _start(self, i: int, picture: int, pool: Pool, bad: Bad = ()) -> _Sample:
         """Sample `i` from picture `picture` or the first readable one after it in `pool`, in any thread."""

@@ -1,10 +1,12 @@
 """Host choices: a pure function of (seed, index, purpose), with the same keys as on the device."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
-from millrace.engine.randomness import epoch_order, host_generator
+from millrace.engine.randomness import epoch_order, host_generator, passing_generator
 from millrace.kernels.random import sample_keys
 
 
@@ -56,3 +58,20 @@ def test_every_place_of_an_epoch_is_as_likely():
     places = np.bincount([epoch_order(0, e, size).argmin() for e in range(epochs)], minlength=size)
     share = 1 / size
     assert np.abs(places - epochs * share).max() < 5 * np.sqrt(epochs * share * (1 - share))
+
+
+def test_passing_generators_draw_what_lasting_ones_do():
+    """Whatever was drawn before, from any purpose and in any thread."""
+
+    def same(i):
+        for purpose in ("crop", "flip", "crop"):
+            passing, lasting = passing_generator(3, i, purpose), host_generator(3, i, purpose)
+            # An odd number of 32-bit draws leaves half a word behind for the next.
+            for draw in ("random", "integers"):
+                arguments = () if draw == "random" else (1000,)
+                assert getattr(passing, draw)(*arguments) == getattr(lasting, draw)(*arguments)
+            assert passing.integers(2**40) == lasting.integers(2**40)
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(same, range(400)))

@@ -11,7 +11,7 @@ from millrace.engine.config import Data
 from millrace.engine.data import open_source
 from millrace.engine.data.choices import View
 from millrace.engine.data.crop import cut
-from millrace.engine.data.decoding import PythonDecoder, open_decoder
+from millrace.engine.data.decoding import PythonDecoder, open_decoder, parts
 from millrace.engine.data.keys import KeptSource
 from millrace.engine.data.mixture import MixtureSource
 from millrace.engine.data.pictures import encoded, holds_files, stored_size
@@ -95,3 +95,12 @@ def test_pillow_cuts_and_flips(flip):
     )
     wanted = cut(One.image_of, view.box, view.size)
     assert torch.equal(pixels, wanted.flip(-1) if flip else wanted)
+
+
+@pytest.mark.parametrize(("length", "count"), [(0, 3), (1, 3), (2, 3), (3, 3), (32, 5), (33, 16), (7, 1)])
+def test_parts_are_everything_in_order_and_nearly_equal(length, count):
+    found = parts(range(length), count)
+    assert [i for part in found for i in part] == list(range(length))
+    assert len(found) == min(count, length)
+    sizes = [len(part) for part in found]
+    assert not sizes or (min(sizes) > 0 and max(sizes) - min(sizes) <= 1)
