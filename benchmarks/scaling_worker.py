@@ -1,0 +1,216 @@
+"""One process of `scaling.py`: measures its machine, or training steps at one ZeRO stage.
+
+python benchmarks/scaling_worker.py JOB RESULT      started by scaling.py, with a launcher's variables set
+
+JOB is a JSON file; RESULT receives what this rank saw, as JSON.
+"""
+
+import gc
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+if __name__ == "__main__":
+    # A script's own folder is searched first; names in it must not stand in for installed packages.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != here), str(here)]
+
+from millrace.engine.cli import run_command
+from millrace.engine.config_file import parse_config
+from millrace.engine.runtime import distributed
+
+COLLECTIVES = {
+    "all_reduce": 0,
+    "reduce": 0,
+    "broadcast": 0,
+    "reduce_scatter_tensor": 1,
+    "_reduce_scatter_base": 1,
+    "all_gather_into_tensor": 0,
+    "_all_gather_base": 0,
+    "all_gather": 0,
+    "reduce_scatter": 0,
+}
+"""Functions of torch.distributed, and which argument holds the whole tensor of the operation."""
+SMALL = 4096
+"""Bytes below which an operation is an agreement (a norm, a flag) and no part of the model's state."""
+
+
+class Traffic:
+    """Counts what goes through torch.distributed's collectives: operations and bytes of the whole tensor."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[int]] = defaultdict(list)
+        self._depth = 0
+
+    def watch(self) -> None:
+        """From here on, also for functions that others hold on to later."""
+        for name, place in COLLECTIVES.items():
+            if hasattr(dist, name):
+                setattr(dist, name, self._counting(name, getattr(dist, name), place))
+
+    def _counting(self, name: str, call: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if self._depth == 0:
+                whole = [*args, *kwargs.values()][place]
+                tensors = [whole] if isinstance(whole, Tensor) else list(whole)
+                self.calls[name.removeprefix("_")].append(sum(t.nbytes for t in tensors))
+            self._depth += 1
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return counting
+
+    def summary(self, steps: int) -> dict[str, dict[str, float]]:
+        """For each kind the operations of a step and their bytes, without agreements."""
+        found = {}
+        for name, sizes in self.calls.items():
+            large = [size for size in sizes if size > SMALL]
+            if large:
+                found[name] = {"calls": len(large) / steps, "bytes": sum(large) / steps}
+        return found
+
+
+@contextmanager
+def allocations(device: torch.device) -> Iterator[dict[str, int]]:
+    """Bytes that PyTorch's CPU allocator holds, over the block: {"marks": [...], "peak_after_mark": ...}.
+
+    A mark is set by `torch.profiler.record_function("mark")`; the peak counts from the last one on.
+    """
+    found: dict[str, int] = {}
+    if device.type == "cuda":
+        yield found
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        yield found
+    events = recorded.profiler.kineto_results.events()
+    marks = [event.start_ns() for event in events if event.name() == "mark"]
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = list(accumulate(size for _, size in memory))
+    after = [total for (at, _), total in zip(memory, held, strict=True) if at >= marks[-1]]
+    before = [total for (at, _), total in zip(memory, held, strict=True) if at < marks[-1]]
+    found["between_steps"], found["peak"] = before[-1], max(after)
+
+
+def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Training steps at one stage: seconds of each, bytes of communication, and peak memory."""
+    traffic = Traffic()
+    traffic.watch()
+    from throughput_inputs import Cached
+
+    config = parse_config(job["config"], "scaling")
+    device = distributed.choose_device(config.run.device)
+    with allocations(device) as memory:
+        trainer = Cached(config, job["text_tokens"])
+        for _ in range(job["warmup"]):
+            trainer.train_step()
+        with torch.profiler.record_function("mark"):
+            pass
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            memory["between_steps"] = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        trainer.train_step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        memory["peak"] = torch.cuda.max_memory_allocated(device)
+    traffic.calls.clear()
+    seconds = []
+    gc.collect()
+    gc.freeze()
+    for _ in range(job["steps"]):
+        distributed.wait_for_all()
+        started = time.perf_counter()
+        trainer.train_step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    trainer.sample_log.close()
+    trainer.stream.close()
+    trainer.log.close()
+    return {
+        "seconds": seconds,
+        "memory": memory,
+        "traffic": traffic.summary(job["steps"]),
+        "flops": trainer.flops / (job["warmup"] + 1 + job["steps"]),
+        "skipped": trainer.skipped,
+    }
+
+
+def timed(call: Callable[[], Any], device: torch.device, seconds: float, least: int = 3) -> float:
+    """Median seconds of a call that all ranks make together, over about `seconds`."""
+
+    def once() -> float:
+        distributed.wait_for_all()
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    first = distributed.gather_objects(once())
+    number = max(least, int(seconds / max(*first, 1e-5)))
+    return float(np.median([once() for _ in range(number)]))
+
+
+def measure_machine(job: dict[str, Any]) -> dict[str, Any]:
+    """What a process reaches while all others do the same: products, copies, and collectives by size."""
+    device = distributed.choose_device(job["device"])
+    distributed.initialize(device)
+    dtype, each = getattr(torch, job["dtype"]), job["seconds"]
+    rows, width = job["rows"], job["width"]
+    left, right = (
+        torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, width), (width, width))
+    )
+    gemm = timed(lambda: torch.mm(left, right), device, each)
+    source = torch.randn(job["copied"] // 4, device=device)
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source), device, each)
+    found = {
+        "gemm_flops_per_second": 2 * rows * width * width / gemm,
+        "copy_bytes_per_second": 2 * source.nbytes / copy,
+        "collectives": {},
+    }
+    ranks, rank = distributed.world_size(), distributed.rank()
+    if ranks == 1:
+        return found
+    for name in ("all_reduce", "all_gather", "reduce"):
+        points = []
+        for size in job["sizes"]:
+            whole = torch.randn(size // 4 // ranks * ranks, device=device)
+            part = whole.chunk(ranks)[rank].clone()
+            calls = {
+                "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+                "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+                "reduce": lambda whole=whole: dist.reduce(whole, 0),
+            }
+            points.append((whole.nbytes, timed(calls[name], device, each)))
+        found["collectives"][name] = points
+    return found
+
+
+def main() -> int:
+    """Do the job and write what was found."""
+    job_file, result = (Path(argument) for argument in sys.argv[1:3])
+    job = json.loads(job_file.read_text())
+    found = {"steps": measure_steps, "machine": measure_machine}[job["kind"]](job)
+    (result.with_name(f"{result.name}-{distributed.rank()}.json")).write_text(json.dumps(found))
+    distributed.wait_for_all()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
