@@ -1,8 +1,8 @@
 """One process of `scaling.py`: measures its machine, or training steps at one ZeRO stage.
 
-python benchmarks/scaling_worker.py JOB RESULT      started by scaling.py, with a launcher's variables set
+python benchmarks/scaling_worker.py JOBS RESULT      started by scaling.py, with a launcher's variables set
 
-JOB is a JSON file; RESULT receives what this rank saw, as JSON.
+JOBS is a JSON file of jobs, done one after another; RESULT receives what this rank saw of each, as JSON.
 """
 
 import gc
@@ -84,6 +84,9 @@ class Traffic:
         return found
 
 
+TRAFFIC = Traffic()
+
+
 @contextmanager
 def allocations(device: torch.device) -> Iterator[dict[str, int]]:
     """Bytes that PyTorch's CPU allocator holds, over the block: {"marks": [...], "peak_after_mark": ...}.
@@ -107,8 +110,6 @@ def allocations(device: torch.device) -> Iterator[dict[str, int]]:
 
 def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
     """Training steps at one stage: seconds of each, bytes of communication, and peak memory."""
-    traffic = Traffic()
-    traffic.watch()
     from throughput_inputs import Cached
 
     config = parse_config(job["config"], "scaling")
@@ -127,24 +128,26 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         memory["peak"] = torch.cuda.max_memory_allocated(device)
-    traffic.calls.clear()
-    seconds = []
+    TRAFFIC.calls.clear()
+    seconds, processor = [], []
     gc.collect()
     gc.freeze()
     for _ in range(job["steps"]):
         distributed.wait_for_all()
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         trainer.train_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
+        processor.append(time.process_time() - used)
     trainer.sample_log.close()
     trainer.stream.close()
     trainer.log.close()
     return {
         "seconds": seconds,
+        "processor_seconds": processor,
         "memory": memory,
-        "traffic": traffic.summary(job["steps"]),
+        "traffic": TRAFFIC.summary(job["steps"]),
         "flops": trainer.flops / (job["warmup"] + 1 + job["steps"]),
         "skipped": trainer.skipped,
     }
@@ -171,23 +174,22 @@ def measure_machine(job: dict[str, Any]) -> dict[str, Any]:
     device = distributed.choose_device(job["device"])
     distributed.initialize(device)
     dtype, each = getattr(torch, job["dtype"]), job["seconds"]
-    rows, width = job["rows"], job["width"]
-    left, right = (
-        torch.randn(*shape, device=device, dtype=dtype) for shape in ((rows, width), (width, width))
-    )
+    rows, width, columns = job["rows"], job["width"], job["columns"]
+    shapes = (rows, width), (width, columns)
+    left, right = (torch.randn(*shape, device=device, dtype=dtype) for shape in shapes)
     gemm = timed(lambda: torch.mm(left, right), device, each)
     source = torch.randn(job["copied"] // 4, device=device)
     target = torch.empty_like(source)
     copy = timed(lambda: target.copy_(source), device, each)
     found = {
-        "gemm_flops_per_second": 2 * rows * width * width / gemm,
+        "gemm_flops_per_second": 2 * rows * width * columns / gemm,
         "copy_bytes_per_second": 2 * source.nbytes / copy,
         "collectives": {},
     }
     ranks, rank = distributed.world_size(), distributed.rank()
     if ranks == 1:
         return found
-    for name in ("all_reduce", "all_gather", "reduce"):
+    for name in ("all_reduce", "all_gather", "reduce_scatter"):
         points = []
         for size in job["sizes"]:
             whole = torch.randn(size // 4 // ranks * ranks, device=device)
@@ -195,7 +197,7 @@ def measure_machine(job: dict[str, Any]) -> dict[str, Any]:
             calls = {
                 "all_reduce": lambda whole=whole: dist.all_reduce(whole),
                 "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
-                "reduce": lambda whole=whole: dist.reduce(whole, 0),
+                "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
             }
             points.append((whole.nbytes, timed(calls[name], device, each)))
         found["collectives"][name] = points
@@ -203,11 +205,12 @@ def measure_machine(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Do the job and write what was found."""
-    job_file, result = (Path(argument) for argument in sys.argv[1:3])
-    job = json.loads(job_file.read_text())
-    found = {"steps": measure_steps, "machine": measure_machine}[job["kind"]](job)
-    (result.with_name(f"{result.name}-{distributed.rank()}.json")).write_text(json.dumps(found))
+    """Do the jobs and write what was found."""
+    TRAFFIC.watch()
+    file, result = (Path(argument) for argument in sys.argv[1:3])
+    kinds = {"steps": measure_steps, "machine": measure_machine}
+    found = [kinds[job["kind"]](job) for job in json.loads(file.read_text())]
+    result.write_text(json.dumps(found))
     distributed.wait_for_all()
     return 0
 

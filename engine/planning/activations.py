@@ -1,8 +1,8 @@
 """Memory of one micro-batch's forward and backward, traced without data.
 
-The denoiser, the noise and the loss run on fake tensors (shapes and dtypes, no storage) under a mode that sees
-every tensor made and freed, so kept activations, temporaries between operators, recomputation and autocast's
-copies of the weights are all counted. What an operator allocates inside itself is not seen.
+The denoiser, the noise and the loss run on fake tensors (shapes and dtypes, no storage) under a mode that
+sees every tensor made and freed, so kept activations, temporaries between operators, recomputation and
+autocast's copies of the weights are all counted. What an operator allocates inside itself is not seen.
 """
 
 import weakref
@@ -21,7 +21,6 @@ from millrace.engine.config import Config
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
 from millrace.engine.objective.flow import FlowMatching
-
 
 _FREE = {"mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "detach", "alias", "device"}
 """Operators that the FLOP formula covers, or that move nothing."""

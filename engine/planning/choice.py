@@ -142,7 +142,7 @@ class Planner:
             frozen.flops,
             self.images_per_second,
         )
-        fits = memory.peak <= self.device.memory * self.device.usable
+        fits = memory.peak <= self.device.capacity
         return Option(stage, micro_batch, policy, memory, step, fits)
 
     def micro_batches(self) -> list[int]:
@@ -184,10 +184,10 @@ class Planner:
         if not fitting:
             least = min(found, key=lambda o: o.memory.peak)
             raise UserError(
-                f"no setting fits {self.ranks} x {self.device.name}: the least is {least.memory.peak / 1e9:.1f} "
-                f"GB of {self.device.memory * self.device.usable / 1e9:.1f} GB (ZeRO {least.stage}, "
-                f"micro-batch {least.micro_batch}, checkpointing {least.policy}); take more devices, a smaller "
-                "model, or fewer pixels"
+                f"no setting fits {self.ranks} x {self.device.name}: ZeRO {least.stage}, micro-batch "
+                f"{least.micro_batch} and checkpointing {least.policy} take least, "
+                f"{least.memory.peak / 1e9:.1f} GB of {self.device.capacity / 1e9:.1f} GB; take more devices, a "
+                "smaller model, or fewer pixels"
             )
         limit = fitting[0].step.seconds * (1 + TIE)
         close = [option for option in fitting if option.step.seconds <= limit]

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 from millrace.engine.cli import command_parser
-from millrace.engine.config import Config
 from millrace.engine.config_file import load_config
 from millrace.engine.errors import UserError
 from millrace.engine.planning.choice import Option, Planner
@@ -71,7 +70,7 @@ def describe(planner: Planner, best: Option, steps: int) -> list[str]:
     config, device, step, memory = planner.config, planner.device, best.step, best.memory
     batch = config.data.global_batch
     accumulation = batch // (best.micro_batch * planner.ranks)
-    capacity = device.memory * device.usable
+    capacity = device.capacity
     hours = step.seconds * steps / 3600
     held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.parts.items())
     images = batch / step.seconds
@@ -80,10 +79,12 @@ def describe(planner: Planner, best: Option, steps: int) -> list[str]:
         f"{planner.text_tokens} of a caption; {planner.flops / 1e12:.3g} TFLOP an image",
         f"devices: {planner.ranks} x {device.name}",
         f"ZeRO stage: {best.stage}",
-        f"micro-batch: {best.micro_batch}, {accumulation} of them on each device make data.global_batch {batch}",
+        f"micro-batch: {best.micro_batch}, {accumulation} of them on each device make data.global_batch "
+        f"{batch}",
         f"activation checkpointing: {best.policy}",
-        f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable ({memory.peak / capacity:.0%}) "
-        f"on each device, highest in {memory.worst}; always held {memory.held / 1e9:.1f} GB ({held})",
+        f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
+        f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
+        f"{memory.held / 1e9:.1f} GB ({held})",
         f"step: {step.seconds:.3g} s: forward and backward {step.compute:.3g}, gradient copies "
         f"{step.copies:.2g}, update {step.update:.2g}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"

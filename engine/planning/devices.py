@@ -1,12 +1,12 @@
 """What a device and its links can do: data sheets, and beside them what is assumed of how much is reached.
 
-| what                          | H200 SXM      | H100 SXM      | source                                        |
-|-------------------------------|---------------|---------------|-----------------------------------------------|
-| dense BF16                    | 989 TFLOP/s   | 989 TFLOP/s   | NVIDIA H200 and H100 data sheets (`flops.py`) |
-| memory                        | 141 GB        | 80 GB         | the same                                      |
-| memory bandwidth              | 4.8 TB/s      | 3.35 TB/s     | the same                                      |
-| NVLink, one direction         | 450 GB/s      | 450 GB/s      | the same: 900 GB/s in both                    |
-| network of a node of 8        | 8 x 400 Gb/s  | 8 x 400 Gb/s  | NVIDIA DGX H200 and H100 data sheets          |
+| what                    | H200 SXM     | H100 SXM     | source                                        |
+|-------------------------|--------------|--------------|-----------------------------------------------|
+| dense BF16              | 989 TFLOP/s  | 989 TFLOP/s  | NVIDIA H200 and H100 data sheets (`flops.py`) |
+| memory                  | 141 GB       | 80 GB        | the same                                      |
+| memory bandwidth        | 4.8 TB/s     | 3.35 TB/s    | the same                                      |
+| NVLink, one direction   | 450 GB/s     | 450 GB/s     | the same: 900 GB/s in both                    |
+| network of a node of 8  | 8 x 400 Gb/s | 8 x 400 Gb/s | NVIDIA DGX H200 and H100 data sheets          |
 
 The shares that are reached of these, and the latencies, are assumptions (`ASSUMED`), not measurements.
 """
@@ -54,8 +54,8 @@ class Network(Protocol):
 def sent_bytes(kind: Kind, size: float, ranks: int) -> float:
     """Bytes that each of `ranks` processes sends for a tensor of `size` bytes, in a ring.
 
-    Rajbhandari et al., ZeRO (arXiv 1910.02054), section 7: an all-reduce is a reduce-scatter and an all-gather,
-    each moves (N - 1) / N of the tensor through every process.
+    Rajbhandari et al., ZeRO (arXiv 1910.02054), section 7: an all-reduce is a reduce-scatter and an
+    all-gather, each moves (N - 1) / N of the tensor through every process.
     """
     return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
 
@@ -134,6 +134,11 @@ class Device:
     """Share of the memory that a process may fill."""
     assumed: tuple[str, ...] = field(default=tuple(ASSUMED))
     """Names in ASSUMED of what was not measured."""
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that a process may fill."""
+        return self.memory * self.usable
 
     def calibrated(self, slack: float) -> "Device":
         """With a slack that follows from a measured step."""

@@ -1,14 +1,14 @@
 """Memory of a process through a training step: what is held all the time, and what comes and goes.
 
 Psi is the size of the parameters in FP32, N the processes, b DeepSpeed's reduction bucket. From the code of
-DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`), with this engine's settings:
+DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`), as this engine sets it:
 
-| stage | always held                     | forward, backward          | reduction               | update     |
-|-------|---------------------------------|----------------------------|-------------------------|------------|
-| 0     | Psi + state                     | activations, gradients     | Psi + flat bucket       | Psi        |
-| 1     | Psi + master/N + state/N        | activations, gradients, b  | Psi in b + flat bucket  | 2 Psi/N    |
-| 2     | the same                        | activations, b             | b + flat bucket + Psi/N | 2 Psi/N    |
-| 3     | Psi/N + state/N + b + Psi/N     | activations, live weights  | flat bucket             |            |
+| stage | always held                 | forward, backward         | reduction               | update  |
+|-------|-----------------------------|---------------------------|-------------------------|---------|
+| 0     | Psi + state                 | activations, gradients    | Psi + flat bucket       | Psi     |
+| 1     | Psi + master/N + state/N    | activations, gradients, b | Psi in b + flat bucket  | 2 Psi/N |
+| 2     | the same                    | activations, b            | b + flat bucket + Psi/N | 2 Psi/N |
+| 3     | Psi/N + state/N + b + Psi/N | activations, live weights | flat bucket             |         |
 
 The peak is that of the worst phase. `state` is the optimizer's and the EMA's. The flat bucket is a copy that
 DeepSpeed makes to reduce pieces of several processes at once; alone it needs none.
@@ -56,7 +56,7 @@ def bucket_elements(config: Config, parameters: int) -> int:
 
 
 def overlaps(config: Config, stage: int) -> bool:
-    """Whether DeepSpeed reduces beside the backward pass: its default is only at stage 3, at stage 0 never."""
+    """Whether DeepSpeed reduces beside the backward pass: by default only at stage 3, at stage 0 never."""
     section = config.deepspeed.get("zero_optimization", {})
     return bool(section.get("overlap_comm", stage == 3)) and stage >= 1
 

@@ -3,8 +3,8 @@
     step = micro_batches x (products / FLOP/s + other operators / bandwidth) x slack
            + copies of the gradients + update of the weights + communication that nothing hides
 
-What DeepSpeed 0.19 sends at each stage, Psi the size of the parameters (ZeRO, arXiv 1910.02054, section 7, has
-2 Psi for stages 0 to 2 and 3 Psi for stage 3 through every process):
+What DeepSpeed 0.19 sends at each stage, Psi the size of the parameters (ZeRO, arXiv 1910.02054, section 7,
+has 2 Psi for stages 0 to 2 and 3 Psi for stage 3 through every process):
 
 | stage | a micro-batch                                    | a step                             |
 |-------|--------------------------------------------------|------------------------------------|
