@@ -14,15 +14,15 @@ NOT_MEASURED = "Not measured: no result of `benchmarks/scaling.py`."
 FORMULAS = """\
 The model (`engine/planning`; formulas in [planning.md](planning.md)):
 
-- step = slack x (products / FLOP/s + other operators' bytes / bandwidth) + copies of the gradients / bandwidth
-  + update / bandwidth + communication that is not hidden. Products by `engine/model/flops.py`, other operators'
-  bytes from a trace of the step on tensors without data.
+- step = slack x (products / FLOP/s + other operators' bytes / bandwidth) + copies of the gradients and the
+  update, their bytes / bandwidth + communication that is not hidden. Products by `engine/model/flops.py`,
+  other operators' bytes from a trace of the step on tensors without data.
 - memory = what is always held (weights, masters, moments, EMA, each over the processes that share it) + the
   worst of backward, reduction and update, activations from the same trace.
-- communication at stage 0 an all-reduce of the gradients; at 1 and 2 the same and an all-gather of the weights
-  (DeepSpeed's default reduces with all-reduce where the ZeRO paper has a reduce-scatter, so it moves 3 Psi
-  through each process and not 2); at 3 an all-gather of the weights for forward, again for backward if the
-  model is large, and a reduce-scatter."""
+- communication: at stage 0 an all-reduce of the gradients; at 1 and 2 the same and an all-gather of the
+  weights (DeepSpeed's default reduces with an all-reduce where the ZeRO paper has a reduce-scatter, so it
+  moves 3 Psi through each process and not 2); at 3 an all-gather of the weights for forward, again for
+  backward if the model is large, and a reduce-scatter."""
 
 
 def scaling_section(
@@ -61,8 +61,8 @@ def _setting(result: Result) -> str:
         for name, one in result["machine"].items()
     )
     shared = (
-        f"The processes share {result['cpu_cores']} cores: what a process reaches falls with their number, and "
-        "is measured in as many at the same time. "
+        f"The processes share {result['cpu_cores']} cores: what a process reaches falls with their number, "
+        "and is measured in as many at the same time. "
         if result["device"] == "cpu"
         else ""
     )
@@ -75,8 +75,8 @@ def _setting(result: Result) -> str:
     return (
         f"Width {model['width']}, {model['depth']} blocks, pictures of {data['resolution']} px, micro-batch "
         f"{data['micro_batch']} on each process, {result['config']['precision']['compute']}, AdamW and EMA, "
-        f"inputs from memory. {shared}Measured in the same run and given to the model: {machine}, and collectives "
-        f"of {len(next(iter(_collectives(result)), []))} sizes. Slack "
+        f"inputs from memory. {shared}Measured in the same run and given to the model: {machine}, and "
+        f"collectives of {len(next(iter(_collectives(result)), []))} sizes. Slack "
         f"{result['rows'][0]['slack']:.2f}, fitted to the step of stage 0 on one process alone; every other "
         f"time and all memories are predictions. Step: the median. Memory: {measure}. Sent: size of all "
         "collectives' whole tensors in a step, counted where PyTorch is called."
@@ -114,8 +114,8 @@ def _verdict(result: Result) -> str:
         max(abs(row[f"{name}_error"]) for row in result["rows"]) for name in ("memory", "seconds")
     )
     return (
-        f"Largest error: memory {memory:.1%} (accepted up to {MEMORY_BOUND:.0%}), step {seconds:.1%} (accepted "
-        f"up to {TIME_BOUND:.0%})."
+        f"Largest error: memory {memory:.1%} (accepted up to {MEMORY_BOUND:.0%}), step {seconds:.1%} "
+        f"(accepted up to {TIME_BOUND:.0%})."
     )
 
 
@@ -166,27 +166,26 @@ def _far(rows: list[Result], markdown: Markdown) -> Iterable[str]:
         yield f"### Modelled: `{name}` on {first['device']}"
         assumed = ", ".join(f"{key} {ASSUMED[key]:g}" for key in first["assumed"])
         yield (
-            f"No measurement. {first['micro_batch']} images on each device at any number, inputs from memory, "
-            "reductions beside the backward pass at stages 1 to 3 (`overlap_comm`, buckets of 1e8 elements). "
-            "Data sheets: `engine/planning/devices.py`. "
-            f"Slack {first['slack']:.2f}. Assumed: {assumed}. Communication: the share of the step that waits "
-            "for it. Memory in brackets does not fit."
+            f"No measurement. {first['micro_batch']} images on each device at any number, inputs from "
+            "memory, reductions beside the backward pass at stages 1 to 3 (`overlap_comm`, buckets of 1e8 "
+            f"elements). Data sheets: `engine/planning/devices.py`. Slack {first['slack']:.2f}. Assumed: "
+            f"{assumed}. Waiting: the share of the step that communication adds to it. Sent: through each "
+            "GPU in a step. Memory in brackets does not fit."
         )
-        head = ["GPUs"]
-        for stage in range(4):
-            head += [f"ZeRO {stage}: step ms", "images/s", "GB", "communication"]
+        head = ["ZeRO", "GPUs", "step ms", "images/s", "on each", "memory GB", "waiting", "sent GB"]
         lines = []
-        for devices in dict.fromkeys(row["devices"] for row in chosen):
-            line = [str(devices)]
-            for row in sorted(
-                (row for row in chosen if row["devices"] == devices), key=lambda row: row["stage"]
-            ):
-                memory = f"{row['memory'] / 1e9:.1f}"
-                line += [
+        for row in chosen:
+            memory = f"{row['memory'] / 1e9:.1f}"
+            lines.append(
+                [
+                    str(row["stage"]),
+                    str(row["devices"]),
                     f"{row['seconds'] * 1e3:.0f}",
                     f"{row['images_per_second']:,.0f}",
+                    f"{row['images_per_second_per_device']:.1f}",
                     memory if row["fits"] else f"({memory})",
                     f"{row['communication_share']:.1%}",
+                    f"{row['sent_bytes'] / 1e9:.1f}",
                 ]
-            lines.append(line)
+            )
         yield markdown(head, lines)

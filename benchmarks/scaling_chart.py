@@ -28,8 +28,11 @@ def draw(content: dict[str, Any], path: Path) -> None:
         for stage in range(4):
             points = [row for row in far if row["config"] == name and row["stage"] == stage]
             fits = [row["images_per_second_per_device"] if row["fits"] else None for row in points]
-            axis.plot([row["devices"] for row in points], fits, marker="o", label=f"ZeRO {stage}")
+            style = "--" if stage == 2 else "-"  # stages 1 and 2 often coincide
+            devices = [row["devices"] for row in points]
+            axis.plot(devices, fits, style, marker="o", label=f"ZeRO {stage}")
         axis.set_xscale("log", base=2)
+        axis.set_xticks(devices, [str(n) for n in devices], fontsize=8)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("devices (H200, modelled)")
         axis.set_title(f"{name}: images/s per device", fontsize=10)

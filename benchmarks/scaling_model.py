@@ -265,8 +265,9 @@ def report(content: Row) -> str:
     for row in content["rows"]:
         lines.append(
             f"{row['stage']:>4}  {row['processes']:>9}  {row['seconds']:>6.3f}  "
-            f"{row['predicted_seconds']:>9.3f}  {row['seconds_error']:>+5.1%}  {row['memory'] / 2**20:>5.0f}  "
-            f"{row['predicted_memory'] / 2**20:>9.0f}  {row['memory_error']:>+5.1%}  "
+            f"{row['predicted_seconds']:>9.3f}  {row['seconds_error']:>+5.1%}  "
+            f"{row['memory'] / 2**20:>5.0f}  {row['predicted_memory'] / 2**20:>9.0f}  "
+            f"{row['memory_error']:>+5.1%}  "
             f"{row['communication'] / 1e6:>15.1f}  {row['predicted_communication'] / 1e6:>9.1f}"
             + ("  (calibrates the time)" if row["calibration"] else "")
         )
