@@ -186,8 +186,8 @@ class Planner:
             raise UserError(
                 f"no setting fits {self.ranks} x {self.device.name}: ZeRO {least.stage}, micro-batch "
                 f"{least.micro_batch} and checkpointing {least.policy} take least, "
-                f"{least.memory.peak / 1e9:.1f} GB of {self.device.capacity / 1e9:.1f} GB; take more devices, "
-                "a smaller model, or fewer pixels"
+                f"{least.memory.peak / 1e9:.1f} GB of {self.device.capacity / 1e9:.1f} GB; take more "
+                "devices, a smaller model, or fewer pixels"
             )
         limit = fitting[0].step.seconds * (1 + TIE)
         close = [option for option in fitting if option.step.seconds <= limit]
