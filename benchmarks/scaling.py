@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     add("--stages", nargs="+", type=int, choices=(0, 1, 2, 3), help="ZeRO stages (default all)")
     add("--processes", nargs="+", type=int, help="numbers of processes (default 1 2, on CUDA 1 to all GPUs)")
     add("--steps", type=int, default=7, help="measured steps of each point (default 7)")
-    add("--warmup", type=int, default=1, help="steps before them (default 1, and one for memory)")
+    add("--warmup", type=int, default=1, help="steps before them (default 1, then three for memory)")
     add("--seconds", type=float, default=0.6, help="time of each measurement of the machine (default 0.6)")
     add("--smoke", action="store_true", help="a tiny model, stages 0 and 2, few repetitions")
     add("--model-only", action="store_true", help="measure nothing: model the points of the result file anew")

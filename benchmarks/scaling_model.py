@@ -121,8 +121,8 @@ def device_of(content: Row, processes: int, slack: float = 1.0) -> Device:
 
 
 def fitted_slack(seconds: float, bare: Step) -> float:
-    """Time over the roofline that explains a step of `seconds`, given the model's step without any."""
-    return (seconds - (bare.seconds - bare.compute)) / bare.compute
+    """Time over the roofline that explains a step of `seconds`, given the model's step with a slack of 1."""
+    return max(0.0, (seconds - (bare.seconds - bare.compute)) / bare.compute)
 
 
 def predict(content: Row) -> list[Row]:

@@ -5,6 +5,7 @@ python benchmarks/scaling_worker.py JOBS RESULT      started by scaling.py, with
 JOBS is a JSON file of jobs, done one after another; RESULT receives what this rank saw of each, as JSON.
 """
 
+import bisect
 import gc
 import json
 import sys
@@ -12,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ COLLECTIVES = {
     "reduce_scatter": 0,
 }
 """Functions of torch.distributed, and which argument holds the whole tensor of the operation."""
+MARK = "millrace step"
+MEMORY_STEPS = 3
 SMALL = 4096
 """Bytes below which an operation is an agreement (a norm, a flag) and no part of the model's state."""
 
@@ -89,9 +92,10 @@ TRAFFIC = Traffic()
 
 @contextmanager
 def allocations(device: torch.device) -> Iterator[dict[str, int]]:
-    """Bytes that PyTorch's CPU allocator holds, over the block: {"marks": [...], "peak_after_mark": ...}.
+    """Bytes that PyTorch's CPU allocator has handed out since the block began: {"between_steps", "peak"}.
 
-    A mark is set by `torch.profiler.record_function("mark")`; the peak counts from the last one on.
+    Steps are announced by `mark`; the peak is the median of the steps' peaks, because gloo's threads now and
+    then let go of a tensor too late, when the next one is there already.
     """
     found: dict[str, int] = {}
     if device.type == "cuda":
@@ -100,12 +104,18 @@ def allocations(device: torch.device) -> Iterator[dict[str, int]]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield found
     events = recorded.profiler.kineto_results.events()
-    marks = [event.start_ns() for event in events if event.name() == "mark"]
+    marks = sorted(event.start_ns() for event in events if event.name() == MARK)
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = list(accumulate(size for _, size in memory))
-    after = [total for (at, _), total in zip(memory, held, strict=True) if at >= marks[-1]]
-    before = [total for (at, _), total in zip(memory, held, strict=True) if at < marks[-1]]
-    found["between_steps"], found["peak"] = before[-1], max(after)
+    times, held = [at for at, _ in memory], list(accumulate(size for _, size in memory))
+    places = [bisect.bisect_left(times, mark) for mark in (*marks, times[-1] + 1)]
+    peaks = [max(held[begin:end]) for begin, end in pairwise(places)]
+    found["between_steps"], found["peak"] = held[places[0] - 1], int(np.median(peaks))
+
+
+def mark() -> None:
+    """A step begins."""
+    with torch.profiler.record_function(MARK):
+        pass
 
 
 def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
@@ -118,13 +128,13 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
         trainer = Cached(config, job["text_tokens"])
         for _ in range(job["warmup"]):
             trainer.train_step()
-        with torch.profiler.record_function("mark"):
-            pass
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             memory["between_steps"] = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        trainer.train_step()
+        for _ in range(MEMORY_STEPS):
+            mark()
+            trainer.train_step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         memory["peak"] = torch.cuda.max_memory_allocated(device)
@@ -148,7 +158,7 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
         "processor_seconds": processor,
         "memory": memory,
         "traffic": TRAFFIC.summary(job["steps"]),
-        "flops": trainer.flops / (job["warmup"] + 1 + job["steps"]),
+        "flops": trainer.flops / (job["warmup"] + MEMORY_STEPS + job["steps"]),
         "skipped": trainer.skipped,
     }
 
