@@ -57,7 +57,7 @@ SMALL: Row = {
     "model": {"width": 384, "depth": 6, "heads": 6, "patch_size": 8, "in_channels": 3, "context_dim": 256},
     "objective": {"prediction": "sample"},
     "conditioning": {"text": {"kind": "hash", "max_tokens": 32}, "autoencoder": {"kind": "pixels"}},
-    "data": {"resolution": 128, "global_batch": 2, "micro_batch": 2, "workers": 0},
+    "data": {"resolution": 128, "global_batch": 4, "micro_batch": 4, "workers": 0},
     "ema": {"enabled": True, "decay": 0.999, "every": 1},
     "precision": {"compute": "float32"},
 }

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 if __name__ == "__main__":
@@ -103,13 +104,60 @@ def allocations(device: torch.device) -> Iterator[dict[str, int]]:
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield found
-    events = recorded.profiler.kineto_results.events()
-    marks = sorted(event.start_ns() for event in events if event.name() == MARK)
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    times, held = [at for at, _ in memory], list(accumulate(size for _, size in memory))
-    places = [bisect.bisect_left(times, mark) for mark in (*marks, times[-1] + 1)]
-    peaks = [max(held[begin:end]) for begin, end in pairwise(places)]
-    found["between_steps"], found["peak"] = held[places[0] - 1], int(np.median(peaks))
+    marks, heap, series = [], Heap(), []
+    for event in _in_order(recorded.profiler.kineto_results.experimental_event_tree()):
+        if event.name == MARK:
+            marks.append(len(series))
+        elif event.tag == _EventType.Allocation:
+            heap.record(event.extra_fields.ptr, event.extra_fields.alloc_size)
+            series.append(heap.held)
+    peaks = [max(series[begin:end]) for begin, end in pairwise([*marks, len(series)])]
+    found["between_steps"], found["peak"] = series[marks[0] - 1], int(np.median(peaks))
+
+
+class Heap:
+    """What an allocator holds, from its allocations and the releases that are known of.
+
+    PyTorch's profiler does not see what other threads release, such as gloo's. A block that overlaps a new
+    one must have been released, so it is.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._starts: list[int] = []
+        self._sizes: dict[int, int] = {}
+
+    def record(self, address: int, size: int) -> None:
+        """`size` bytes at `address` are handed out, or come back if it is negative."""
+        if size < 0:
+            self._release(address)
+            return
+        place = bisect.bisect_right(self._starts, address)
+        if place and self._starts[place - 1] + self._sizes[self._starts[place - 1]] > address:
+            self._release(self._starts[place - 1])
+        while (place := bisect.bisect_left(self._starts, address)) < len(self._starts):
+            if self._starts[place] >= address + max(size, 1):
+                break
+            self._release(self._starts[place])
+        bisect.insort(self._starts, address)
+        self._sizes[address] = size
+        self.held += size
+
+    def _release(self, address: int) -> None:
+        size = self._sizes.pop(address, None)
+        if size is not None:
+            del self._starts[bisect.bisect_left(self._starts, address)]
+            self.held -= size
+
+
+def _in_order(tree: list[Any]) -> list[Any]:
+    """All events of the profiler's tree by time."""
+    waiting, found = list(tree), []
+    while waiting:
+        event = waiting.pop()
+        found.append(event)
+        waiting.extend(event.children)
+    return sorted(found, key=lambda event: event.start_time_ns)
 
 
 def mark() -> None:

@@ -8,10 +8,11 @@ DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py
 | 0     | Psi + state                 | activations, gradients    | Psi + flat bucket       | Psi     |
 | 1     | Psi + master/N + state/N    | activations, gradients, b | Psi in b + flat bucket  | 2 Psi/N |
 | 2     | the same                    | activations, b            | b + flat bucket + Psi/N | 2 Psi/N |
-| 3     | Psi/N + state/N + b + Psi/N | activations, live weights | flat bucket             |         |
+| 3     | 3 Psi/N + state/N + b       | activations, live weights | flat bucket             |         |
 
-The peak is that of the worst phase. `state` is the optimizer's and the EMA's. The flat bucket is a copy that
-DeepSpeed makes to reduce pieces of several processes at once; alone it needs none.
+At stage 3 weights, their masters and the gradients are Psi/N each. The peak is that of the worst phase.
+`state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of several
+processes at once; alone it needs none.
 """
 
 from dataclasses import dataclass

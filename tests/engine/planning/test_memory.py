@@ -29,7 +29,7 @@ def test_what_is_held(config, psi):
     assert found(config, 0, 2).held == 5 * psi - psi  # weights serve as masters
     assert found(config, 1, 2).held == psi + 4 * psi / 2
     assert found(config, 2, 4).held == psi + 4 * psi / 4
-    assert found(config, 3, 4).held == psi / 4 + 3 * psi / 4 + psi / 4 + bucket
+    assert found(config, 3, 4).held == 6 * psi / 4 + bucket  # as well weights and gradients
     assert found(config, 0, 1, frozen=7.0).held == 4 * psi + 7
 
 
