@@ -11,8 +11,8 @@ DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py
 | 3     | 3 Psi/N + state/N + b       | activations, live weights | flat bucket             |         |
 
 At stage 3 weights, their masters and the gradients are Psi/N each. The peak is that of the worst phase.
-`state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of several
-processes at once; alone it needs none.
+`state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
+several processes at once; alone it needs none.
 """
 
 from dataclasses import dataclass
