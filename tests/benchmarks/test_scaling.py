@@ -24,7 +24,9 @@ def load(name):
         sys.path.remove(str(BENCHMARKS))
 
 
-model, page, performance_page = (load(n) for n in ("scaling_model", "page_scaling", "performance_page"))
+model, page, performance_page, worker = (
+    load(name) for name in ("scaling_model", "page_scaling", "performance_page", "scaling_worker")
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,17 @@ def test_bounds():
     assert model.accepted([good, good])
     assert not model.accepted([good, good | {"memory_error": 0.11}])
     assert not model.accepted([good, good | {"seconds_error": -0.16}])
+
+
+def test_releases_that_nobody_saw():
+    """A block that overlaps a new one is gone."""
+    heap = worker.Heap()
+    held = []
+    for address, size in ((100, 10), (110, 20), (200, 5), (100, -10), (105, 30), (90, 100), (150, -1)):
+        heap.record(address, size)
+        held.append(heap.held)
+    # 105..135 replaces 110..130; 90..190 replaces that, 200 stays; what comes back from nowhere is nothing.
+    assert held == [10, 30, 35, 25, 35, 105, 105]
 
 
 def test_the_slowest_process_counts():
