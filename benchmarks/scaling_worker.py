@@ -47,8 +47,6 @@ COLLECTIVES = {
 """Functions of torch.distributed, and which argument holds the whole tensor of the operation."""
 MARK = "millrace step"
 MEMORY_STEPS = 3
-LETTING_GO = 0.01
-"""Seconds after which gloo's threads have let go of the tensors of an operation that is done."""
 SMALL = 4096
 """Bytes below which an operation is an agreement (a norm, a flag) and no part of the model's state."""
 
@@ -58,9 +56,6 @@ class Traffic:
 
     def __init__(self) -> None:
         self.calls: dict[str, list[int]] = defaultdict(list)
-        self.patient = False
-        """Whether an operation ends only when the backend's threads have let go of its tensors, which the
-        caller still holds: PyTorch's profiler does not see what another thread releases."""
         self._depth = 0
 
     def watch(self) -> None:
@@ -71,19 +66,13 @@ class Traffic:
 
     def _counting(self, name: str, call: Callable[..., Any], place: int) -> Callable[..., Any]:
         def counting(*args: Any, **kwargs: Any) -> Any:
-            if self._depth:
-                return call(*args, **kwargs)
-            whole = [*args, *kwargs.values()][place]
-            tensors = [whole] if isinstance(whole, Tensor) else list(whole)
-            self.calls[name.removeprefix("_")].append(sum(t.nbytes for t in tensors))
+            if self._depth == 0:
+                whole = [*args, *kwargs.values()][place]
+                tensors = [whole] if isinstance(whole, Tensor) else list(whole)
+                self.calls[name.removeprefix("_")].append(sum(t.nbytes for t in tensors))
             self._depth += 1
             try:
-                work = call(*args, **kwargs)
-                if self.patient:
-                    if work is not None:
-                        work.wait()
-                    time.sleep(LETTING_GO)
-                return work
+                return call(*args, **kwargs)
             finally:
                 self._depth -= 1
 
@@ -113,10 +102,8 @@ def allocations(device: torch.device) -> Iterator[dict[str, int]]:
     if device.type == "cuda":
         yield found
         return
-    TRAFFIC.patient = True
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         yield found
-    TRAFFIC.patient = False
     marks, heap, series = [], Heap(), []
     for event in _in_order(recorded.profiler.kineto_results.experimental_event_tree()):
         if event.name == MARK:

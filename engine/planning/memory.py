@@ -28,6 +28,8 @@ BUCKET = 500_000_000
 """Elements of DeepSpeed's buckets if the model is larger, and of a reduction at stage 0."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
+PREFETCH = 50_000_000
+"""Elements that ZeRO-3 fetches together by default."""
 UNFUSED = 2
 """Temporaries of AdamW as a loop over operations: sqrt(v), and its quotient."""
 
@@ -60,6 +62,13 @@ def overlaps(config: Config, stage: int) -> bool:
     """Whether DeepSpeed reduces beside the backward pass: by default only at stage 3, at stage 0 never."""
     section = config.deepspeed.get("zero_optimization", {})
     return bool(section.get("overlap_comm", stage == 3)) and stage >= 1
+
+
+def fetched(config: Config, shape: Shape) -> int:
+    """Elements of weights that ZeRO-3 fetches together at most (`stage3_prefetch_bucket_size`)."""
+    section = config.deepspeed.get("zero_optimization", {})
+    group = section.get("stage3_prefetch_bucket_size", section.get("prefetch_bucket_size", PREFETCH))
+    return min(shape.parameters, max(int(group), 1))
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,8 @@ def memory_of(
         }
     else:
         parts["reduction bucket"], parts["gradients"] = float(bucket), share
-        live = stored * min(shape.parameters, LIVE) if ranks > 1 else 0.0
+        # Beside the weights that are cut out of it, the flat tensor of a fetch was seen to live on.
+        live = stored * (min(shape.parameters, LIVE) + fetched(config, shape)) if ranks > 1 else 0.0
         phases = {
             "backward": traced.peak_without_gradients + live,
             "reduction": min(bucket, whole) + live,

@@ -28,10 +28,8 @@ from millrace.engine.optim.build import muon_stacks
 from millrace.engine.optim.exchange import Matrix
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Kind, sent_bytes
-from millrace.engine.planning.memory import LIVE, Shape, bucket_elements, overlaps
+from millrace.engine.planning.memory import LIVE, Shape, bucket_elements, fetched, overlaps
 
-PREFETCH = 50_000_000
-"""Elements that ZeRO-3 fetches together (`stage3_prefetch_bucket_size`)."""
 FUSED_UPDATE = 7
 """Passes of AdamW in one kernel: reads weight, gradient and two moments, writes all but the gradient."""
 LOOPED_UPDATE = 18
@@ -107,9 +105,7 @@ def gathers(shape: Shape) -> int:
 
 def fetches(config: Config, shape: Shape) -> int:
     """All-gathers of ZeRO-3 for all weights once: they are fetched ahead in groups of this many elements."""
-    section = config.deepspeed.get("zero_optimization", {})
-    group = section.get("stage3_prefetch_bucket_size", section.get("prefetch_bucket_size", PREFETCH))
-    return min(shape.tensors, max(1, math.ceil(shape.parameters / max(int(group), 1))))
+    return min(shape.tensors, math.ceil(shape.parameters / fetched(config, shape)))
 
 
 @dataclass(frozen=True)
