@@ -16,6 +16,7 @@ from typing import Any
 
 import dataloader_report
 import kernels_report
+import page_scaling
 import suite_page
 from operation_cases import OPERATIONS as OTHERS
 from recording import RESULTS, ROOT
@@ -53,6 +54,7 @@ def page(results: list[Result]) -> str:
         suite_page.suite_section(of(results, "suite"), of(results, "routing"), _origin, markdown),
         throughput_section(of(results, "throughput")),
         suite_page.profile_section(of(results, "profile"), _origin, markdown, CHARTS),
+        page_scaling.scaling_section(of(results, "scaling"), _origin, markdown, CHARTS),
         routing_section(of(results, "routing")),
         traffic_section(of(results, "traffic")),
         resources_section(of(results, "resources")),

@@ -1,7 +1,14 @@
-"""What a configuration amounts to, computed before anything is opened, allocated or trained."""
+"""What a run will take, and which settings fit best, before anything is opened, allocated or trained.
+
+python -m millrace.engine.plan --config configs/latent_256.json --gpus 8
+python -m millrace.engine.plan --config configs/speedrun_24h.json --gpus 32 --device h200
+python -m millrace.engine.plan --config configs/jit_1024.json --gpus 16 --set data.global_batch=512
+python -m millrace.engine.plan --config configs/quickstart.json --device cpu --gpus 2
+"""
 
 import torch
 
+from millrace.engine.cli import run_command
 from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config
 from millrace.engine.data.crop import check_resolution
@@ -43,3 +50,15 @@ def plan(config: Config, processes: int = 1) -> list[str]:
         f"memory of each of {processes} process(es), ZeRO {stage}: about {sum(parts.values()) / GIB:.1f} GiB "
         f"({table}) and the frozen networks",
     ]
+
+
+def main() -> int:
+    """Print the plan of a configuration on some devices."""
+    from millrace.engine.planning.command import parse, run
+
+    print("\n".join(run(parse(__doc__))))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

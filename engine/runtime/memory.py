@@ -23,7 +23,9 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
     Weights, gradients, optimizer state, and the FP32 copy that draws samples are exact up to DeepSpeed's
     buffers. Activations are a rough count per image token and block: 16 C + 5 F numbers with everything kept,
     6 C + 2 F with the products kept, C with full recomputation; routed blocks hold the tokens that run in
-    them. Frozen towers are not counted, nor what Muon needs during its update, when there are no activations.
+    them. Stage 3 has masters of its own: DeepSpeed 0.19 would share them with FP32 weights, but compares a
+    torch.device with a string first. Frozen towers are not counted, nor what Muon needs during its update,
+    when there are no activations.
     """
     model, data, routing = config.model, config.data, config.routing
     with torch.device("meta"):
@@ -48,7 +50,7 @@ def estimate_bytes(config: Config, stage: int, ranks: int, factor: int) -> dict[
     return {
         "weights": stored * parameters / (ranks if stage == 3 else 1),
         "gradients": stored * parameters / (ranks if stage >= 2 else 1),
-        "master weights": 4 * parameters / share if stage in (1, 2) else 0.0,
+        "master weights": 4 * parameters / share if stage else 0.0,
         "Adam moments": 2 * stored * (parameters - matrices) / share,
         "Muon momentum": stored * matrices / share,
         "EMA": averages * stored * parameters / share,

@@ -105,7 +105,7 @@ def test_zero_shares_out(runs, tmp_path):
         0: (1, 1, 0, 2, 1),
         1: (1, 1, 1 / 4, 2 / 4, 1 / 4),
         2: (1, 1 / 4, 1 / 4, 2 / 4, 1 / 4),
-        3: (1 / 4, 1 / 4, 0, 2 / 4, 1 / 4),
+        3: (1 / 4, 1 / 4, 1 / 4, 2 / 4, 1 / 4),
     }
     names = ("weights", "gradients", "master weights", "Adam moments", "EMA")
     for stage, shares in wanted.items():

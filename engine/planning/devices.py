@@ -1,0 +1,165 @@
+"""What a device and its links can do: data sheets, and beside them what is assumed of how much is reached.
+
+| what                    | H200 SXM     | H100 SXM     | source                                        |
+|-------------------------|--------------|--------------|-----------------------------------------------|
+| dense BF16              | 989 TFLOP/s  | 989 TFLOP/s  | NVIDIA H200 and H100 data sheets (`flops.py`) |
+| memory                  | 141 GB       | 80 GB        | the same                                      |
+| memory bandwidth        | 4.8 TB/s     | 3.35 TB/s    | the same                                      |
+| NVLink, one direction   | 450 GB/s     | 450 GB/s     | the same: 900 GB/s in both                    |
+| network of a node of 8  | 8 x 400 Gb/s | 8 x 400 Gb/s | NVIDIA DGX H200 and H100 data sheets          |
+
+The shares that are reached of these, and the latencies, are assumptions (`ASSUMED`), not measurements.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+from millrace.engine.model.flops import PEAK_BF16
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+
+ASSUMED = {
+    "share of the peak FLOP/s in matrix products": 0.80,
+    "share of the memory bandwidth in other operators": 0.90,
+    "step over the roofline of its products and its memory traffic": 1.25,
+    "share of the NVLink bandwidth": 0.80,
+    "share of the network bandwidth": 0.80,
+    "latency of a hop within a node, s": 3e-6,
+    "latency of a hop between nodes, s": 10e-6,
+    "share of the memory that a process may fill": 0.92,
+    "host time of ZeRO-3 for each tensor that it gathers, s": 30e-6,
+}
+"""Not measured here. The first two are what `benchmarks/traffic.py` assumes as well."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One device's way to others of its group."""
+
+    bandwidth: float
+    """Bytes/s that it sends while it receives as much."""
+    latency: float
+    """Seconds of one hop."""
+
+
+class Network(Protocol):
+    """How long the collectives of a job take."""
+
+    def seconds(self, kind: Kind, size: float, ranks: int) -> float:
+        """Of one operation on a tensor of `size` bytes (as a whole, gathered) on `ranks` processes."""
+        ...
+
+
+def sent_bytes(kind: Kind, size: float, ranks: int) -> float:
+    """Bytes that each of `ranks` processes sends for a tensor of `size` bytes, in a ring.
+
+    Rajbhandari et al., ZeRO (arXiv 1910.02054), section 7: an all-reduce is a reduce-scatter and an
+    all-gather, each moves (N - 1) / N of the tensor through every process.
+    """
+    return (2 if kind == "all_reduce" else 1) * size * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Rings within nodes and between them, one level after the other.
+
+    reduce-scatter of S bytes on g x m devices: (g-1)/g S through a node's links, then (m-1)/m of the S/g that
+    each device has left through the network. An all-gather is the reverse, an all-reduce is both. The levels
+    do not overlap here, which NCCL's pipelining does: the time is an upper estimate of what the links allow.
+    """
+
+    per_node: int
+    inside: Link
+    between: Link
+
+    def seconds(self, kind: Kind, size: float, ranks: int) -> float:
+        """As of any `Network`."""
+        near = min(ranks, self.per_node)
+        nodes = -(-ranks // near)
+        if kind == "all_to_all":
+            # A process keeps 1/N, sends to those of its node through its links and to the others outside.
+            share = size / ranks
+            inside, outside = share * (near - 1) / ranks, share * (ranks - near) / ranks
+            seconds = max(inside / self.inside.bandwidth, outside / self.between.bandwidth)
+            return seconds + (self.between if nodes > 1 else self.inside).latency
+        level = (near - 1) * (size / near / self.inside.bandwidth + self.inside.latency)
+        level += (nodes - 1) * (size / near / nodes / self.between.bandwidth + self.between.latency)
+        return 2 * level if kind == "all_reduce" else level
+
+
+@dataclass(frozen=True)
+class MeasuredNetwork:
+    """Times of collectives between the processes at hand, measured at some sizes.
+
+    Args:
+        points: (bytes of the whole tensor, seconds) by kind, ascending; linear between and beyond them.
+    """
+
+    points: dict[str, Sequence[tuple[float, float]]]
+
+    def seconds(self, kind: Kind, size: float, ranks: int) -> float:
+        """As of any `Network`; `ranks` is that of the measurement."""
+        if ranks == 1:
+            return 0.0
+        points = self.points[kind]
+        upper = next((i for i, (at, _) in enumerate(points) if at >= size), len(points) - 1)
+        (x0, y0), (x1, y1) = points[max(upper - 1, 0)], points[max(upper, 1)]
+        return max(y0 + (size - x0) * (y1 - y0) / (x1 - x0), min(seconds for _, seconds in points))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor that trains, with what it reaches."""
+
+    name: str
+    product_flops: float
+    """FLOP/s reached in matrix products."""
+    copy_bandwidth: float
+    """Bytes/s, read plus written, reached in other operators."""
+    memory: float
+    """Bytes that it has."""
+    network: Network
+    slack: float = 1.0
+    """Time of forward and backward over the roofline of the two above."""
+    fused_optimizer: bool = True
+    """Whether AdamW is one kernel; else a pass over memory for each of its operations."""
+    peak_flops: float | None = None
+    """Of the data sheet."""
+    gather_overhead: float = 0.0
+    """Seconds of the host for each tensor that ZeRO-3 gathers."""
+    overlaps: bool = True
+    """Whether it computes while it communicates."""
+    usable: float = 1.0
+    """Share of the memory that a process may fill."""
+    assumed: tuple[str, ...] = field(default=tuple(ASSUMED))
+    """Names in ASSUMED of what was not measured."""
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that a process may fill."""
+        return self.memory * self.usable
+
+    def calibrated(self, slack: float) -> "Device":
+        """With a slack that follows from a measured step."""
+        name = "step over the roofline of its products and its memory traffic"
+        return replace(self, slack=slack, assumed=tuple(a for a in self.assumed if a != name))
+
+
+def _gpu(name: str, memory: float, bandwidth: float) -> Device:
+    reached = list(ASSUMED.values())
+    peak = PEAK_BF16[name]
+    return Device(
+        name=f"{name} SXM",
+        product_flops=reached[0] * peak,
+        copy_bandwidth=reached[1] * bandwidth,
+        memory=memory,
+        slack=reached[2],
+        network=Hierarchy(8, Link(reached[3] * 450e9, reached[5]), Link(reached[4] * 400e9 / 8, reached[6])),
+        peak_flops=peak,
+        usable=reached[7],
+        gather_overhead=reached[8],
+    )
+
+
+GPUS = {"h200": _gpu("H200", 141e9, 4.8e12), "h100": _gpu("H100", 80e9, 3.35e12)}

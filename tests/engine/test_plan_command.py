@@ -1,0 +1,103 @@
+"""`python -m millrace.engine.plan`: what it recommends, and what it says of bad input."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from millrace.engine import plan
+from millrace.engine.errors import UserError
+from millrace.engine.planning.command import parse, run
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUICK = str(CONFIGS / "quickstart.json")
+
+
+def lines(*words):
+    return run(parse(plan.__doc__, ["--config", QUICK, *words]))
+
+
+def test_the_recommendation_and_its_reasons():
+    found = lines("--gpus", "8", "--set", "data.global_batch=64")
+    heads = [line.partition(":")[0] for line in found]
+    wanted = ["model", "devices", "ZeRO stage", "micro-batch", "activation checkpointing", "memory", "step"]
+    wanted += ["speed", "duration", "settings"]
+    assert heads[: len(wanted)] == wanted
+    values = {line.partition(": ")[0]: line.partition(": ")[2] for line in found}
+    assert values["devices"] == "8 x H200 SXM"
+    stage, micro_batch = values["ZeRO stage"], values["micro-batch"].partition(",")[0]
+    assert f"why ZeRO {stage}" in values
+    assert f"why micro-batch {micro_batch}" in values
+    assert f"why checkpointing {values['activation checkpointing']}" in values
+    assert re.search(r"[\d.]+ GB of 129.7 GB usable", values["memory"])
+    assert f"--set deepspeed.zero_optimization.stage={stage}" in values["settings"]
+    # Days and hours, for the steps of the run, follow from the seconds of a step.
+    seconds = float(values["step"].partition(" s:")[0])
+    images = float(re.match(r"([\d,]+) images/s", values["speed"])[1].replace(",", ""))
+    assert images == pytest.approx(64 / seconds, rel=0.01)
+    assert "for 900 steps, 57,600 images" in values["duration"]
+    assert any(line.startswith("Assumed, not measured:") for line in found)
+    taken = [line for line in found if line.endswith("<- taken")]
+    assert len(taken) == 1
+    assert taken[0].split()[:2] == [stage, micro_batch]
+
+
+def test_the_settings_are_a_run_s(capsys, monkeypatch):
+    found = lines("--gpus", "2", "--set", "data.global_batch=32")
+    words = next(line for line in found if line.startswith("settings: ")).removeprefix("settings: ").split()
+    from millrace.engine import train
+
+    given = ["train.py", "--config", QUICK, *words, "--print-config"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert train.main() == 0
+    assert '"stage": 0' in capsys.readouterr().out
+
+
+def test_every_stage_of_a_run_is_planned():
+    second = '[{"at": 300, "name": "finer", "data": {"resolution": 64}}]'
+    found = lines("--set", f"stages={second}")
+    assert [line for line in found if line.startswith("== ")] == [
+        "== steps 0 to 300",
+        "== steps 300 to 900: finer",
+    ]
+    assert sum("256 tokens of an image" in line for line in found) == 1
+    assert any(line.startswith("whole run: ") for line in found)
+
+
+def test_this_machine():
+    found = lines("--device", "cpu", "--gpus", "2", "--set", "data.global_batch=4")
+    assert "devices: 2 x processor of this machine" in found
+    assert not any(line.startswith("Assumed") for line in found)
+
+
+def test_a_slow_loader_is_the_step():
+    found = lines("--loader", "1", "--set", "data.global_batch=32")
+    assert any(line.startswith("step: 32 s") and "waiting for the loader" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "3", "--set", "data.global_batch=32"], "data.global_batch 32 is not a multiple of 3"),
+        (["--gpus", "0"], "--gpus 0: the number of devices is 1 or more"),
+        (["--loader", "-1"], "--loader -1: it is a number of images a second above 0"),
+        (["--set", "data.resolution=33"], "data.resolution 33 is not a multiple"),
+        (["--set", "model.wdith=3"], "wdith"),
+        (["--set", "run.steps=many"], "run.steps"),
+    ],
+)
+def test_bad_input_is_one_line(words, message):
+    with pytest.raises(UserError) as raised:
+        lines(*words)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "millrace.engine.plan", "--config", "nowhere.json", "--gpus", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("nowhere.json: no such configuration file\n")
+    assert done.stderr.count("\n") == 1
