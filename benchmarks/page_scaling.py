@@ -72,13 +72,15 @@ def _setting(result: Result) -> str:
         if result["device"] == "cpu"
         else "most allocated on the GPU in a step"
     )
+    rounds = len(result["points"][0]["step_seconds"])
     return (
         f"Width {model['width']}, {model['depth']} blocks, pictures of {data['resolution']} px, micro-batch "
         f"{data['micro_batch']} on each process, {result['config']['precision']['compute']}, AdamW and EMA, "
         f"inputs from memory. {shared}Measured in the same run and given to the model: {machine}, and "
         f"collectives of {len(next(iter(_collectives(result)), []))} sizes. Slack "
         f"{result['rows'][0]['slack']:.2f}, fitted to the step of stage 0 on one process alone; every other "
-        f"time and all memories are predictions. Step: the median. Memory: {measure}. Sent: size of all "
+        f"time and all memories are predictions. Measured in {rounds} rounds; step: the median of the "
+        f"fastest. Memory: {measure}. Sent: size of all "
         "collectives' whole tensors in a step, counted where PyTorch is called."
     )
 

@@ -1,14 +1,15 @@
 """Measure ZeRO stages 0 to 3 on the processes of this machine, and model them on 8 to 1024 H200.
 
-python benchmarks/scaling.py                                    # six minutes on a quiet machine of 2 cores
+python benchmarks/scaling.py                                    # ten minutes on a quiet machine of 2 cores
 python benchmarks/scaling.py --smoke --output /tmp/scaling.json # a tiny model, half a minute
 python benchmarks/scaling.py --config configs/latent_256.json --processes 1 2 4 8   # on a machine with GPUs
 python benchmarks/scaling.py --model-only                       # the model anew, from the file's measurements
 
 Each point (stage x processes) runs in processes of its own: the trainer on one micro-batch of random numbers
 in the true shapes (no pictures, text tower or autoencoder), by default on a small PRX model with every
-process's batch the same. Measured: the median step, PyTorch's allocations at their peak in a step, and the
-bytes that go into collectives.
+process's batch the same. Measured: the time of a step, PyTorch's allocations at their peak in one, and the
+bytes that go into collectives. Points take turns in rounds; the time is the median step of the fastest round,
+and the machine is what it reached in its best one, because other work on a machine only ever takes away.
 
 The model of `engine/planning` predicts all of them. What it needs to know of the machine is measured in the
 same run, by as many processes at the same time as the step has: a matrix product, a copy, and collectives of
@@ -25,6 +26,7 @@ Results go to benchmarks/results/scaling.json (another file on a GPU) and a char
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -87,8 +89,14 @@ def parse() -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value")
     add("--stages", nargs="+", type=int, choices=(0, 1, 2, 3), help="ZeRO stages (default all)")
     add("--processes", nargs="+", type=int, help="numbers of processes (default 1 2, on CUDA 1 to all GPUs)")
-    add("--steps", type=int, default=7, help="measured steps of each point (default 7)")
-    add("--warmup", type=int, default=1, help="steps before them (default 1, then three for memory)")
+    add("--rounds", type=int, default=3, help="times that every point is measured anew (default 3)")
+    add("--steps", type=int, default=5, help="measured steps of each point in a round (default 5)")
+    add(
+        "--warmup",
+        type=int,
+        default=1,
+        help="steps before them (default 1, then three for memory in the first round)",
+    )
     add("--seconds", type=float, default=0.6, help="time of each measurement of the machine (default 0.6)")
     add("--smoke", action="store_true", help="a tiny model, stages 0 and 2, few repetitions")
     add("--model-only", action="store_true", help="measure nothing: model the points of the result file anew")
@@ -98,15 +106,16 @@ def parse() -> argparse.Namespace:
     if arguments.processes is None:
         count = torch.cuda.device_count() if cuda else 2
         arguments.processes = [1 << i for i in range(count.bit_length()) if 1 << i <= count]
-    if any(n < 1 for n in arguments.processes) or arguments.steps < 1 or arguments.warmup < 1:
-        raise UserError("--processes, --steps and --warmup are whole numbers of at least 1")
+    counts = [*arguments.processes, arguments.rounds, arguments.steps, arguments.warmup]
+    if any(n < 1 for n in counts):
+        raise UserError("--processes, --rounds, --steps and --warmup are whole numbers of at least 1")
     if cuda and max(arguments.processes) > torch.cuda.device_count():
         raise UserError(f"--processes {max(arguments.processes)}: there are {torch.cuda.device_count()} GPUs")
     arguments.stages = arguments.stages or ([0, 2] if arguments.smoke else [0, 1, 2, 3])
     if 0 not in arguments.stages or 1 not in arguments.processes:
         raise UserError("stage 0 on 1 process is what the model is calibrated on; keep it among the points")
     if arguments.smoke:
-        arguments.steps, arguments.seconds = 1, 0.01
+        arguments.rounds, arguments.steps, arguments.seconds = 1, 1, 0.01
     if arguments.output is None:
         if arguments.smoke:
             raise UserError("--smoke needs --output FILE: the result file is for measurements")
@@ -192,31 +201,46 @@ def measure(arguments: argparse.Namespace, values: Row, folder: Path) -> tuple[d
         "copied": state,
         "sizes": [max(2**16, state // part) for part in (256, 16, 4, 1)],
     }
-    machine, points = {}, []
+    jobs: dict[tuple[int, int | None], Row] = {}
     for processes in arguments.processes:
-        jobs: list[Row] = [job]
+        jobs[processes, None] = job
         for stage in arguments.stages:
             own = of_point(values, stage, processes, str(folder / f"run-{processes}-{stage}"))
-            steps = {"config": own, "text_tokens": tokens[1]}
-            jobs.append(
-                {
-                    "kind": "steps",
-                    **steps,
-                    "warmup": arguments.warmup,
-                    "steps": arguments.steps,
-                    "stage": stage,
-                }
-            )
-        # A trial saves the time to start: memory is then that of a process that did other things before.
-        groups = [jobs] if arguments.smoke else [[one] for one in jobs]
-        for i, group in enumerate(groups):
-            for one, found in zip(group, launch(group, processes, folder / f"{processes}-{i}"), strict=True):
-                if one["kind"] == "machine":
-                    machine[str(processes)] = scaling_model.slowest(found)
-                    continue
-                points.append(scaling_model.point(one["stage"], processes, found))
-                print(scaling_model.progress(points[-1]), flush=True)
+            steps = {"warmup": arguments.warmup, "steps": arguments.steps}
+            jobs[processes, stage] = {"kind": "steps", "config": own, "text_tokens": tokens[1], **steps}
+    found: dict[tuple[int, int | None], list[list[Row]]] = {key: [] for key in jobs}
+    for i in range(arguments.rounds):
+        # One after another in processes of their own, so that memory is that of a fresh one. A trial saves
+        # the time to start.
+        groups = [[key] for key in jobs]
+        if arguments.smoke:
+            groups = [[key for key in jobs if key[0] == processes] for processes in arguments.processes]
+        for j, group in enumerate(groups):
+            asked = [jobs[key] | {"memory": i == 0} for key in group]
+            results = launch(asked, group[0][0], folder / f"round-{i}-{j}")
+            for key, result in zip(group, results, strict=True):
+                found[key].append(result)
+                print(progress(i, *key, result), flush=True)
+    machine = {
+        str(processes): scaling_model.best([scaling_model.slowest(one) for one in rounds])
+        for (processes, stage), rounds in found.items()
+        if stage is None
+    }
+    points = [
+        scaling_model.point(stage, processes, rounds)
+        for (processes, stage), rounds in found.items()
+        if stage is not None
+    ]
     return machine, points
+
+
+def progress(i: int, processes: int, stage: int | None, found: list[Row]) -> str:
+    """A line about what was measured."""
+    line = f"round {i + 1}, {processes} process(es), "
+    if stage is None:
+        return line + f"each {min(one['gemm_flops_per_second'] for one in found) / 1e9:.0f} GFLOP/s"
+    steps = zip(*(one["seconds"] for one in found), strict=True)
+    return line + f"ZeRO {stage}: {statistics.median(max(step) for step in steps):.3f} s"
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,22 @@ def evaluate(values: Row, stage: int, ranks: int, device: Device) -> tuple[Memor
 
 def slowest(found: list[Row]) -> Row:
     """One machine out of what its processes saw: the lowest rates, the longest times."""
+    return _of_machines(found, min, max)
+
+
+def best(rounds: list[Row]) -> Row:
+    """One machine out of what it reached in several rounds."""
+    return _of_machines(rounds, max, min)
+
+
+def _of_machines(found: list[Row], rate: Callable[..., float], time: Callable[..., float]) -> Row:
     kinds = found[0]["collectives"]
     return {
-        "gemm_flops_per_second": min(one["gemm_flops_per_second"] for one in found),
-        "copy_bytes_per_second": min(one["copy_bytes_per_second"] for one in found),
+        "gemm_flops_per_second": rate(one["gemm_flops_per_second"] for one in found),
+        "copy_bytes_per_second": rate(one["copy_bytes_per_second"] for one in found),
         "collectives": {
             kind: [
-                [size, max(one["collectives"][kind][i][1] for one in found)]
+                [size, time(one["collectives"][kind][i][1] for one in found)]
                 for i, (size, _) in enumerate(kinds[kind])
             ]
             for kind in kinds
@@ -81,26 +90,29 @@ def slowest(found: list[Row]) -> Row:
     }
 
 
-def point(stage: int, processes: int, found: list[Row]) -> Row:
-    """One point out of what its processes saw: the slowest process of each step, the largest memory."""
+def point(stage: int, processes: int, rounds: list[list[Row]]) -> Row:
+    """One point out of what its processes saw in each round: of each step the slowest process, of the first
+    round the largest memory."""
+    first = rounds[0]
     return {
         "stage": stage,
         "processes": processes,
-        "step_seconds": [max(step) for step in zip(*(one["seconds"] for one in found), strict=True)],
-        "processor_seconds": [sum(s) for s in zip(*(one["processor_seconds"] for one in found), strict=True)],
-        "peak_memory_bytes": max(one["memory"]["peak"] for one in found),
-        "held_memory_bytes": max(one["memory"]["between_steps"] for one in found),
-        "collectives": found[0]["traffic"],
-        "skipped_steps": max(one["skipped"] for one in found),
+        "step_seconds": [[max(step) for step in _steps(found, "seconds")] for found in rounds],
+        "processor_seconds": [[sum(step) for step in _steps(found, "processor_seconds")] for found in rounds],
+        "peak_memory_bytes": max(one["memory"]["peak"] for one in first),
+        "held_memory_bytes": max(one["memory"]["between_steps"] for one in first),
+        "collectives": first[0]["traffic"],
+        "skipped_steps": max(one["skipped"] for found in rounds for one in found),
     }
 
 
-def progress(found: Row) -> str:
-    """A line about a point."""
-    return (
-        f"ZeRO {found['stage']}, {found['processes']} process(es): "
-        f"{statistics.median(found['step_seconds']):.3f} s, {found['peak_memory_bytes'] / 2**20:.0f} MiB"
-    )
+def _steps(found: list[Row], name: str) -> Iterable[tuple[float, ...]]:
+    return zip(*(one[name] for one in found), strict=True)
+
+
+def seconds_of(found: Row) -> float:
+    """Time of a step: the median of the fastest round, because other work only ever adds time."""
+    return min(statistics.median(steps) for steps in found["step_seconds"])
 
 
 def device_of(content: Row, processes: int, slack: float = 1.0) -> Device:
@@ -130,11 +142,11 @@ def predict(content: Row) -> list[Row]:
     values, rows = content["config"], []
     base = next(p for p in content["points"] if (p["stage"], p["processes"]) == (0, 1))
     bare = evaluate(values, 0, 1, device_of(content, 1))[1]
-    slack = fitted_slack(statistics.median(base["step_seconds"]), bare)
+    slack = fitted_slack(seconds_of(base), bare)
     for found in content["points"]:
         stage, ranks = found["stage"], found["processes"]
         memory, step, shape = evaluate(values, stage, ranks, device_of(content, ranks, slack))
-        seconds = statistics.median(found["step_seconds"])
+        seconds = seconds_of(found)
         config = parse_config(values, "scaling")
         expected = transfers(config, stage, ranks, shape, 1)
         rows.append(

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -167,12 +167,13 @@ def mark() -> None:
 
 
 def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
-    """Training steps at one stage: seconds of each, bytes of communication, and peak memory."""
+    """Training steps at one stage: seconds and communication of each, and peak memory where asked."""
     from throughput_inputs import Cached
 
     config = parse_config(job["config"], "scaling")
     device = distributed.choose_device(config.run.device)
-    with allocations(device) as memory:
+    before = job["warmup"] + MEMORY_STEPS * job["memory"]
+    with allocations(device) if job["memory"] else nullcontext({}) as memory:
         trainer = Cached(config, job["text_tokens"])
         for _ in range(job["warmup"]):
             trainer.train_step()
@@ -180,7 +181,7 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.synchronize(device)
             memory["between_steps"] = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(MEMORY_STEPS):
+        for _ in range(MEMORY_STEPS * job["memory"]):
             mark()
             trainer.train_step()
     if device.type == "cuda":
@@ -206,7 +207,7 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
         "processor_seconds": processor,
         "memory": memory,
         "traffic": TRAFFIC.summary(job["steps"]),
-        "flops": trainer.flops / (job["warmup"] + MEMORY_STEPS + job["steps"]),
+        "flops": trainer.flops / (before + job["steps"]),
         "skipped": trainer.skipped,
     }
 

@@ -113,13 +113,15 @@ def test_releases_that_nobody_saw():
     assert held == [10, 30, 35, 25, 35, 105, 105]
 
 
-def test_the_slowest_process_counts():
+def test_the_slowest_process_and_the_fastest_round_count():
     seen = {"skipped": 0, "traffic": {}, "processor_seconds": [1.0, 1.0]}
     first = seen | {"seconds": [1.0, 4.0], "memory": {"peak": 10, "between_steps": 2}}
     second = seen | {"seconds": [3.0, 2.0], "memory": {"peak": 9, "between_steps": 3}}
-    found = model.point(1, 2, [first, second])
-    assert found["step_seconds"] == [3.0, 4.0]
-    assert found["processor_seconds"] == [2.0, 2.0]
+    again = [seen | {"seconds": [2.0, 2.5], "memory": {}}] * 2
+    found = model.point(1, 2, [[first, second], again])
+    assert found["step_seconds"] == [[3.0, 4.0], [2.0, 2.5]]
+    assert model.seconds_of(found) == 2.25
+    assert found["processor_seconds"] == [[2.0, 2.0], [2.0, 2.0]]
     assert (found["peak_memory_bytes"], found["held_memory_bytes"]) == (10, 3)
     rates = {"gemm_flops_per_second": 5.0, "copy_bytes_per_second": 2.0}
     machines = [
@@ -129,6 +131,9 @@ def test_the_slowest_process_counts():
     slowest = model.slowest(machines)
     assert slowest["gemm_flops_per_second"] == 4.0
     assert slowest["collectives"] == {"all_reduce": [[8, 0.2], [16, 0.4]]}
+    best = model.best(machines)
+    assert best["gemm_flops_per_second"] == 5.0
+    assert best["collectives"] == {"all_reduce": [[8, 0.1], [16, 0.3]]}
 
 
 def test_steps_measured_on_gpus_calibrate_what_is_far(tmp_path, trial, monkeypatch):
