@@ -90,7 +90,8 @@ def check(name: str, found: Counter[tuple[int, ...]], case: Case) -> None:
         slack, right = 2 * case.batch, found.total() <= total
     else:
         slack, right = 0, found.total() == total
-    near = all(abs(found[shape] - expected[shape]) <= slack for shape in expected)
+    buckets = Counter((3, *case.size(bucket)) for bucket in ShardsSource(case.shards).buckets)
+    near = all(abs(found[shape] - expected[shape]) <= slack * buckets[shape] for shape in expected)
     if not (right and near and found.keys() <= expected.keys()):
         raise UserError(f"{name}, {case.name}: an epoch gives {dict(found)}, not {dict(expected)}")
 
