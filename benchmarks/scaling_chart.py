@@ -13,7 +13,11 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
     rows, far = content["rows"], content["modelled"]
     names = list(dict.fromkeys(row["config"] for row in far))
-    figure, axes = pyplot.subplots(1, 2 + len(names), figsize=(5 * (2 + len(names)), 4.2))
+    lines = 1 + -(-len(names) // 2)
+    figure, grid = pyplot.subplots(lines, 2, figsize=(10, 3.8 * lines), squeeze=False)
+    axes = grid.ravel()
+    for axis in axes[2 + len(names) :]:
+        axis.set_visible(False)
     labels = [f"ZeRO {row['stage']}\nx {row['processes']}" for row in rows]
     panels = (("seconds", 1.0, "step, s"), ("memory", 2**20, "peak memory, MiB"))
     for axis, (name, unit, title) in zip(axes, panels, strict=False):
@@ -24,7 +28,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         axis.set_xticks(list(places), labels, fontsize=8)
         axis.set_title(f"{title}, {content['cpu'] if content['device'] == 'cpu' else 'GPU'}", fontsize=10)
         axis.legend()
-    for axis, name in zip(axes[2:], names, strict=True):
+    for axis, name in zip(axes[2:], names, strict=False):
         for stage in range(4):
             points = [row for row in far if row["config"] == name and row["stage"] == stage]
             fits = [row["images_per_second_per_device"] if row["fits"] else None for row in points]
