@@ -1,7 +1,9 @@
 """What holds for every test: one thread, fixed seeds, poisoned memory, and no CUDA test without CUDA."""
 
+import gc
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -43,3 +45,16 @@ def _repeatable():
     yield
     torch.use_deterministic_algorithms(False)
     assert torch.get_num_threads() == threads, "the test leaves another number of threads to those after it"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_as_before():
+    """A Trainer joins a job, handles signals and freezes the garbage collector; undo that."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    gc.unfreeze()

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from millrace.engine.config_file import load_config
 from millrace.engine.errors import UserError
 from millrace.engine.smoke import smoke
+from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -449,8 +449,9 @@ def test_the_whole_suite_on_small_models(tmp_path):
     output = tmp_path / "out.json"
     command = [sys.executable, BENCHMARKS / "throughput.py", "--suite", "post", "--smoke", "--steps", "1"]
     command += ["--watch", "--output", output, "--set", "data.workers=0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr
     content = json.loads(output.read_text())
     assert content["benchmark"] == "suite"

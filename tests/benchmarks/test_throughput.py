@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from millrace.engine.config_file import load_config, parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.model.flops import training_flops
+from tests.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -280,18 +280,7 @@ def measured(folder, *arguments):
     work, temporary = folder / "work", folder / "tmp"
     work.mkdir()
     temporary.mkdir()
-    launcher = {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "DS_ACCELERATOR",
-    }
-    environment = {key: value for key, value in os.environ.items() if key not in launcher}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
+    of_its_own = {
         "TMPDIR": str(temporary),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
@@ -299,7 +288,7 @@ def measured(folder, *arguments):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "throughput.py", *arguments, "--output", folder / "out.json"],
         cwd=work,
-        env=environment,
+        env=environment() | of_its_own,
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,11 +1,8 @@
 """Tiny training runs for the tests of the engine: in this process, on two ranks, or as the real command."""
 
-import gc
 import importlib.util
 import io
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +21,7 @@ from millrace.engine.data.shard_index import Manifest
 from millrace.engine.data.shard_writer import StoredSample, sample_record, write_manifest, write_shard
 from millrace.engine.runtime.checkpoint import list_checkpoints
 from millrace.engine.runtime.sharded import CheckpointReader
+from tests.processes import environment
 
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parents[1] / "engine" / "train.py"
@@ -58,20 +56,6 @@ def write(tmp_path):
     return to_file
 
 
-def _environment() -> dict[str, str]:
-    """This process's environment without what a job's launcher sets."""
-    of_a_job = {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "DS_ACCELERATOR",
-    }
-    return {k: v for k, v in os.environ.items() if k not in of_a_job} | {"OMP_NUM_THREADS": "1"}
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,7 +72,7 @@ def _launch(ranks: int, script: Path, *arguments: object) -> list[str]:
 class Runs:
     """Makes configurations and runs them."""
 
-    environment = staticmethod(_environment)
+    environment = staticmethod(environment)
 
     def __init__(self, jobs: ModuleType) -> None:
         self.jobs = jobs
@@ -113,7 +97,7 @@ class Runs:
         torch.save(jobs, folder / "jobs.pt")
         done = subprocess.run(
             _launch(ranks, HERE / "jobs.py", folder / "jobs.pt", folder),
-            env=_environment(),
+            env=environment(),
             capture_output=True,
             text=True,
             timeout=1000,
@@ -141,7 +125,7 @@ class Runs:
         """Start a command in a session of its own, so that nothing else receives its signals."""
         return subprocess.Popen(
             command,
-            env=_environment(),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -149,7 +133,7 @@ class Runs:
         )
 
     def finish(self, command: list[str]) -> subprocess.CompletedProcess:
-        return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
 
     @staticmethod
     def log(output: Path) -> list[dict]:
@@ -185,19 +169,6 @@ def _load_jobs() -> ModuleType:
 @pytest.fixture(scope="session")
 def runs() -> Runs:
     return Runs(_load_jobs())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_as_before():
-    """A Trainer joins a job, handles signals and freezes the garbage collector; undo that."""
-    environment = dict(os.environ)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    gc.unfreeze()
 
 
 def write_shards(root, counts, patch=16, per_shard=4, draw=None):
