@@ -58,6 +58,16 @@ class HFTower(TextEncoder):
     ) -> None:
         super().__init__(network.get_input_embeddings().embedding_dim, identity, device, dtype)
         self.tokenizer, self.network, self.max_tokens = tokenizer, network, config.max_tokens
+        window = self._longest()
+        if window is not None and self.max_tokens > window:
+            raise UserError(
+                f"conditioning.text.max_tokens is {self.max_tokens}, beyond the sliding window of {window} "
+                f"tokens of {self.identity}; set it to {window} or less"
+            )
+
+    def _longest(self) -> int | None:
+        """Tokens of a caption that the network attends to as it was trained; None without a limit."""
+        return None
 
     @staticmethod
     @abstractmethod
@@ -98,22 +108,8 @@ class T5GemmaTower(HFTower):
 
     clean = staticmethod(clean_text)
 
-    def __init__(
-        self,
-        config: TextTower,
-        tokenizer: Any,
-        network: Any,
-        identity: str,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(config, tokenizer, network, identity, device, dtype)
-        window = self.network.encoder.config.sliding_window
-        if config.max_tokens > window:
-            raise UserError(
-                f"conditioning.text.max_tokens is {config.max_tokens}, beyond the sliding window of {window} "
-                f"tokens of {self.identity}; set it to {window} or less"
-            )
+    def _longest(self) -> int:
+        return self.network.encoder.config.sliding_window
 
     @staticmethod
     def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:

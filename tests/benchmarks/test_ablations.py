@@ -1,6 +1,5 @@
 """The logbook: what its table says, what making a configuration small keeps, and that its runs run."""
 
-import importlib
 import json
 import statistics
 import subprocess
@@ -12,17 +11,9 @@ import torch
 
 from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
+from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 ablations, scales, table, page, one_run = (

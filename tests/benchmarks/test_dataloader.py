@@ -1,6 +1,5 @@
 """The benchmark of loading runs every loader, refuses wrong ones, and reports what was counted."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,17 +12,9 @@ import torch
 from PIL import Image
 
 from millrace.engine.errors import UserError
+from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 dataloader, peers, report = load("dataloader"), load("dataloader_peers"), load("dataloader_report")

@@ -1,6 +1,5 @@
 """The check of FP8 training against BF16: its arithmetic, its runs, and what the docs say of its results."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from millrace.engine.errors import UserError
+from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 parity = load("fp8_parity")

@@ -1,6 +1,5 @@
 """The guidance benchmark: what it tries on which model, its judges, its rows, and the table of the docs."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,17 +13,9 @@ from millrace.engine.errors import UserError
 from millrace.engine.metrics.nearest import recall
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import sampling_flops
+from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 benchmark = load("guidance")

@@ -1,7 +1,5 @@
 """The peer that the benchmarks compare with is the same network: equal loss and gradients on equal inputs."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +8,9 @@ import torch
 from millrace.engine.config_file import merge, parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import diffusers_state
+from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 peer, steps = load("peer"), load("training_steps")

@@ -1,22 +1,13 @@
 """The performance page says what the results say, and says so where there are none."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import load
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 performance_page = load("performance_page")

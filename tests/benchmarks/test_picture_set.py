@@ -1,7 +1,5 @@
 """The pictures that loading is measured on: the same everywhere, and the same bytes in every format."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +9,9 @@ from PIL import Image
 from millrace.engine.config.data import Columns
 from millrace.engine.data.mds import MdsSource
 from millrace.engine.data.shards import ShardsSource
+from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 picture_set = load("picture_set")

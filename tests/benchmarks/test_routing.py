@@ -1,6 +1,5 @@
 """The routing benchmark: its arithmetic, the order of its rounds, memory that is known, and a tiny run."""
 
-import importlib
 import json
 import sys
 import types
@@ -13,17 +12,9 @@ from torch import nn
 
 from millrace.engine.errors import UserError
 from millrace.engine.model.flops import training_flops
+from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 memory, routing, steps = load("activation_memory"), load("routing"), load("training_steps")

@@ -1,6 +1,5 @@
 """The scaling benchmark: that it runs, that its figures follow from its measurements, and what it accepts."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -9,19 +8,11 @@ from pathlib import Path
 import pytest
 
 from millrace.engine.planning.devices import GPUS
+from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 RESULT = BENCHMARKS / "results" / "scaling.json"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 model, page, performance_page, worker = (

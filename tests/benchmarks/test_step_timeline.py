@@ -1,23 +1,14 @@
 """The accounting of a step: every instant once, the category of each operator, and a real step."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from tests.programs import load
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 timeline = load("step_timeline")

@@ -15,20 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from millrace.engine.config_file import load_config
 from millrace.engine.errors import UserError
 from millrace.engine.smoke import smoke
-from tests.processes import environment
+from tests.programs import environment, load
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 suite, report, throughput = load("suite"), load("suite_report"), load("throughput")

@@ -1,6 +1,5 @@
 """The throughput benchmark: its arithmetic, the published numbers, a real run, and that it leaves nothing."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,19 +12,10 @@ import torch
 from millrace.engine.config_file import load_config, parse_config
 from millrace.engine.errors import UserError
 from millrace.engine.model.flops import training_flops
-from tests.processes import environment
+from tests.programs import environment, load
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 recording, report, throughput = load("recording"), load("throughput_report"), load("throughput")

@@ -1,6 +1,5 @@
 """The traffic ledger: bytes that can be counted by hand, where they belong, sums and roofline."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,17 +13,9 @@ from millrace.engine.config_file import parse_config
 from millrace.engine.errors import UserError
 from millrace.kernels import fp8_linear, gather_fuse, gather_tokens, norm_modulate, scatter_tokens
 from millrace.kernels.rows import row_launch
+from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 ledgers, operators, report = load("ledger"), load("ledger_operators"), load("traffic_report")

@@ -1,6 +1,5 @@
 """The waterfall of a step: its roofline, its files, and a real step of a small model."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -12,18 +11,10 @@ from PIL import Image
 
 from millrace.engine.config_file import load_config
 from millrace.engine.smoke import smoke
+from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-
-
-def load(name):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 waterfall, traffic, throughput = load("waterfall"), load("traffic"), load("throughput")

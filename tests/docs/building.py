@@ -1,10 +1,11 @@
 """The programs that make the site, found as when one runs as a script, and MkDocs as `make docs` runs it."""
 
-import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATOR = ROOT / "docs" / "generator"
@@ -12,11 +13,7 @@ GENERATOR = ROOT / "docs" / "generator"
 
 def load(name):
     """A file of docs/generator/."""
-    sys.path.insert(0, str(GENERATOR))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(GENERATOR))
+    return programs.load(name, GENERATOR)
 
 
 def build(config):

@@ -21,7 +21,7 @@ from millrace.engine.data.shard_index import Manifest
 from millrace.engine.data.shard_writer import StoredSample, sample_record, write_manifest, write_shard
 from millrace.engine.runtime.checkpoint import list_checkpoints
 from millrace.engine.runtime.sharded import CheckpointReader
-from tests.processes import environment
+from tests.programs import environment
 
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parents[1] / "engine" / "train.py"
