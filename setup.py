@@ -13,5 +13,9 @@ packages = [
 setup(
     packages=[f"millrace.{name}" for name in packages],
     package_dir={f"millrace.{folder}": folder for folder in FOLDERS},
-    package_data={"millrace.engine.data": ["*.json"], "millrace.kernels": ["*.json", "*.so"]},
+    package_data={
+        "millrace.engine.data.sources": ["*.json"],
+        "millrace.kernels": ["*.so"],
+        "millrace.kernels.support": ["*.json"],
+    },
 )

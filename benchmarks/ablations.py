@@ -44,8 +44,11 @@ from recording import RESULTS, ROOT, environment, write
 
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
-from millrace.engine.config_file import merge, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
+from millrace.engine.util.errors import UserError
 
 ROWS = (
     "latent_256",

@@ -9,11 +9,21 @@ from ablations_run import views
 from ablations_scales import Assets, Scale, data_source
 from recording import ROOT
 
-from millrace.engine.conditioning.small_classifier import save_classifier
-from millrace.engine.config_file import parse_config
-from millrace.engine.data.digits import DigitsSource, most_typical
-from millrace.engine.metrics.classifier import accuracy, embeddings, train_classifier
-from millrace.engine.metrics.frechet import frechet_distance, moments
+from millrace.engine.config.loading import parse_config
+from millrace.engine.data.sources.digits import (
+    DigitsSource,
+    most_typical,
+)
+from millrace.engine.encoders.small_classifier import save_classifier
+from millrace.engine.evaluation.digit_judge import (
+    accuracy,
+    embeddings,
+    train_classifier,
+)
+from millrace.engine.evaluation.frechet import (
+    frechet_distance,
+    moments,
+)
 
 JUDGE_SEED, TEACHER_SEED = 1, 2
 JUDGE_WIDTH, TEACHER_WIDTH = 8, 16

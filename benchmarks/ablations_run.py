@@ -18,27 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.cli import run_command
-from millrace.engine.conditioning.autoencoder import open_autoencoder
-from millrace.engine.conditioning.small_classifier import SmallClassifier, load_classifier
-from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Config, Data
-from millrace.engine.config_file import parse_config
+from millrace.engine.config.loading import parse_config
 from millrace.engine.data import evaluation_view, open_source
-from millrace.engine.data.digits import DigitsSource
-from millrace.engine.errors import UserError
-from millrace.engine.metrics.classifier import quality
-from millrace.engine.metrics.nearest import recall
+from millrace.engine.data.sources.digits import DigitsSource
+from millrace.engine.distributed import process_group
+from millrace.engine.distributed.precision_audit import DTYPES
+from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.small_classifier import (
+    SmallClassifier,
+    load_classifier,
+)
+from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.evaluation.digit_judge import quality
+from millrace.engine.evaluation.recall import recall
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.packing import patchify
-from millrace.engine.objective.flow import FlowMatching
-from millrace.engine.runtime import distributed
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.logs import set_up_logging
-from millrace.engine.runtime.precision import DTYPES
-from millrace.engine.runtime.weights import checkpoint_state
-from millrace.engine.sampling import Sampler, save_grid
+from millrace.engine.model.layout import patchify
+from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.sampling.sampler import (
+    Sampler,
+    save_grid,
+)
 from millrace.engine.trainer import train
+from millrace.engine.util.errors import UserError
 
 POINTS = 40
 """Points of a learning curve."""
@@ -68,7 +74,7 @@ def main() -> int:
     trained = time.perf_counter() - began
     if not list_checkpoints(Path(config.run.output_dir) / "checkpoints")[-1][0] == config.run.steps:
         raise UserError("the run was asked to stop before its end; start again to continue it")
-    if distributed.rank() == 0:
+    if process_group.rank() == 0:
         result = learning(config) | {"train_seconds": trained}
         judge = load_classifier(job["judge"], "judge") if job["judge"] else None
         result["looks"] = looks(config, judge, job["weights_at"], job["curated"])
@@ -76,7 +82,7 @@ def main() -> int:
         arguments.result.write_text(json.dumps(result))
         if job["judge"]:
             shutil.rmtree(Path(config.run.output_dir) / "checkpoints")  # small and many: the log stays
-    distributed.wait_for_all()
+    process_group.wait_for_all()
     return 0
 
 
@@ -164,7 +170,7 @@ def prompts(source: Any, data: Data) -> list[str]:
 
 def build_sampler(config: Config, weights: dict[str, Tensor]) -> Sampler:
     """The trained denoiser with the frozen networks of its run."""
-    device = distributed.choose_device(config.run.device)
+    device = process_group.choose_device(config.run.device)
     compute = DTYPES[config.precision.compute]
     denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)

@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 from recording import ROOT
 
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config, merge, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    load_config,
+    merge,
+    parse_config,
+)
+from millrace.engine.util.errors import UserError
 
 BASELINE = "latent_256"
 """What fine-tuning starts from at a reduced scale."""

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millrace.kernels import rope_attention
 from millrace.kernels.attention.backends import Inputs
-from millrace.kernels.rope_attention import reference as rope_reference
+from millrace.kernels.attention.rope_attention import reference as rope_reference
 
 OURS = ("triton", "sdpa", "varlen", "flash_attn", "xformers")
 Joint = tuple[Tensor, Tensor, Tensor]

@@ -39,9 +39,9 @@ import recording
 from dataloader_peers import CONTESTANTS, Case, Round, Runner
 
 from millrace.engine.cli import run_command
-from millrace.engine.data.shards import ShardsSource
-from millrace.engine.errors import UserError
-from millrace.engine.runtime.logs import set_up_logging
+from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.util.errors import UserError
 
 log = logging.getLogger("millrace.benchmarks.dataloader")
 

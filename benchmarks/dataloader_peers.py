@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from millrace.engine.config import Data
 from millrace.engine.data import SampleStream, open_source
-from millrace.engine.data.mds_shards import load_library
-from millrace.engine.errors import UserError
+from millrace.engine.data.formats.mds_shards import load_library
+from millrace.engine.util.errors import UserError
 
 Size = tuple[int, int]
 """(h, w) in pixels."""

@@ -33,16 +33,19 @@ from typing import Any
 
 import torch
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
-from millrace.engine.config_file import merge, parse_config
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
 from millrace.engine.data import open_source
-from millrace.engine.errors import UserError
 from millrace.engine.model.fp8 import TORCHAO
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.logs import set_up_logging
-from millrace.engine.runtime.weights import checkpoint_state
+from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.trainer import train
+from millrace.engine.util.errors import UserError
 
 Result = dict[str, Any]
 

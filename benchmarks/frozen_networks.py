@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from millrace.engine import config as settings
-from millrace.engine.conditioning import autoencoder as autoencoders
-from millrace.engine.conditioning import dino as dinos
-from millrace.engine.conditioning import teacher as teachers
-from millrace.engine.conditioning import text as texts
-from millrace.engine.conditioning.hf_towers import T5GemmaTower
-from millrace.engine.conditioning.pretrained import import_class
 from millrace.engine.config import Alignment, TextTower
+from millrace.engine.encoders import autoencoder as autoencoders
+from millrace.engine.encoders import dino as dinos
+from millrace.engine.encoders import teacher as teachers
+from millrace.engine.encoders import text_encoder as texts
+from millrace.engine.encoders.pretrained import import_class
+from millrace.engine.encoders.text_hf import T5GemmaTower
 
 Settings = dict[str, Any]
 

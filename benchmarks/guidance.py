@@ -31,24 +31,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from millrace.engine.checkpoint.model_weights import (
+    checkpoint_folder,
+    checkpoint_state,
+)
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.conditioning.autoencoder import open_autoencoder
-from millrace.engine.conditioning.text import open_text_tower
 from millrace.engine.config import Config, Sampling
-from millrace.engine.config_file import merge, parse_config
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
 from millrace.engine.data import evaluation_view, open_source
-from millrace.engine.data.digits import NAMES, DigitsSource
-from millrace.engine.errors import UserError
-from millrace.engine.metrics.classifier import quality, train_classifier
-from millrace.engine.metrics.nearest import recall
+from millrace.engine.data.sources.digits import (
+    NAMES,
+    DigitsSource,
+)
+from millrace.engine.distributed.precision_audit import DTYPES
+from millrace.engine.distributed.process_group import choose_device
+from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.evaluation.digit_judge import (
+    quality,
+    train_classifier,
+)
+from millrace.engine.evaluation.recall import recall
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.evaluations import evaluations
 from millrace.engine.model.flops import sampling_flops
-from millrace.engine.objective.flow import FlowMatching
-from millrace.engine.runtime.distributed import choose_device
-from millrace.engine.runtime.precision import DTYPES
-from millrace.engine.runtime.weights import checkpoint_folder, checkpoint_state
-from millrace.engine.sampling import Sampler
+from millrace.engine.model.guidance_branches import evaluations
+from millrace.engine.sampling.sampler import Sampler
+from millrace.engine.util.errors import UserError
 
 SCALES = (1.5, 2.0, 3.0)
 """Of the guidance; Sparse Guidance's paper has 1.3 to 1.9, SPRINT's and PRX's classifier-free 1.5 to 5."""

@@ -14,7 +14,7 @@ reason.
 
 The JSON is rewritten after every case, so that nothing measured is lost. On CUDA it goes to
 benchmarks/results/ with a chart (SVG) beside it, elsewhere only with --output. --record-choices writes what
-is fastest on this GPU to kernels/measured.json, which `auto` reads.
+is fastest on this GPU to kernels/support/measured.json, which `auto` reads.
 """
 
 import sys
@@ -47,8 +47,8 @@ import torch._functorch.config
 from torch import Tensor
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.errors import UserError
-from millrace.kernels.operators import uses_triton
+from millrace.engine.util.errors import UserError
+from millrace.kernels.support.registration import uses_triton
 
 OPERATIONS = {"rope_attention": Operation(rope_attention_case), **OTHERS}
 PEERS = ("liger-kernel", "flash-attn", "flash-attn-4", "xformers", "transformer-engine", "torchao")
@@ -218,7 +218,7 @@ def measure(arguments: argparse.Namespace, content: dict[str, Any], save: Callab
 
 
 def record_choices(rows: list[Row], path: Path, gpu: str) -> dict[str, str]:
-    """Merge the fastest implementations on this GPU into `kernels/measured.json`; returns them."""
+    """Merge the fastest implementations on this GPU into `kernels/support/measured.json`; returns them."""
     found = report.choices(rows)
     measured = json.loads(path.read_text())
     measured[gpu] = measured.get(gpu, {}) | found
@@ -243,7 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help="batches of 4 calls per implementation and mode (default 6)"
     )
-    parser.add_argument("--record-choices", action="store_true", help="write kernels/measured.json")
+    parser.add_argument("--record-choices", action="store_true", help="write kernels/support/measured.json")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():

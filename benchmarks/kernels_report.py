@@ -21,7 +21,7 @@ CHOICES = {
         f"ours/{name}": name for name in ("triton", "sdpa", "varlen", "flash_attn", "xformers")
     },
 }
-"""Operations with a choice, and the names that `kernels/measured.json` has for the implementations."""
+"""Operations with a choice, and the names that `measured.json` has for the implementations."""
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -54,7 +54,7 @@ def fastest(rows: Iterable[Row]) -> Row | None:
 
 
 def choices(rows: Iterable[Row]) -> dict[str, str]:
-    """The fastest implementation by the keys of `kernels/measured.json`.
+    """The fastest implementation by the keys of `kernels/support/measured.json`.
 
     It must have been right and timed in every case of its key; it has the smallest geometric mean of forward
     plus backward times. Keys for which nothing qualifies are missing.

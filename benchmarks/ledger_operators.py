@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import millrace.kernels.fp8_linear  # noqa: F401 - registers an operator that is named here
-from millrace.kernels.rows import row_launch
+import millrace.kernels.ops.fp8_linear  # noqa: F401 - registers an operator that is named here
+from millrace.kernels.support.rows import row_launch
 
 aten = torch.ops.aten
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from millrace.kernels import (
     add_noise,
-    cuda_library,
     flow_loss,
     gated_residual,
     gated_residual_norm_modulate,
@@ -34,15 +33,16 @@ from millrace.kernels import (
     sample_route,
     scatter_tokens,
 )
-from millrace.kernels.add_noise import reference as add_noise_reference
-from millrace.kernels.flow_loss import reference as flow_loss_reference
-from millrace.kernels.gated_residual import reference as gated_residual_reference
-from millrace.kernels.gated_residual_norm_modulate import reference as fused_norm_reference
-from millrace.kernels.gather_fuse import reference as gather_fuse_reference
-from millrace.kernels.geglu import reference as geglu_reference
-from millrace.kernels.newton_schulz import reference as newton_schulz_reference
-from millrace.kernels.norm_modulate import reference as norm_modulate_reference
-from millrace.kernels.random import sample_keys
+from millrace.kernels.ops.add_noise import reference as add_noise_reference
+from millrace.kernels.ops.flow_loss import reference as flow_loss_reference
+from millrace.kernels.ops.gated_residual import reference as gated_residual_reference
+from millrace.kernels.ops.gated_residual_norm_modulate import reference as fused_norm_reference
+from millrace.kernels.ops.gather_fuse import reference as gather_fuse_reference
+from millrace.kernels.ops.geglu import reference as geglu_reference
+from millrace.kernels.ops.newton_schulz import reference as newton_schulz_reference
+from millrace.kernels.ops.norm_modulate import reference as norm_modulate_reference
+from millrace.kernels.support import cuda_library
+from millrace.kernels.support.philox import sample_keys
 
 LIGER_NORM = ("liger-kernel", "its modulated norm is an RMS norm, not a LayerNorm")
 TE_NORM = ("transformer-engine", "its LayerNorm has no modulation per sample")
@@ -285,7 +285,7 @@ def sample_route_case(shape: Shape, setting: Setting) -> Case:
     starts = offsets[:-1, None].long()
 
     def reference() -> Tensor:
-        from millrace.kernels.random import uniform
+        from millrace.kernels.support.philox import uniform
 
         scores = uniform(sample_keys(0, samples_index, "route"), tokens)
         lowest = scores.sort(dim=1, stable=True).indices[:, :kept]
@@ -312,7 +312,7 @@ def newton_schulz_case(shape: Shape, setting: Setting) -> Case:
 
 
 def _backends(setting: Setting, ours: Callable[[str], Function]) -> dict[str, Build]:
-    """Our implementations where `millrace.kernels.choice` has a choice."""
+    """Our implementations where `millrace.kernels.support.choice` has a choice."""
 
     def cuda() -> Function:
         if setting.device.type != "cuda":

@@ -16,10 +16,13 @@ import torch
 from accuracy import Function
 from torch import Tensor
 
-from millrace.kernels import routing
-from millrace.kernels.operators import uses_triton
-from millrace.kernels.packed import to_device
-from millrace.kernels.routing import Route, kept_tokens
+from millrace.kernels.ops import routing
+from millrace.kernels.ops.routing import (
+    Route,
+    kept_tokens,
+)
+from millrace.kernels.support.packed import to_device
+from millrace.kernels.support.registration import uses_triton
 
 MODES = ("forward", "backward", "both")
 EPS = 1e-6

@@ -27,11 +27,11 @@ import training_steps as steps
 from peer import Peer
 from torch import Tensor, nn
 
-from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config, route_end
+from millrace.engine.distributed import process_group
+from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.conversion import diffusers_config
 from millrace.engine.model.flops import training_flops
-from millrace.engine.runtime import distributed
 
 Row = dict[str, Any]
 
@@ -54,20 +54,20 @@ def measure(path: str, config: Config, name: str, arguments: argparse.Namespace)
 
 
 def _measure(path: str, config: Config, name: str, arguments: argparse.Namespace) -> Row:
-    device = distributed.choose_device(config.run.device)
-    distributed.initialize(device)
+    device = process_group.choose_device(config.run.device)
+    process_group.initialize(device)
     side = config.data.resolution // (
         published_factor(config.conditioning.autoencoder) * config.model.patch_size
     )
     text = arguments.text_tokens or config.conditioning.text.max_tokens
-    samples, devices = config.data.micro_batch, distributed.world_size()
+    samples, devices = config.data.micro_batch, process_group.world_size()
     batch = steps.random_batch(config, samples, (side, side), text, [text] * samples, device)
     batch = batch.without_noise().cast(torch.bfloat16)
     with expanded_mask() if name == "diffusers, expanded mask" else mock.patch.dict({}):
         step = training_step(config, name, batch, device)
         mine = _time(step, device, arguments.warmup, arguments.steps)
     memory, kind, peak = measurement.memory_and_peak(device)
-    times, memories = zip(*distributed.gather_objects((mine, memory)), strict=True)
+    times, memories = zip(*process_group.gather_objects((mine, memory)), strict=True)
     step_seconds = [max(one) for one in zip(*times, strict=True)]
     flops = training_flops(config, side * side, text)
     return {
@@ -103,7 +103,7 @@ def training_step(config: Config, name: str, batch: steps.Batch, device: torch.d
     if sharded:
         shard(peer)
     module: nn.Module = peer
-    if not sharded and distributed.world_size() > 1:
+    if not sharded and process_group.world_size() > 1:
         module = nn.parallel.DistributedDataParallel(peer)
     forward = steps.PeerStep(module, config, batch).forward
     settings = config.optimizer

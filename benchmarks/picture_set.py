@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from millrace.engine.data.builtin import BuiltinSource
-from millrace.engine.data.mds_shards import load_library
-from millrace.engine.data.preparing.run import prepare
-from millrace.engine.data.preparing.settings import Settings
-from millrace.engine.data.shard_index import Manifest
-from millrace.engine.data.shards import ShardsSource
-from millrace.engine.errors import UserError
+from millrace.engine.data.formats.mds_shards import load_library
+from millrace.engine.data.formats.shard_index import Manifest
+from millrace.engine.data.prepare.settings import Settings
+from millrace.engine.data.prepare.shard_job import prepare
+from millrace.engine.data.sources.builtin import BuiltinSource
+from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.util.errors import UserError
 
 SEED = 20260101
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 1, 4 / 3, 3 / 2, 16 / 9, 2)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

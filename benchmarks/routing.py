@@ -48,9 +48,9 @@ from torch import Tensor, nn
 
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
-from millrace.engine.config_file import parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import parse_config
 from millrace.engine.model.flops import training_flops
+from millrace.engine.util.errors import UserError
 
 SIDES = ("ours", "peer")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

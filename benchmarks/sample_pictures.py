@@ -12,7 +12,7 @@ import frozen_networks
 import numpy as np
 from PIL import Image
 
-from millrace.engine.data.builtin import BuiltinSource
+from millrace.engine.data.sources.builtin import BuiltinSource
 
 EDGE = 1024
 """Of a file; that of the pictures in the post's data set."""

@@ -47,8 +47,12 @@ from typing import Any
 import torch
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.config_file import load_config, merge, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    load_config,
+    merge,
+    parse_config,
+)
+from millrace.engine.util.errors import UserError
 
 Row = dict[str, Any]
 WORKER = Path(__file__).with_name("scaling_worker.py")

@@ -30,8 +30,8 @@ if __name__ == "__main__":
     sys.path[:] = [*(entry for entry in sys.path if Path(entry).resolve() != here), str(here)]
 
 from millrace.engine.cli import run_command
-from millrace.engine.config_file import parse_config
-from millrace.engine.runtime import distributed
+from millrace.engine.config.loading import parse_config
+from millrace.engine.distributed import process_group
 
 COLLECTIVES = {
     "all_reduce": 0,
@@ -171,7 +171,7 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
     from throughput_inputs import Cached
 
     config = parse_config(job["config"], "scaling")
-    device = distributed.choose_device(config.run.device)
+    device = process_group.choose_device(config.run.device)
     before = job["warmup"] + MEMORY_STEPS * job["memory"]
     with allocations(device) if job["memory"] else nullcontext({}) as memory:
         trainer = Cached(config, job["text_tokens"])
@@ -192,7 +192,7 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     for _ in range(job["steps"]):
-        distributed.wait_for_all()
+        process_group.wait_for_all()
         started, used = time.perf_counter(), time.process_time()
         trainer.train_step()
         if device.type == "cuda":
@@ -216,22 +216,22 @@ def timed(call: Callable[[], Any], device: torch.device, seconds: float, least: 
     """Median seconds of a call that all ranks make together, over about `seconds`."""
 
     def once() -> float:
-        distributed.wait_for_all()
+        process_group.wait_for_all()
         started = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    first = distributed.gather_objects(once())
+    first = process_group.gather_objects(once())
     number = max(least, int(seconds / max(*first, 1e-5)))
     return float(np.median([once() for _ in range(number)]))
 
 
 def measure_machine(job: dict[str, Any]) -> dict[str, Any]:
     """What a process reaches while all others do the same: products, copies, and collectives by size."""
-    device = distributed.choose_device(job["device"])
-    distributed.initialize(device)
+    device = process_group.choose_device(job["device"])
+    process_group.initialize(device)
     dtype, each = getattr(torch, job["dtype"]), job["seconds"]
     rows, width, columns = job["rows"], job["width"], job["columns"]
     shapes = (rows, width), (width, columns)
@@ -245,7 +245,7 @@ def measure_machine(job: dict[str, Any]) -> dict[str, Any]:
         "copy_bytes_per_second": 2 * source.nbytes / copy,
         "collectives": {},
     }
-    ranks, rank = distributed.world_size(), distributed.rank()
+    ranks, rank = process_group.world_size(), process_group.rank()
     if ranks == 1:
         return found
     for name in ("all_reduce", "all_gather", "reduce_scatter"):
@@ -270,7 +270,7 @@ def main() -> int:
     kinds = {"steps": measure_steps, "machine": measure_machine}
     found = [kinds[job["kind"]](job) for job in json.loads(file.read_text())]
     result.write_text(json.dumps(found))
-    distributed.wait_for_all()
+    process_group.wait_for_all()
     return 0
 
 

@@ -15,10 +15,14 @@ import waterfall
 from throughput_inputs import FROZEN, Live, open_trainer
 
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config, merge, parse_config
+from millrace.engine.config.loading import (
+    load_config,
+    merge,
+    parse_config,
+)
+from millrace.engine.config.smoke import smoke
+from millrace.engine.distributed import process_group
 from millrace.engine.model.flops import peak_flops
-from millrace.engine.runtime import distributed
-from millrace.engine.smoke import smoke
 
 Row = dict[str, Any]
 
@@ -140,10 +144,12 @@ def measure(path: str, config: Config, conditioning: str, arguments: argparse.Na
 
 
 def _measure(path: str, config: Config, conditioning: str, arguments: argparse.Namespace) -> Row:
-    ceilings = waterfall.ceilings(distributed.choose_device(config.run.device)) if arguments.profile else None
+    ceilings = (
+        waterfall.ceilings(process_group.choose_device(config.run.device)) if arguments.profile else None
+    )
     trainer = open_trainer(config, conditioning, arguments.text_tokens)
     trainer.count_frozen()
-    device, devices = trainer.device, distributed.world_size()
+    device, devices = trainer.device, process_group.world_size()
     found: Row = {}
 
     def after(trainer: Live) -> None:
@@ -153,7 +159,7 @@ def _measure(path: str, config: Config, conditioning: str, arguments: argparse.N
 
     mine = time_steps(trainer, arguments.warmup, arguments.steps, after)
     memory, kind, peak = found["memory"]
-    gathered = distributed.gather_objects((mine, memory, found["counts"], trainer.frozen_flops))
+    gathered = process_group.gather_objects((mine, memory, found["counts"], trainer.frozen_flops))
     times, memories, counts, frozen = zip(*gathered, strict=True)
     flops, images, image_tokens, text_tokens = (sum(count) for count in zip(*counts, strict=True))
     step_seconds = [max(step) for step in zip(*times, strict=True)]

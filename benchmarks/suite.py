@@ -27,9 +27,9 @@ import torch
 import waterfall
 
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config
-from millrace.engine.errors import UserError
-from millrace.engine.runtime import distributed
+from millrace.engine.config.loading import load_config
+from millrace.engine.distributed import process_group
+from millrace.engine.util.errors import UserError
 
 Row = dict[str, Any]
 
@@ -204,7 +204,7 @@ class Run:
             return []
         if self.pictures is None:
             tokens = load_config(path, self.arguments.overrides).conditioning.text.max_tokens
-            mine = self.folder / f"pictures-{distributed.local_rank()}"
+            mine = self.folder / f"pictures-{process_group.local_rank()}"
             self.pictures = sample_pictures.write(mine, tokens)
         return ["data.source=folder", f"data.path={self.pictures}"]
 
@@ -220,7 +220,7 @@ class Run:
     @staticmethod
     def _agree(here: bool) -> bool:
         """What the first process decides."""
-        return distributed.gather_objects(here)[0] if distributed.world_size() > 1 else here
+        return process_group.gather_objects(here)[0] if process_group.world_size() > 1 else here
 
     def _add(self, row: Row) -> None:
         self.result["cases"].append(row)

@@ -8,9 +8,9 @@ from typing import Any
 import throughput_report as report
 from columns import aligned
 
-from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config
+from millrace.engine.config.loading import load_config
+from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.flops import dense_training_flops, training_flops
 
 Row = dict[str, Any]

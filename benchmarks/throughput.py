@@ -53,9 +53,9 @@ from typing import Any
 from throughput_inputs import TRAINERS
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.errors import UserError
-from millrace.engine.runtime import distributed
-from millrace.engine.runtime.logs import set_up_logging
+from millrace.engine.distributed import process_group
+from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.util.errors import UserError
 
 
 def parse() -> argparse.Namespace:
@@ -135,7 +135,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="millrace-throughput-") as folder:
         if arguments.suite:
             suite.main(arguments, Path(folder))
-            distributed.wait_for_all()
+            process_group.wait_for_all()
             return 0
         configs = [
             (path, resolve(path, arguments, Path(folder) / str(i))) for i, path in enumerate(arguments.config)
@@ -151,16 +151,16 @@ def main() -> int:
                         )
                     rows.append(row)
         finally:
-            if rows and distributed.rank() == 0:
+            if rows and process_group.rank() == 0:
                 _publish(rows, arguments.output)
-    distributed.wait_for_all()
+    process_group.wait_for_all()
     return 0
 
 
 def _publish(rows: list[dict[str, Any]], output: Path | None) -> None:
     """Print the table; write the JSON."""
     print(report.table(rows))
-    device = distributed.choose_device(rows[-1]["device"])
+    device = process_group.choose_device(rows[-1]["device"])
     if output is None and device.type == "cuda":
         output = recording.default_path("throughput", device)
     if output is not None:

@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine import config as settings
-from millrace.engine.conditioning.autoencoder import Autoencoder, Pixels, Posterior, published_factor
-from millrace.engine.conditioning.text import TextEncoder
 from millrace.engine.config import Config, Data, TextTower
 from millrace.engine.data import Batch, signed_unit
-from millrace.engine.preparation import Prepared
-from millrace.engine.runtime import distributed
+from millrace.engine.distributed import process_group
+from millrace.engine.encoders.autoencoder import (
+    Autoencoder,
+    Pixels,
+    Posterior,
+    published_factor,
+)
+from millrace.engine.encoders.batch_encoder import Prepared
+from millrace.engine.encoders.text_encoder import TextEncoder
 from millrace.engine.trainer import Trainer
 
 FROZEN = ("teacher", "autoencoder", "text")
@@ -183,7 +188,7 @@ class Cached(Pictures):
         super().__init__(with_data(config, **plain, loader="python"), caption_tokens)
         edge, samples = config.data.resolution, config.data.micro_batch
         names = [f"random/{i}" for i in range(samples)]
-        index = torch.arange(samples) + distributed.rank() * samples
+        index = torch.arange(samples) + process_group.rank() * samples
         generator = torch.Generator().manual_seed(config.run.seed)
         pictures = list(torch.randint(256, (samples, 3, edge, edge), generator=generator, dtype=torch.uint8))
         self.batch = self.prepare(Batch(pictures, names, names, index))

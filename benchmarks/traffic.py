@@ -38,14 +38,14 @@ import numpy as np
 import torch
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import load_config
+from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
-from millrace.kernels.operators import HAS_TRITON
-from millrace.kernels.routing import kept_tokens
+from millrace.engine.util.errors import UserError
+from millrace.kernels.ops.routing import kept_tokens
+from millrace.kernels.support.registration import HAS_TRITON
 
 CONFIGS = ("configs/latent_256.json", "configs/jit_1024.json")
 SIDES = ("ours", "peer")

@@ -15,13 +15,16 @@ from peer import Peer
 from torch import Tensor, nn
 
 from millrace.engine.config import Config, route_end
-from millrace.engine.config_file import merge, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import diffusers_config, diffusers_state
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.packing import patchify
+from millrace.engine.model.layout import patchify
 from millrace.engine.model.routing import routing_policy
-from millrace.engine.objective.flow import FlowMatching
+from millrace.engine.util.errors import UserError
 from millrace.kernels import add_noise
 
 VARIANTS = {"dense": None, "tread": 0.5, "sprint": 0.75}

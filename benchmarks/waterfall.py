@@ -31,8 +31,11 @@ from throughput_inputs import Live
 from torch.profiler import ProfilerActivity, record_function
 
 from millrace.engine.config import Config
-from millrace.engine.runtime import distributed, zero
-from millrace.kernels.operators import HAS_TRITON
+from millrace.engine.distributed import (
+    deepspeed_engine,
+    process_group,
+)
+from millrace.kernels.support.registration import HAS_TRITON
 
 Row = dict[str, Any]
 
@@ -64,7 +67,7 @@ def profile(trainer: Live, limits: Row) -> Row:
         for owner, name, label in (
             (trainer, "next_batch", CONDITIONING),
             (trainer, "look_ahead", CONDITIONING),
-            (zero, "apply_gradients", OPTIMIZER),
+            (deepspeed_engine, "apply_gradients", OPTIMIZER),
         ):
             stack.enter_context(mock.patch.object(owner, name, _labelled(label, getattr(owner, name))))
         recorded = stack.enter_context(torch.profiler.profile(activities=activities))
@@ -123,9 +126,9 @@ def roofline(
         times["other operators"] += micro_batches * 12 * parameters / copy
     times["data and conditioning"] += micro_batches * len(lengths) * frozen_flops / products
     least |= dict(times)
-    shards = distributed.world_size() if zero.zero_stage(config) else 1
+    shards = process_group.world_size() if deepspeed_engine.zero_stage(config) else 1
     least["optimizer"] = 32 * parameters / shards / copy if config.optimizer.kind == "adamw" else None
-    least["communication"] = 0.0 if distributed.world_size() == 1 else None
+    least["communication"] = 0.0 if process_group.world_size() == 1 else None
     return least
 
 
@@ -154,7 +157,7 @@ def target(arguments: argparse.Namespace, output: Path | None, name: str) -> Pat
 
 def write(found: Row, path: Path) -> None:
     """Write a profile as JSON and PNG and print it."""
-    if distributed.rank() != 0:
+    if process_group.rank() != 0:
         return
     content = recording.environment() | found
     recording.write(path.with_suffix(".json"), content)

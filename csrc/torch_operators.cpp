@@ -1,6 +1,6 @@
 // The C interface as operators of PyTorch: namespace millrace_cuda on CUDA tensors in libmillrace_cuda.so,
 // millrace_host on CPU tensors in libmillrace_host.so. Only PyTorch's stable ABI is used, of version 2.11, so
-// one build runs under every later version too. kernels/cuda_library.py calls the operators; what they refuse
+// one build runs under every later version too. kernels/support/cuda_library.py calls the operators; what they refuse
 // here is what it did not put right.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

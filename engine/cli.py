@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 
 
 def command_parser(doc: str) -> argparse.ArgumentParser:

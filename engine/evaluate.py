@@ -24,19 +24,34 @@ from typing import Any, get_args
 
 import torch
 
+from millrace.engine.checkpoint.model_weights import checkpoint_folder
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config, guidance_warnings
-from millrace.engine.config_file import merge, parse_config
-from millrace.engine.errors import UserError
-from millrace.engine.evaluation import TITLES, Evaluation, Scores
-from millrace.engine.metrics.features import MetricName
-from millrace.engine.metrics.tiny import tiny_features, tiny_networks
-from millrace.engine.model.evaluations import describe
-from millrace.engine.runtime import distributed
-from millrace.engine.runtime.logs import replace_text
-from millrace.engine.runtime.weights import checkpoint_folder
-from millrace.engine.smoke import made_once
-from millrace.engine.trained import add_model_arguments, load_model, open_sampler, run_of
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
+from millrace.engine.config.smoke import made_once
+from millrace.engine.distributed import process_group
+from millrace.engine.evaluation.evaluator import (
+    TITLES,
+    Evaluation,
+    Scores,
+)
+from millrace.engine.evaluation.features import MetricName
+from millrace.engine.evaluation.tiny_metric_networks import (
+    tiny_features,
+    tiny_networks,
+)
+from millrace.engine.model.guidance_branches import describe
+from millrace.engine.run_log.logs import replace_text
+from millrace.engine.sampling.trained_model import (
+    add_model_arguments,
+    load_model,
+    open_sampler,
+    run_of,
+)
+from millrace.engine.util.errors import UserError
 
 SMOKE_SAMPLES = 32
 
@@ -84,10 +99,10 @@ def main() -> int:
     arguments = parse()
     weights, config = load_model(arguments)
     config = _with_arguments(config, arguments)
-    device = distributed.choose_device(config.run.device)
+    device = process_group.choose_device(config.run.device)
     if "RANK" in os.environ:
-        distributed.initialize(device)
-    leads = distributed.rank() == 0
+        process_group.initialize(device)
+    leads = process_group.rank() == 0
     if leads and arguments.output:
         _require_writable(arguments.output)
 
@@ -107,7 +122,7 @@ def main() -> int:
         if arguments.output:
             replace_text(arguments.output, json.dumps(report, indent=2) + "\n")
             say(f"written to {arguments.output}")
-    distributed.wait_for_all()
+    process_group.wait_for_all()
     return 0
 
 
@@ -166,7 +181,7 @@ def _report(
             for metric, network in evaluation.networks.items()
         },
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "processes": distributed.world_size(),
+        "processes": process_group.world_size(),
         "versions": {name: version(name) for name in ("torch", "transformers", "pillow")},
         "smoke": arguments.smoke,
     }

@@ -25,9 +25,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from millrace.engine.checkpoint.model_weights import (
+    checkpoint_config,
+    checkpoint_folder,
+    checkpoint_state,
+    choose_weights,
+    read_weights,
+)
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 from millrace.engine.cli import run_command
 from millrace.engine.config import Model, Routing
-from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import (
     CLASS_NAME,
     FUSION,
@@ -43,15 +50,8 @@ from millrace.engine.model.conversion import (
     prx_state,
 )
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.runtime.sharded import CheckpointReader
-from millrace.engine.runtime.weights import (
-    checkpoint_config,
-    checkpoint_folder,
-    checkpoint_state,
-    choose_weights,
-    read_weights,
-)
-from millrace.engine.tuned import save_autoencoder
+from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
+from millrace.engine.util.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import PRXTransformer2DModel

@@ -9,14 +9,17 @@ python -m millrace.engine.plan --config configs/quickstart.json --device cpu --g
 import torch
 
 from millrace.engine.cli import run_command
-from millrace.engine.conditioning.autoencoder import published_factor
 from millrace.engine.config import Config
 from millrace.engine.data.crop import check_resolution
+from millrace.engine.distributed.deepspeed_engine import zero_stage
+from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import dense_training_flops, training_flops
 from millrace.engine.model.routing import describe, require_grid
-from millrace.engine.runtime.memory import GIB, estimate_bytes
-from millrace.engine.runtime.zero import zero_stage
+from millrace.engine.planning.fit_check import (
+    GIB,
+    estimate_bytes,
+)
 
 
 def plan(config: Config, processes: int = 1) -> list[str]:
@@ -54,7 +57,10 @@ def plan(config: Config, processes: int = 1) -> list[str]:
 
 def main() -> int:
     """Print the plan of a configuration on some devices."""
-    from millrace.engine.planning.command import parse, run
+    from millrace.engine.planning.report import (
+        parse,
+        run,
+    )
 
     print("\n".join(run(parse(__doc__))))
     return 0

@@ -20,14 +20,20 @@ if __name__ == "__main__":
 import argparse
 import os
 
-from millrace.engine.cache_command import add_cache_arguments, run_cache_command
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.data.cache import cache_problems
-from millrace.engine.data.preparing.run import prepare
-from millrace.engine.data.preparing.settings import Settings, parse_bytes
-from millrace.engine.data.preparing.verify import verify
-from millrace.engine.data.shard_index import Manifest
-from millrace.engine.errors import UserError
+from millrace.engine.data.caches.cache_format import cache_problems
+from millrace.engine.data.formats.shard_index import Manifest
+from millrace.engine.data.prepare.settings import (
+    Settings,
+    parse_bytes,
+)
+from millrace.engine.data.prepare.shard_job import prepare
+from millrace.engine.data.prepare.verify import verify
+from millrace.engine.encoders.cache_command import (
+    add_cache_arguments,
+    run_cache_command,
+)
+from millrace.engine.util.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:

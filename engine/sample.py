@@ -24,15 +24,23 @@ from torch import Tensor
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config, guidance_warnings
 from millrace.engine.data import evaluation_view, open_source
-from millrace.engine.errors import UserError
-from millrace.engine.metrics.nearest import recall
-from millrace.engine.model.evaluations import describe
+from millrace.engine.distributed.process_group import choose_device
+from millrace.engine.evaluation.recall import recall
+from millrace.engine.losses.contrastive import mean_target
 from millrace.engine.model.flops import sampling_flops
-from millrace.engine.objective.contrastive import mean_target
-from millrace.engine.runtime.distributed import choose_device
-from millrace.engine.sampling import Sampler, save_grid
-from millrace.engine.trained import add_model_arguments, load_model, open_sampler, run_of
-from millrace.engine.tuned import open_trained
+from millrace.engine.model.guidance_branches import describe
+from millrace.engine.repa_e.tuned_autoencoder import open_trained
+from millrace.engine.sampling.sampler import (
+    Sampler,
+    save_grid,
+)
+from millrace.engine.sampling.trained_model import (
+    add_model_arguments,
+    load_model,
+    open_sampler,
+    run_of,
+)
+from millrace.engine.util.errors import UserError
 
 
 def parse() -> argparse.Namespace:

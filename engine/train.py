@@ -19,8 +19,14 @@ import json
 import shutil
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.config_file import json_schema, load_config
-from millrace.engine.smoke import SUFFIX, smoke
+from millrace.engine.config.loading import (
+    json_schema,
+    load_config,
+)
+from millrace.engine.config.smoke import (
+    SUFFIX,
+    smoke,
+)
 
 
 def parse() -> argparse.Namespace:
@@ -82,8 +88,8 @@ def main() -> int:
         print("\n".join(plan(config, arguments.plan)))
         return 0
 
-    from millrace.engine.runtime.distributed import wait_for_all
-    from millrace.engine.runtime.logs import set_up_logging
+    from millrace.engine.distributed.process_group import wait_for_all
+    from millrace.engine.run_log.logs import set_up_logging
     from millrace.engine.trainer import train
 
     set_up_logging()

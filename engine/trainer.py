@@ -15,40 +15,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.conditioning.autoencoder import open_autoencoder
-from millrace.engine.conditioning.perceptual import open_perceptual
-from millrace.engine.conditioning.teacher import teacher_of
-from millrace.engine.conditioning.text import open_text_tower
+from millrace.engine.checkpoint import train_state
+from millrace.engine.checkpoint.checkpoints import save_checkpoint
+from millrace.engine.checkpoint.resuming import find_start
 from millrace.engine.config import Config
-from millrace.engine.config_file import differences
+from millrace.engine.config.loading import differences
+from millrace.engine.config.stages import (
+    resolve_stages,
+    stage_at,
+)
 from millrace.engine.data import SampleStream, fingerprint, open_source
-from millrace.engine.end_to_end import open_end_to_end
-from millrace.engine.errors import UserError
+from millrace.engine.distributed import (
+    deepspeed_engine,
+    process_group,
+)
+from millrace.engine.distributed.precision_audit import (
+    DTYPES,
+    audit,
+    require_masters,
+)
+from millrace.engine.distributed.signals import StopRequests
+from millrace.engine.distributed.zero_shards import (
+    gather_parameters,
+    local_shards,
+)
+from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.batch_encoder import (
+    Preparation,
+    Prepared,
+)
+from millrace.engine.encoders.frozen_networks import open_frozen
+from millrace.engine.encoders.perceptual_networks import open_perceptual
+from millrace.engine.encoders.teacher import teacher_of
+from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.export import start_from
-from millrace.engine.frozen import open_frozen
-from millrace.engine.introduction import introduction
-from millrace.engine.losses import Losses
+from millrace.engine.losses.contrastive import MeanTarget
+from millrace.engine.losses.flow_matching import FlowMatching
+from millrace.engine.losses.total import Losses
+from millrace.engine.losses.training_model import TrainingModel
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
 from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
-from millrace.engine.objective.contrastive import MeanTarget
-from millrace.engine.objective.flow import FlowMatching
-from millrace.engine.optim.build import build_optimizer, describe_optimizer, set_learning_rates
+from millrace.engine.optim.build_optimizer import (
+    build_optimizer,
+    describe_optimizer,
+    set_learning_rates,
+)
 from millrace.engine.optim.ema import EmaWeights
-from millrace.engine.preparation import Preparation, Prepared
-from millrace.engine.run_samples import RunSamples
-from millrace.engine.runtime import distributed, state, zero
-from millrace.engine.runtime.checkpoint import save_checkpoint
-from millrace.engine.runtime.logs import LossBuffer, RunLog, make_output, replace_text
-from millrace.engine.runtime.memory import check_fits
-from millrace.engine.runtime.precision import DTYPES, audit, require_masters
-from millrace.engine.runtime.preemption import StopRequests
-from millrace.engine.runtime.resumption import find_start
-from millrace.engine.runtime.sample_log import SampleLog
-from millrace.engine.runtime.shards import gather_parameters, local_shards
-from millrace.engine.stages import resolve_stages, stage_at
-from millrace.engine.training_model import TrainingModel
+from millrace.engine.planning.fit_check import check_fits
+from millrace.engine.repa_e.tuner import open_end_to_end
+from millrace.engine.run_log.logs import (
+    LossBuffer,
+    RunLog,
+    make_output,
+    replace_text,
+)
+from millrace.engine.run_log.sample_log import SampleLog
+from millrace.engine.run_log.startup import introduction
+from millrace.engine.sampling.grids import RunSamples
+from millrace.engine.util.errors import UserError
 
 
 def train(
@@ -87,12 +113,12 @@ class Trainer:
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.whole = config
         self.output = Path(config.run.output_dir)
-        self.device = distributed.choose_device(config.run.device)
-        distributed.initialize(self.device)
+        self.device = process_group.choose_device(config.run.device)
+        process_group.initialize(self.device)
         self.stages = resolve_stages(config)
         for part in self.stages:
-            zero.accumulation_steps(part.config)
-            zero.deepspeed_config(part.config)
+            deepspeed_engine.accumulation_steps(part.config)
+            deepspeed_engine.deepspeed_config(part.config)
         sources = {data: self.open_source(data) for data in {part.config.data for part in self.stages}}
         make_output(self.output)
         reader, messages = find_start(self.output, resume)
@@ -100,8 +126,8 @@ class Trainer:
         self.stage = stage_at(self.stages, self.step)
         begins = self.stage.number > 0 and self.step == self.stage.first
         self.config = config = self.stage.config
-        self.zero_stage = zero.zero_stage(config)
-        self.accumulate = zero.accumulation_steps(config)
+        self.zero_stage = deepspeed_engine.zero_stage(config)
+        self.accumulate = deepspeed_engine.accumulation_steps(config)
         seed = config.run.seed
 
         self.source = sources[config.data]
@@ -120,7 +146,9 @@ class Trainer:
 
         frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
         autoencoder = frozen.autoencoder
-        tight = check_fits(config, self.zero_stage, distributed.world_size(), autoencoder.factor, self.device)
+        tight = check_fits(
+            config, self.zero_stage, process_group.world_size(), autoencoder.factor, self.device
+        )
         messages += [tight] if tight else []
         require_grid(config, autoencoder.factor * config.model.patch_size)
 
@@ -130,7 +158,7 @@ class Trainer:
         self.model = TrainingModel(denoiser, aligned, teacher.dim if teacher else 0)
         self.init_weights(seed)
         if reader is not None:
-            messages += state.load_weights(self.model, reader, str(reader.folder), begins)
+            messages += train_state.load_weights(self.model, reader, str(reader.folder), begins)
         elif config.run.init_from:
             messages += start_from(denoiser, config.run.init_from)
         self.model.to(self.device, DTYPES[config.precision.master])
@@ -145,14 +173,14 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model.named_parameters(), config.optimizer, self.device, config.model
         )
-        self.engine, wrapped = zero.initialize_engine(config, self.model, self.optimizer)
+        self.engine, wrapped = deepspeed_engine.initialize_engine(config, self.model, self.optimizer)
         self.shards = local_shards(self.model, wrapped, self.zero_stage)
         self.optimizer.attach(self.shards, self.zero_stage)
         self.ema = EmaWeights(config.ema, self.shards) if config.ema.enabled else None
         if reader is not None:
-            messages += state.load_optimizer(self.shards, self.optimizer, reader, updates, begins)
+            messages += train_state.load_optimizer(self.shards, self.optimizer, reader, updates, begins)
             if self.ema is not None:
-                state.load_ema(self.shards, self.ema, reader)
+                train_state.load_ema(self.shards, self.ema, reader)
         require_masters(self.model, self.shards, self.optimizer.state, config.precision)
 
         patch = config.model.patch_size
@@ -171,8 +199,8 @@ class Trainer:
             seed=seed,
             patch=patch * autoencoder.factor,
             caption_drop=config.conditioning.caption_drop,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=process_group.rank(),
+            world_size=process_group.world_size(),
             first_sample=self.samples,
             origin=(self.stage.data_sample, self.stage.data_step),
             caches=frozen.caches,
@@ -189,7 +217,7 @@ class Trainer:
         self.stop = StopRequests(self.output)
         self.log = RunLog(config, self.output, self.step)
         self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
-        if distributed.rank() == 0:
+        if process_group.rank() == 0:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
@@ -228,7 +256,9 @@ class Trainer:
                 if request.save or self.step % config.checkpoint.every_steps == 0:
                     self.save()
             self.save()
-            bad = sorted({key for keys in distributed.gather_objects(list(self.stream.bad)) for key in keys})
+            bad = sorted(
+                {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
+            )
             if bad:
                 self.log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
             if self.stage.last < config.run.steps:
@@ -252,7 +282,7 @@ class Trainer:
             flops += self._micro_batch(seen)
             self.engine.step()
         flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
-        norm, applied = zero.apply_gradients(self.engine, self.model, self.optimizer, self.config)
+        norm, applied = deepspeed_engine.apply_gradients(self.engine, self.model, self.optimizer, self.config)
         self.tuning.finish(applied, self.step - begun, end - begun)
 
         self.step += 1
@@ -340,7 +370,7 @@ class Trainer:
             for key, loss in zip(keys, losses.tolist(), strict=True)
             if not math.isfinite(loss)
         ]
-        bad = [key for keys in distributed.gather_objects(bad) for key in keys]
+        bad = [key for keys in process_group.gather_objects(bad) for key in keys]
         among = ", ".join(bad) if bad else "none: the loss was finite, the gradient was not"
         self.log.say(
             f"step {self.step} skipped, weights unchanged; samples with a loss that is not finite: {among}"
@@ -361,22 +391,22 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "skipped": self.skipped,
-            "updates": state.optimizer_steps(self.shards, self.optimizer),
+            "updates": train_state.optimizer_steps(self.shards, self.optimizer),
             "text_tower": self.prepare.text_tower.identity,
             "autoencoder": self.prepare.autoencoder.identity,
             "data": self.data_digest,
             "config": self.whole.model_dump(mode="json"),
         }
-        pieces = state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers())
+        pieces = train_state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers())
         folder = save_checkpoint(
             self.output / "checkpoints",
             self.step,
             itertools.chain(pieces, self.tuning.state_pieces()),
             meta,
             keep=self.config.checkpoint.keep,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            all_ok=distributed.all_ranks,
+            rank=process_group.rank(),
+            world_size=process_group.world_size(),
+            all_ok=process_group.all_ranks,
         )
         self.saved_at = self.step
         self.log.say(f"saved {folder}")

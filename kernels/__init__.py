@@ -3,17 +3,22 @@
 T packed tokens, S packed text tokens, B samples, C width, F MLP width, H heads, D head_dim, P patch features.
 """
 
-from millrace.kernels.add_noise import add_noise
-from millrace.kernels.flow_loss import flow_loss
-from millrace.kernels.fp8_linear import fp8_linear
-from millrace.kernels.gated_residual import gated_residual
-from millrace.kernels.gated_residual_norm_modulate import gated_residual_norm_modulate
-from millrace.kernels.gather_fuse import gather_fuse
-from millrace.kernels.geglu import geglu
-from millrace.kernels.newton_schulz import newton_schulz
-from millrace.kernels.norm_modulate import norm_modulate
-from millrace.kernels.rope_attention import rope_attention
-from millrace.kernels.routing import Route, gather_tokens, sample_route, scatter_tokens
+from millrace.kernels.attention.rope_attention import rope_attention
+from millrace.kernels.ops.add_noise import add_noise
+from millrace.kernels.ops.flow_loss import flow_loss
+from millrace.kernels.ops.fp8_linear import fp8_linear
+from millrace.kernels.ops.gated_residual import gated_residual
+from millrace.kernels.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
+from millrace.kernels.ops.gather_fuse import gather_fuse
+from millrace.kernels.ops.geglu import geglu
+from millrace.kernels.ops.newton_schulz import newton_schulz
+from millrace.kernels.ops.norm_modulate import norm_modulate
+from millrace.kernels.ops.routing import (
+    Route,
+    gather_tokens,
+    sample_route,
+    scatter_tokens,
+)
 
 __all__ = [
     "Route",

@@ -34,8 +34,8 @@ def operations() -> dict[str, str]:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if alias.name[0].islower():
-                    found[alias.name] = node.module.removeprefix("millrace.kernels.")
-    found["sample_route"] = "sample_route"  # routing.py passes it on
+                    found[alias.name] = node.module.removeprefix("millrace.kernels.").replace(".", "/")
+    found["sample_route"] = "ops/sample_route"  # routing.py passes it on
     return found
 
 
@@ -65,7 +65,11 @@ def page() -> str:
             else:
                 parts.append(f"See [`{names[0]}`](#{names[0]}), in the same file.")
             parts.append(f"```python\n{_signature(functions[name])}\n```")
-        parts += [text for text in (_bytes(traffic, names), _resources(resources, module)) if text]
+        parts += [
+            text
+            for text in (_bytes(traffic, names), _resources(resources, module.rpartition("/")[2]))
+            if text
+        ]
     return "\n\n".join(parts) + "\n"
 
 

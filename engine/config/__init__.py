@@ -15,14 +15,20 @@ from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teac
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
 from millrace.engine.config.evaluation import Evaluation, FeaturePaths
-from millrace.engine.config.fp8 import Fp8, check_fp8
 from millrace.engine.config.model import AttentionBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
+from millrace.engine.config.precision import (
+    Fp8,
+    check_fp8,
+)
+from millrace.engine.config.repa_e import (
+    AutoencoderTuning,
+    check_tuning,
+)
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Precision, Run
 from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
 from millrace.engine.config.section import Section
-from millrace.engine.config.tuning import AutoencoderTuning, check_tuning
 
 __all__ = [
     "ActivationCheckpointing",
@@ -84,7 +90,7 @@ class Config(Section):
     """Passed to DeepSpeed after a check that it names no key that the engine sets itself."""
     stages: tuple[dict[str, Any], ...] = ()
     """What changes during the run: objects with `at` (steps done before), `name`, and any settings that hold
-    from there on (`engine/stages.py`)."""
+    from there on (`engine/config/stages.py`)."""
 
     @model_validator(mode="after")
     def _agree(self) -> "Config":

@@ -14,7 +14,7 @@ class Teacher(Section):
 
     kind: Literal["dinov2", "dinov3", "classifier"] = "dinov2"
     """`dinov2` and `dinov3` are ViT-L of transformers (patches of 14 and 16 pixels, 1024 features);
-    `classifier` is a small network trained in this project (`engine/metrics/classifier.py`)."""
+    `classifier` is a small network trained in this project (`engine/evaluation/digit_judge.py`)."""
     path: str | None = None
     """Local folder or hub id of the weights; default the published ones on the hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

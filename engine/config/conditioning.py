@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from millrace.engine.config.repa_e import AutoencoderTuning
 from millrace.engine.config.section import Section
-from millrace.engine.config.tuning import AutoencoderTuning
 
 
 class TextTower(Section):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from millrace.engine.config.fp8 import Fp8
+from millrace.engine.config.precision import Fp8
 from millrace.engine.config.section import Section
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.data.batch import signed_unit
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 
 MAX_ASPECT = 2.0
 _AREAS = 1.5

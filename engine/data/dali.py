@@ -28,10 +28,18 @@ from PIL import Image
 from torch import Tensor
 
 from millrace.engine.config import Data
-from millrace.engine.data.choices import View, Viewer
 from millrace.engine.data.crop import resize
 from millrace.engine.data.decoding import Encoded, PythonDecoder, parts
-from millrace.engine.data.pictures import Source, UnreadablePicture, encoded, stored_size
+from millrace.engine.data.sample_choices import (
+    View,
+    Viewer,
+)
+from millrace.engine.data.sources.pictures import (
+    Source,
+    UnreadablePicture,
+    encoded,
+    stored_size,
+)
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Data
-from millrace.engine.data.choices import View, Viewer
 from millrace.engine.data.crop import cut
-from millrace.engine.data.pictures import Source, UnreadablePicture, holds_files
-from millrace.engine.errors import UserError
+from millrace.engine.data.sample_choices import (
+    View,
+    Viewer,
+)
+from millrace.engine.data.sources.pictures import (
+    Source,
+    UnreadablePicture,
+    holds_files,
+)
+from millrace.engine.util.errors import UserError
 
 log = logging.getLogger(__name__)
 

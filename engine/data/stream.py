@@ -1,7 +1,7 @@
 """The endless stream of training samples.
 
     global sample i ──▶ place i - origin ──▶ picture (`mixture.py`, `order.py`)
-                    ──▶ caption, crop, flip (`choices.py`) ──▶ pixels (`decoding.py`) ──▶ Batch
+                    ──▶ caption, crop, flip (`sample_choices.py`) ──▶ pixels (`decoding.py`) ──▶ Batch
 
 Sample i is the same for any number of processes, micro-batch size, number of threads and point of resumption,
 because each choice about it is drawn from (seed, i, purpose). The only state of the stream is a counter.
@@ -18,15 +18,18 @@ from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.data.batch import Batch
-from millrace.engine.data.cache import CachedText
-from millrace.engine.data.cached import Caches
-from millrace.engine.data.choices import Choices
+from millrace.engine.data.caches.cache_format import CachedText
+from millrace.engine.data.caches.cache_lookup import Caches
 from millrace.engine.data.crop import check_bucket, check_resolution
 from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder, parts
-from millrace.engine.data.mixture import order_of
 from millrace.engine.data.order import Pool
-from millrace.engine.data.pictures import Source, UnreadablePicture
-from millrace.engine.errors import UserError
+from millrace.engine.data.sample_choices import Choices
+from millrace.engine.data.sources.mixture import order_of
+from millrace.engine.data.sources.pictures import (
+    Source,
+    UnreadablePicture,
+)
+from millrace.engine.util.errors import UserError
 
 log = logging.getLogger(__name__)
 

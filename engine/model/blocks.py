@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from millrace.engine.config import Model
-from millrace.engine.model.attention_tap import queries_and_keys
+from millrace.engine.model.attention_taps import queries_and_keys
 from millrace.kernels import (
     gated_residual,
     gated_residual_norm_modulate,

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Model, Routing
-from millrace.engine.config_file import parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import parse_config
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.util.errors import UserError
 
 State = Mapping[str, Tensor]
 

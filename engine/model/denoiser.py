@@ -19,10 +19,16 @@ from millrace.engine.model.blocks import (
     VectorEmbedder,
     sinusoid,
 )
-from millrace.engine.model.fusion import Fusion
-from millrace.engine.model.packing import Grid, Layout, LayoutCache, patchify, unpatchify
-from millrace.engine.model.resolution import ResolutionTokens
+from millrace.engine.model.layout import (
+    Grid,
+    Layout,
+    LayoutCache,
+    patchify,
+    unpatchify,
+)
+from millrace.engine.model.resolution_tokens import ResolutionTokens
 from millrace.engine.model.routing import RoutedSpan
+from millrace.engine.model.sprint import Fusion
 from millrace.kernels import gather_tokens, scatter_tokens
 
 

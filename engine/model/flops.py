@@ -13,10 +13,13 @@ SPRINT's fusion layer counts as it is defined, Linear(2C -> C) on every token. `
 from collections import Counter
 
 from millrace.engine.config import Config, Model, route_end
-from millrace.engine.model import resolution
+from millrace.engine.model import resolution_tokens
 from millrace.engine.model.blocks import TIME_FEATURES
-from millrace.engine.model.evaluations import Branch, evaluations
-from millrace.kernels.routing import kept_tokens
+from millrace.engine.model.guidance_branches import (
+    Branch,
+    evaluations,
+)
+from millrace.kernels.ops.routing import kept_tokens
 
 PEAK_BF16 = {
     "A100": 312e12,
@@ -60,8 +63,10 @@ def forward_flops(
     once *= 2 if config.resolution_embedding else 1
     if config.resolution_tokens:
         # Two text tokens that do not come from the text tower.
-        once += resolution.COUNT * (resolution.FEATURES * width + width * width - config.context_dim * width)
-        text_tokens += resolution.COUNT
+        once += resolution_tokens.COUNT * (
+            resolution_tokens.FEATURES * width + width * width - config.context_dim * width
+        )
+        text_tokens += resolution_tokens.COUNT
     once += depth * 6 * width * width + 2 * width * width  # modulation
     total = once + image_tokens * (embed + width * features)
     total += text_tokens * width * (config.context_dim + depth * 2 * width)

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from millrace.engine.config.fp8 import MULTIPLE, Fp8
-from millrace.engine.errors import UserError
+from millrace.engine.config.precision import (
+    MULTIPLE,
+    Fp8,
+)
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.util.errors import UserError
 from millrace.kernels import fp8_linear
-from millrace.kernels.fp8_linear import missing
+from millrace.kernels.ops.fp8_linear import missing
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 """Rows (T, K) and a weight (N, K) -> (T, N)."""

@@ -5,12 +5,12 @@ route's rows before block `start` and joins them with the others after block `en
 
     TREAD     bypassing rows stay where they are, the route's rows are put back between them
     SPRINT    all rows bypass; a linear layer fuses them with the route's rows, a mask token where there are
-              none (`fusion.py`). The layer is part of the model, so it also runs where nothing is routed.
+              none (`sprint.py`). The layer is part of the model, so it also runs where nothing is routed.
 
 A policy that drops nothing (`routing.drop` 0, the fine-tune on all tokens that may follow) runs every block
 on every token: TREAD's is then the dense model, SPRINT's keeps its fusion layer and its path drop.
 
-Sampling routes too: a branch of the guidance (`evaluations.py`) may drop tokens, or skip the span.
+Sampling routes too: a branch of the guidance (`guidance_branches.py`) may drop tokens, or skip the span.
 """
 
 from typing import NamedTuple, Protocol
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Config, Routing, route_end
-from millrace.engine.errors import UserError
-from millrace.engine.model.evaluations import Branch
-from millrace.engine.model.packing import Layout
+from millrace.engine.model.guidance_branches import Branch
+from millrace.engine.model.layout import Layout
+from millrace.engine.util.errors import UserError
 from millrace.kernels import Route, sample_route
-from millrace.kernels.random import sample_keys, uniform
+from millrace.kernels.support.philox import (
+    sample_keys,
+    uniform,
+)
 
 
 class RoutedSpan(NamedTuple):

@@ -2,7 +2,7 @@
 
 import torch
 
-from millrace.engine.runtime.shards import Shard
+from millrace.engine.distributed.zero_shards import Shard
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 """Adam's moments."""

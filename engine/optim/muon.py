@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Muon as MuonConfig
-from millrace.engine.model.matrices import Stack
+from millrace.engine.distributed import process_group
+from millrace.engine.distributed.zero_shards import Shard
 from millrace.engine.optim.adamw import SkippableAdamW
 from millrace.engine.optim.exchange import Matrix, Part, Round, rounds
-from millrace.engine.runtime import distributed
-from millrace.engine.runtime.shards import Shard
-from millrace.kernels.newton_schulz import newton_schulz
+from millrace.engine.optim.matrices import Stack
+from millrace.kernels.ops.newton_schulz import newton_schulz
 
 ROUND_ELEMENTS = 2**27
 """Elements that a process orthogonalises before it exchanges the next: bounds the memory that this takes."""
@@ -78,7 +78,7 @@ class Muon(SkippableAdamW):
         by_master: dict[int, list[int]] = {}
         for i, shard in enumerate(mine):
             by_master.setdefault(0 if stage == 0 else id(shard.master), []).append(i)
-        held = distributed.gather_objects([(shard.start, shard.count) for shard in mine])
+        held = process_group.gather_objects([(shard.start, shard.count) for shard in mine])
         for members in by_master.values():
             parts = [mine[i] for i in members]
             ranges = [[of_rank[i] for i in members] for of_rank in held]
@@ -186,7 +186,7 @@ class _Plan:
             for stack in (stacks[shard.name],)
             for part in range(stack.count)
         ]
-        self.rounds = rounds(matrices, ranges, distributed.rank(), replicated, ROUND_ELEMENTS)
+        self.rounds = rounds(matrices, ranges, process_group.rank(), replicated, ROUND_ELEMENTS)
 
     def weights(self, part: Part) -> Tensor:
         """The master's elements (count,) of a part."""

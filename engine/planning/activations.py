@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from millrace.engine.config import Config
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
-from millrace.engine.objective.flow import FlowMatching
 
 _FREE = {"mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "detach", "alias", "device"}
 """Operators that the FLOP formula covers, or that move nothing."""

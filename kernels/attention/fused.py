@@ -15,8 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from millrace.kernels.attention import prologue
-from millrace.kernels.operators import HAS_TRITON, register, uses_triton
-from millrace.kernels.packed import sample_slices
+from millrace.kernels.support.packed import sample_slices
+from millrace.kernels.support.registration import (
+    HAS_TRITON,
+    register,
+    uses_triton,
+)
 
 if HAS_TRITON:
     from millrace.kernels.attention.fused_backward_triton import backward_triton

@@ -18,8 +18,11 @@ from torch import Tensor
 from millrace.kernels.attention import fused_triton
 from millrace.kernels.attention.fused_triton import LN_2, LOG2_E, configuration, load_rows, sample_rows
 from millrace.kernels.attention.tiles import norm, norm_backward, rotate, tile_angles
-from millrace.kernels.compilation import Launch, meta
-from millrace.kernels.packed import unit_stride
+from millrace.kernels.support.compilation import (
+    Launch,
+    meta,
+)
+from millrace.kernels.support.packed import unit_stride
 
 
 @triton.jit

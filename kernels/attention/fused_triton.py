@@ -17,9 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from millrace.kernels.attention.tiles import norm, rotate, tile_angles, training_inputs
-from millrace.kernels.compilation import Launch, capability
-from millrace.kernels.operators import INTERPRETING
-from millrace.kernels.packed import unit_stride
+from millrace.kernels.support.compilation import (
+    Launch,
+    capability,
+)
+from millrace.kernels.support.packed import unit_stride
+from millrace.kernels.support.registration import INTERPRETING
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.kernels.packed import sample_of_row, sample_slices
+from millrace.kernels.support.packed import (
+    sample_of_row,
+    sample_slices,
+)
 
 Joint = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""

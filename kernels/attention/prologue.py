@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.attention.layout import Joint, PaddedRows, joint_shapes, packed_rows
-from millrace.kernels.operators import HAS_TRITON, register
-from millrace.kernels.packed import sample_slices
+from millrace.kernels.support.packed import sample_slices
+from millrace.kernels.support.registration import (
+    HAS_TRITON,
+    register,
+)
 
 if HAS_TRITON:
     from millrace.kernels.attention.prologue_triton import backward_triton, forward_triton

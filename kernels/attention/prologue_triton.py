@@ -16,8 +16,11 @@ from torch import Tensor
 
 from millrace.kernels.attention.layout import Joint, joint_shapes
 from millrace.kernels.attention.tiles import norm, norm_backward, rotate, tile_angles, training_inputs
-from millrace.kernels.compilation import Launch, meta
-from millrace.kernels.packed import unit_stride
+from millrace.kernels.support.compilation import (
+    Launch,
+    meta,
+)
+from millrace.kernels.support.packed import unit_stride
 
 TILE = 2048
 """Elements of a (ROWS, D) tile: 16 a thread for four warps."""

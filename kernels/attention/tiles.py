@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from millrace.kernels.compilation import meta
+from millrace.kernels.support.compilation import meta
 
 
 @triton.jit

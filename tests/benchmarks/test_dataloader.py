@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

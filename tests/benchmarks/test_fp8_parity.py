@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]

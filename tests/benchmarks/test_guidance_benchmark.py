@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.engine.config_file import parse_config
-from millrace.engine.data.digits import DigitsSource
-from millrace.engine.errors import UserError
-from millrace.engine.metrics.nearest import recall
+from millrace.engine.config.loading import parse_config
+from millrace.engine.data.sources.digits import DigitsSource
+from millrace.engine.evaluation.recall import recall
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import sampling_flops
+from millrace.engine.util.errors import UserError
 from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.engine.config_file import merge, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
 from millrace.engine.model.conversion import diffusers_state
+from millrace.engine.util.errors import UserError
 from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

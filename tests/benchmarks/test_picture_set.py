@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from millrace.engine.config.data import Columns
-from millrace.engine.data.mds import MdsSource
-from millrace.engine.data.shards import ShardsSource
+from millrace.engine.data.sources.mds import MdsSource
+from millrace.engine.data.sources.shards import ShardsSource
 from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

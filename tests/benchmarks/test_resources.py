@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.kernels.compilation import Launch
-from millrace.kernels.operators import HAS_TRITON, INTERPRETING
+from millrace.kernels.support.compilation import Launch
+from millrace.kernels.support.registration import (
+    HAS_TRITON,
+    INTERPRETING,
+)
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 compiles = pytest.mark.skipif(INTERPRETING or not HAS_TRITON, reason="needs Triton's compiler")
@@ -40,7 +43,7 @@ def test_writes_the_same_file_every_time(tmp_path, capsys):
 
 @compiles
 def test_fails_on_a_kernel_that_does_not_fit(monkeypatch, tmp_path, capsys):
-    geglu = importlib.import_module("millrace.kernels.geglu")
+    geglu = importlib.import_module("millrace.kernels.ops.geglu")
     gate_up = torch.empty(8, 128, device="meta")
     launch = Launch("needs wgmma", geglu._forward_triton, (gate_up,), frozenset({"_forward_kernel"}))
     monkeypatch.setattr(resources, "launches", lambda: iter([("geglu", launch)]))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from millrace.engine.errors import UserError
 from millrace.engine.model.flops import training_flops
+from millrace.engine.util.errors import UserError
 from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from millrace.engine.config_file import load_config
-from millrace.engine.errors import UserError
-from millrace.engine.smoke import smoke
+from millrace.engine.config.loading import load_config
+from millrace.engine.config.smoke import smoke
+from millrace.engine.util.errors import UserError
 from tests.programs import environment, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -404,7 +404,7 @@ def test_frozen_networks_run_and_do_not_disturb_random_numbers(tmp_path):
 
 def test_sample_pictures_are_a_folder_that_trains(tmp_path):
     folder = pictures.write(tmp_path / "p", max_tokens=64, count=3, edge=40)
-    source = importlib.import_module("millrace.engine.data.folder").FolderSource(folder)
+    source = importlib.import_module("millrace.engine.data.sources.folder").FolderSource(folder)
     assert len(source) == 3
     assert source.image(0).size == (40, 40)
     tokenizer = frozen.PieceTokenizer(100)

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from millrace.engine.config_file import load_config, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    load_config,
+    parse_config,
+)
 from millrace.engine.model.flops import training_flops
+from millrace.engine.util.errors import UserError
 from tests.programs import environment, load
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from millrace.engine.config_file import parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import parse_config
+from millrace.engine.util.errors import UserError
 from millrace.kernels import fp8_linear, gather_fuse, gather_tokens, norm_modulate, scatter_tokens
-from millrace.kernels.rows import row_launch
+from millrace.kernels.support.rows import row_launch
 from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

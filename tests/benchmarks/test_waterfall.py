@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from millrace.engine.config_file import load_config
-from millrace.engine.smoke import smoke
+from millrace.engine.config.loading import load_config
+from millrace.engine.config.smoke import smoke
 from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]

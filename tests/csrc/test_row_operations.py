@@ -1,12 +1,13 @@
 """gated_residual_norm_modulate and flow_loss of csrc against their equations in float64: the host library
-everywhere, the kernels where there is a GPU. Both are called through `millrace.kernels.cuda_library`."""
+everywhere, the kernels where there is a GPU. Both are called through
+`millrace.kernels.support.cuda_library`."""
 
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
-from millrace.kernels import cuda_library
+from millrace.kernels.support import cuda_library
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = {

@@ -14,13 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 from millrace.engine.config import Config
-from millrace.engine.config_file import merge, parse_config
+from millrace.engine.config.loading import (
+    merge,
+    parse_config,
+)
 from millrace.engine.data import Captions
-from millrace.engine.data.shard_index import Manifest
-from millrace.engine.data.shard_writer import StoredSample, sample_record, write_manifest, write_shard
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
+from millrace.engine.data.formats.shard_index import Manifest
+from millrace.engine.data.formats.shard_writer import (
+    StoredSample,
+    sample_record,
+    write_manifest,
+    write_shard,
+)
 from tests.programs import environment
 
 HERE = Path(__file__).resolve().parent

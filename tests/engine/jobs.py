@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine import train as train_command
+from millrace.engine.checkpoint.train_state import state_pieces
 from millrace.engine.cli import run_command
 from millrace.engine.config import Config
-from millrace.engine.config_file import parse_config
-from millrace.engine.errors import UserError
-from millrace.engine.runtime import distributed
-from millrace.engine.runtime.shards import masters
-from millrace.engine.runtime.state import state_pieces
+from millrace.engine.config.loading import parse_config
+from millrace.engine.distributed import process_group
+from millrace.engine.distributed.zero_shards import masters
 from millrace.engine.trainer import Trainer, train
+from millrace.engine.util.errors import UserError
 
 
 @dataclass
@@ -113,7 +113,7 @@ class InstrumentedTrainer(Trainer):
     def next_batch(self):
         self.result.count_event()
         batch = super().next_batch()
-        if self.step in self.job.spoiled_losses and distributed.rank() == distributed.world_size() - 1:
+        if self.step in self.job.spoiled_losses and process_group.rank() == process_group.world_size() - 1:
             batch.clean[0, 0] = float("nan")
             self.result.spoiled.append(batch.keys[0])
         return batch
@@ -269,8 +269,8 @@ def main() -> None:
     if "RANK" in os.environ:
         for job in jobs:
             result = run(job)
-            torch.save(vars(result), folder / f"{job.name}-{distributed.rank()}.pt")
-            distributed.wait_for_all()
+            torch.save(vars(result), folder / f"{job.name}-{process_group.rank()}.pt")
+            process_group.wait_for_all()
         return
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401 - once here and not in every fork

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
-from millrace.engine.conditioning.tiny import tiny_dino
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
-from millrace.engine.runtime.weights import checkpoint_state
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.encoders.small_classifier import (
+    SmallClassifier,
+    save_classifier,
+)
+from millrace.engine.encoders.tiny_networks import tiny_dino
 from millrace.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millrace.engine.config_file import merge
+from millrace.engine.config.loading import merge
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from millrace.engine import evaluate
-from millrace.engine.errors import UserError
 from millrace.engine.export import main as export
+from millrace.engine.util.errors import UserError
 
 SCRIPT = Path(evaluate.__file__).resolve()
 CHANGES = {"run": {"steps": 2}, "sampling": {"steps": 2, "guidance": 2.0}}

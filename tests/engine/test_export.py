@@ -11,12 +11,12 @@ from diffusers import PRXTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 import millrace.engine.export as export
+from millrace.engine.checkpoint.checkpoints import save_checkpoint
+from millrace.engine.checkpoint.tensor_file import Piece
 from millrace.engine.config import Config, Model, Routing
-from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import diffusers_config, diffusers_state, prx_state
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.runtime.checkpoint import save_checkpoint
-from millrace.engine.runtime.sharded import Piece
+from millrace.engine.util.errors import UserError
 
 LATENT = Model(width=32, depth=3, heads=2, in_channels=16, patch_size=2, context_dim=12, rope_axes=(8, 8))
 PIXEL = Model(

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.optim.build import muon_stacks
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
-from millrace.engine.runtime.weights import checkpoint_state
+from millrace.engine.optim.build_optimizer import muon_stacks
 
 pytestmark = pytest.mark.slow
 

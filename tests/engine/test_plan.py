@@ -8,12 +8,18 @@ import pytest
 
 from millrace.engine import train
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config, parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import (
+    load_config,
+    parse_config,
+)
+from millrace.engine.distributed.deepspeed_engine import zero_stage
 from millrace.engine.model.flops import training_flops
 from millrace.engine.plan import plan
-from millrace.engine.runtime.memory import GIB, estimate_bytes
-from millrace.engine.runtime.zero import zero_stage
+from millrace.engine.planning.fit_check import (
+    GIB,
+    estimate_bytes,
+)
+from millrace.engine.util.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.json") if path.name != "schema.json")

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from millrace.engine import plan
-from millrace.engine.errors import UserError
-from millrace.engine.planning.command import parse, run
+from millrace.engine.planning.report import (
+    parse,
+    run,
+)
+from millrace.engine.util.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICK = str(CONFIGS / "quickstart.json")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from millrace.engine import prepare
-from millrace.engine.errors import UserError
+from millrace.engine.util.errors import UserError
 
 COMMAND = Path(__file__).resolve().parents[2] / "engine" / "prepare.py"
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 
 pytestmark = pytest.mark.slow
 

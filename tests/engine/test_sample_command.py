@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from millrace.engine import sample
-from millrace.engine.errors import UserError
+from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.model.flops import sampling_flops
-from millrace.engine.objective.contrastive import MeanTarget
+from millrace.engine.util.errors import UserError
 
 CHANGES = {
     "run": {"steps": 2},

@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.data import open_source
-from millrace.engine.data.mixture import order_of
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sample_log import keys_of_steps
+from millrace.engine.data.sources.mixture import order_of
+from millrace.engine.run_log.sample_log import keys_of_steps
 
 STEPS = 60
 BATCH = 16

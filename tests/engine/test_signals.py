@@ -8,8 +8,8 @@ import time
 import psutil
 import pytest
 
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 
 pytestmark = pytest.mark.slow
 

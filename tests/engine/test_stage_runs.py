@@ -5,9 +5,12 @@ import random
 import pytest
 import torch
 
-from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.encoders.small_classifier import (
+    SmallClassifier,
+    save_classifier,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from millrace.engine.config import Config
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
-from millrace.engine.objective.flow import FlowMatching
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = sorted(
@@ -18,10 +18,10 @@ STEP = sorted(
     for pattern in (
         "kernels/**/*.py",
         "engine/model/*.py",
-        "engine/objective/*.py",
+        "engine/losses/*.py",
         "engine/optim/*.py",
-        "engine/end_to_end.py",
-        "engine/preparation.py",
+        "engine/repa_e/tuner.py",
+        "engine/encoders/batch_encoder.py",
     )
     for path in ROOT.glob(pattern)
 )

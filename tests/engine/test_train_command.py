@@ -6,10 +6,10 @@ import subprocess
 import pytest
 import torch
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.config import Config
-from millrace.engine.config_file import load_config
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.weights import checkpoint_state
+from millrace.engine.config.loading import load_config
 
 pytestmark = pytest.mark.slow
 

@@ -6,16 +6,16 @@ import re
 import pytest
 import torch
 
-from millrace.engine.conditioning.autoencoder import open_autoencoder
-from millrace.engine.conditioning.text import open_text_tower
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 from millrace.engine.data import SampleStream, open_source
+from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
-from millrace.engine.objective.flow import FlowMatching
-from millrace.engine.preparation import Preparation
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
-from millrace.engine.runtime.weights import checkpoint_state
 
 pytestmark = pytest.mark.slow
 

@@ -7,17 +7,24 @@ import sys
 import pytest
 import torch
 
-from millrace.engine import export, sample, trained
-from millrace.engine.conditioning.autoencoder import open_autoencoder
-from millrace.engine.conditioning.latent_norm import STATISTICS_FILE
-from millrace.engine.conditioning.small_classifier import SmallClassifier, save_classifier
+from millrace.engine import (
+    export,
+    sample,
+)
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
 from millrace.engine.config import Autoencoder
-from millrace.engine.errors import UserError
-from millrace.engine.runtime.checkpoint import list_checkpoints
-from millrace.engine.runtime.sharded import CheckpointReader
-from millrace.engine.stages import resolve_stages
+from millrace.engine.config.stages import resolve_stages
+from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.small_classifier import (
+    SmallClassifier,
+    save_classifier,
+)
+from millrace.engine.repa_e.latent_norm import STATISTICS_FILE
+from millrace.engine.repa_e.tuned_autoencoder import open_trained
+from millrace.engine.sampling import trained_model
 from millrace.engine.trainer import Trainer
-from millrace.engine.tuned import open_trained
+from millrace.engine.util.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.slow
@@ -29,7 +36,10 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "updates")
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """Changes of the tiny run that tune a tiny autoencoder, on 32 pixel pictures of 2 x 2 tokens."""
-    from millrace.engine.conditioning.tiny import tiny_autoencoder, tiny_lpips
+    from millrace.engine.encoders.tiny_networks import (
+        tiny_autoencoder,
+        tiny_lpips,
+    )
 
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
@@ -201,7 +211,7 @@ def test_another_run_trains_on_an_exported_autoencoder(runs, tuned, whole, tmp_p
 def test_sampling_uses_the_tuned_autoencoder(whole, tmp_path, monkeypatch):
     picture, opened = tmp_path / "fox.png", []
     monkeypatch.setattr(
-        trained, "open_trained", lambda *given: opened.append(open_trained(*given)) or opened[-1]
+        trained_model, "open_trained", lambda *given: opened.append(open_trained(*given)) or opened[-1]
     )
     words = ["--checkpoint", str(whole), "--prompt", "a fox", "--steps", "2", "--grid", str(picture)]
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])

@@ -29,15 +29,26 @@ import numpy as np
 from PIL import Image
 
 from millrace.engine.data import Captions, UnreadablePicture
-from millrace.engine.data.preparing.captions import captions_of
-from millrace.engine.data.preparing.sample import RawSample, convert
-from millrace.engine.data.preparing.settings import Settings
-from millrace.engine.data.preparing.tars import read_tar
-from millrace.engine.data.reasons import Reason, Reject, Rejected
-from millrace.engine.data.shard_index import Manifest
-from millrace.engine.data.shard_writer import sample_record, write_manifest, write_shard
-from millrace.engine.data.shards import ShardsSource
-from millrace.engine.errors import UserError
+from millrace.engine.data.formats.shard_index import Manifest
+from millrace.engine.data.formats.shard_writer import (
+    sample_record,
+    write_manifest,
+    write_shard,
+)
+from millrace.engine.data.prepare.captions import captions_of
+from millrace.engine.data.prepare.settings import Settings
+from millrace.engine.data.prepare.stored_sample import (
+    RawSample,
+    convert,
+)
+from millrace.engine.data.prepare.tars import read_tar
+from millrace.engine.data.reject_reasons import (
+    Reason,
+    Reject,
+    Rejected,
+)
+from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.util.errors import UserError
 
 SETTINGS = Settings(resolution=32, patch=8)
 CASE_SECONDS = 60

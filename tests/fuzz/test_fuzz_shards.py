@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.engine.data.preparing import tar_members
+from millrace.engine.data.prepare import tar_members
 
 
 @pytest.fixture(scope="module")

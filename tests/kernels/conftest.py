@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from millrace.kernels.operators import INTERPRETING
+from millrace.kernels.support.registration import INTERPRETING
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 

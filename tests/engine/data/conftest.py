@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millrace.engine.data.mds_shards import load_library
+from millrace.engine.data.formats.mds_shards import load_library
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from millrace.engine.data.crop import (
     evaluation_view,
     output_size,
 )
-from millrace.engine.errors import UserError
-from millrace.engine.randomness import host_generator
+from millrace.engine.util.errors import UserError
+from millrace.engine.util.randomness import host_generator
 
 
 def noise(width, height):

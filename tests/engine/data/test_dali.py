@@ -12,10 +12,10 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, UnreadablePicture, open_source
-from millrace.engine.data.choices import View
 from millrace.engine.data.decoding import Encoded, PythonDecoder
-from millrace.engine.data.pictures import decode_picture
-from millrace.engine.errors import UserError
+from millrace.engine.data.sample_choices import View
+from millrace.engine.data.sources.pictures import decode_picture
+from millrace.engine.util.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from millrace.engine.data.dali import DaliDecoder, build_pipeline, feed, size_if_simple

@@ -9,13 +9,17 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.data import open_source
-from millrace.engine.data.choices import View
 from millrace.engine.data.crop import cut
 from millrace.engine.data.decoding import PythonDecoder, open_decoder, parts
-from millrace.engine.data.keys import KeptSource
-from millrace.engine.data.mixture import MixtureSource
-from millrace.engine.data.pictures import encoded, holds_files, stored_size
-from millrace.engine.errors import UserError
+from millrace.engine.data.sample_choices import View
+from millrace.engine.data.sources.key_subset import KeptSource
+from millrace.engine.data.sources.mixture import MixtureSource
+from millrace.engine.data.sources.pictures import (
+    encoded,
+    holds_files,
+    stored_size,
+)
+from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,15 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, UnreadablePicture
-from millrace.engine.data.keys import KeptSource
-from millrace.engine.data.mixture import MixtureSource, order_of
 from millrace.engine.data.order import BucketRuns, Pool, deal
-from millrace.engine.data.shares import SharePlan
-from millrace.engine.errors import UserError
-from millrace.engine.randomness import host_generator
+from millrace.engine.data.sources.key_subset import KeptSource
+from millrace.engine.data.sources.mixture import (
+    MixtureSource,
+    order_of,
+)
+from millrace.engine.data.sources.mixture_shares import SharePlan
+from millrace.engine.util.errors import UserError
+from millrace.engine.util.randomness import host_generator
 
 SIZES = ((8, 16), (12, 12), (16, 8))
 COUNTS = (11, 3, 20)

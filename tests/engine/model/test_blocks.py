@@ -7,7 +7,7 @@ import torch
 
 from millrace.engine.config import Model
 from millrace.engine.model.blocks import Block, FinalLayer, VectorEmbedder, sinusoid
-from millrace.engine.model.packing import LayoutCache
+from millrace.engine.model.layout import LayoutCache
 
 CONFIG = Model(width=24, depth=1, heads=3, mlp_ratio=2.5, attention_backend="reference")
 GRIDS = [(2, 3), (1, 1), (3, 2)]

@@ -5,7 +5,6 @@ import torch
 from diffusers import PRXTransformer2DModel
 
 from millrace.engine.config import Model
-from millrace.engine.errors import UserError
 from millrace.engine.model.conversion import (
     denoiser_state,
     diffusers_config,
@@ -16,6 +15,7 @@ from millrace.engine.model.conversion import (
     prx_state,
 )
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.util.errors import UserError
 
 LATENT = Model(width=32, depth=3, heads=2, in_channels=16, patch_size=2, context_dim=12)
 PIXEL = Model(

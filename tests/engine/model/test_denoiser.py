@@ -16,7 +16,7 @@ from millrace.engine.export import to_diffusers
 from millrace.engine.model.blocks import Block
 from millrace.engine.model.conversion import diffusers_config, diffusers_state
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.packing import patchify
+from millrace.engine.model.layout import patchify
 from millrace.engine.model.routing import Tread
 
 LATENT = Model(width=32, depth=3, heads=2, in_channels=4, patch_size=2, context_dim=12)

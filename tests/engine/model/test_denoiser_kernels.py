@@ -10,7 +10,8 @@ from torch import Tensor
 from millrace.engine.config import Config
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
-from millrace.kernels import flow_loss, operators
+from millrace.kernels import flow_loss
+from millrace.kernels.support import registration
 
 PAPER = {"fuse_order": "deep_dense", "mask_token": "frozen", "structured": True, "path_drop": 0.5}
 ROUTES = {
@@ -29,7 +30,7 @@ DEVICES = pytest.mark.parametrize(
             "cpu",
             marks=[
                 pytest.mark.interpreter,
-                pytest.mark.skipif(not operators.INTERPRETING, reason="needs TRITON_INTERPRET=1"),
+                pytest.mark.skipif(not registration.INTERPRETING, reason="needs TRITON_INTERPRET=1"),
             ],
         ),
         pytest.param("cuda", marks=pytest.mark.cuda),
@@ -77,7 +78,7 @@ def evaluate(routing, grids, device, backend, dtype) -> dict[str, Tensor]:
 def test_kernels_compute_what_plain_pytorch_does(device, backend, routing, grids, monkeypatch):
     found = evaluate(routing, grids, device, backend, torch.float32)
     asked = []
-    monkeypatch.setattr(operators, "uses_triton", lambda tensor: bool(asked.append(tensor)))
+    monkeypatch.setattr(registration, "uses_triton", lambda tensor: bool(asked.append(tensor)))
     plain, exact = (evaluate(routing, grids, device, "reference", d) for d in (torch.float32, torch.float64))
     assert asked, "no operator asked whether to run its kernel"
     assert found.keys() == exact.keys()

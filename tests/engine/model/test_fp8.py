@@ -12,14 +12,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine.config import ActivationCheckpointing, Config, Fp8, Model, Routing
-from millrace.engine.config.fp8 import MULTIPLE, fp8_shapes
-from millrace.engine.config_file import parse_config
-from millrace.engine.errors import UserError
+from millrace.engine.config.loading import parse_config
+from millrace.engine.config.precision import (
+    MULTIPLE,
+    fp8_shapes,
+)
+from millrace.engine.distributed import deepspeed_engine
 from millrace.engine.model import fp8 as module
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.fp8 import Fp8Linear, use_fp8
 from millrace.engine.model.routing import RoutedSpan, Sprint, Tread
-from millrace.engine.runtime import zero
+from millrace.engine.util.errors import UserError
 from millrace.kernels import Route, fp8_linear
 
 CPU = torch.device("cpu")
@@ -294,13 +297,13 @@ def test_libraries_that_keep_weights_do_not_go_with_zero_3(backend):
         {"precision": {"fp8": {"backend": backend}}, "deepspeed": {"zero_optimization": {"stage": 3}}}
     )
     with pytest.raises(UserError, match=rf"backend {backend} keeps whole weights .* take torch, or stage 2"):
-        zero.deepspeed_config(config)
+        deepspeed_engine.deepspeed_config(config)
 
 
 def test_gradients_of_fp8_layers_are_reduced_as_those_of_others():
     """DeepSpeed asks whether a module's class is one of those named."""
     found = set()
-    for name in zero._LINEAR:
+    for name in deepspeed_engine._LINEAR:
         package, _, attribute = name.rpartition(".")
         found.add(getattr(importlib.import_module(package), attribute))
     assert found == {nn.Linear, Fp8Linear}

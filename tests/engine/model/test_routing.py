@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from millrace.engine.config import Config, Model, Routing
-from millrace.engine.errors import UserError
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.evaluations import Branch
-from millrace.engine.model.packing import LayoutCache
+from millrace.engine.model.guidance_branches import Branch
+from millrace.engine.model.layout import LayoutCache
 from millrace.engine.model.routing import (
     Dense,
     RoutedSpan,
@@ -18,6 +17,7 @@ from millrace.engine.model.routing import (
     require_grid,
     routing_policy,
 )
+from millrace.engine.util.errors import UserError
 
 CONFIG = Model(width=32, depth=5, heads=2, in_channels=4, context_dim=12)
 UNIFORM, MIXED = [(4, 4)] * 3, [(4, 4), (2, 5), (3, 3)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from millrace.engine.config import Optimizer
-from millrace.engine.optim.build import build_optimizer
+from millrace.engine.optim.build_optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 

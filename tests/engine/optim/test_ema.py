@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from millrace.engine.config import Ema
+from millrace.engine.distributed.zero_shards import Shard
 from millrace.engine.optim.ema import EmaWeights
-from millrace.engine.runtime.shards import Shard
 
 
 def shards_of(masters):

@@ -9,12 +9,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine.config import Model, Muon, Optimizer, Schedule
+from millrace.engine.distributed.zero_shards import local_shards
 from millrace.engine.model.conversion import prx_state
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.optim import muon as muon_module
-from millrace.engine.optim.build import build_optimizer, set_learning_rates
+from millrace.engine.optim.build_optimizer import (
+    build_optimizer,
+    set_learning_rates,
+)
 from millrace.engine.optim.muon import update_scale
-from millrace.engine.runtime.shards import local_shards
 
 CPU = torch.device("cpu")
 MODEL = Model(width=16, depth=2, heads=2, patch_size=1, in_channels=4, context_dim=8, mlp_ratio=2)

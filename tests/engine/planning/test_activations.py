@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
-from millrace.engine.objective.flow import FlowMatching
 from millrace.engine.planning.activations import trace
 
 CHANGES = {

@@ -22,7 +22,7 @@ CASES = {
 }
 LEARNED = ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
 FLASH_ATTN_4, FLASH_ATTN_2 = ("flash_attn.cute", "cutlass"), "flash_attn.flash_attn_interface"
-module = importlib.import_module("millrace.kernels.rope_attention")
+module = importlib.import_module("millrace.kernels.attention.rope_attention")
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.kernels.attention.fused import fused_attention
-from millrace.kernels.operators import uses_triton
+from millrace.kernels.support.registration import uses_triton
 
 LENGTHS, TEXT_LENGTHS, HEADS = (3, 0, 18), (2, 5, 1), 2
 

@@ -1,0 +1,69 @@
+"""The denoiser's weights out of a checkpoint, without its optimizer."""
+
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.manifest import MANIFEST
+from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.config import Config
+from millrace.engine.config.loading import parse_config
+from millrace.engine.optim.build_optimizer import HEADS
+from millrace.engine.util.errors import UserError
+
+Stored = Literal["model", "ema", "ema2"]
+Weights = Literal["auto", "model", "ema", "ema2"]
+"""Which weights are meant; `auto` takes EMA where there is one; `ema2` is that of `ema.second_decay`."""
+
+_PREFIX = {"model": "master/", "ema": "ema/", "ema2": "ema2/"}
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """`path` itself if it is a checkpoint, or the newest checkpoint of the run folder `path`."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    published = list_checkpoints(path / "checkpoints")
+    if not published:
+        raise UserError(
+            f"{path} is neither a checkpoint nor a run with a checkpoint in {path / 'checkpoints'}"
+        )
+    return published[-1][1]
+
+
+def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Stored:
+    """Resolve `auto`. Raises UserError where an average is asked for that the run does not keep."""
+    kept = {kind for kind, prefix in _PREFIX.items() if any(n.startswith(prefix) for n in reader.names())}
+    if weights == "auto":
+        return "ema" if "ema" in kept else "model"
+    if weights not in kept:
+        setting = {"ema": "EMA weights (ema.enabled was false)", "ema2": "second EMA (ema.second_decay)"}
+        instead = "ema" if "ema" in kept else "model"
+        raise UserError(f"{reader.folder} holds no {setting[weights]}; take weights {instead!r}")
+    return weights
+
+
+def read_weights(reader: CheckpointReader, weights: Stored) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU by their names in the Denoiser, in the dtype they are stored in.
+
+    Without those of heads that only training has.
+    """
+    prefixes = (_PREFIX[weights], "buffer/")
+    names = {name: name.partition("/")[2] for name in reader.names() if name.startswith(prefixes)}
+    return {ours: reader.tensor(name) for name, ours in names.items() if not ours.startswith(HEADS)}
+
+
+def checkpoint_config(reader: CheckpointReader) -> Config:
+    """The resolved configuration of the run that wrote the checkpoint."""
+    return parse_config(reader.meta["config"], str(reader.folder))
+
+
+def checkpoint_state(path: str | Path, weights: Weights = "auto") -> tuple[dict[str, Tensor], Config]:
+    """Weights and configuration of a run folder (its newest checkpoint) or a checkpoint folder.
+
+    The checkpoint is verified first. Raises DamagedCheckpoint, or UserError if there is none or no EMA.
+    """
+    reader = CheckpointReader(checkpoint_folder(path))
+    return read_weights(reader, choose_weights(reader, weights)), checkpoint_config(reader)

@@ -1,0 +1,202 @@
+"""Tensors in pieces: each rank writes the ranges it holds, any rank reads the ranges it wants.
+
+Under ZeRO a rank owns a contiguous range of every flattened tensor, all of it, or nothing. `write_shard`
+puts one rank's ranges into one safetensors file (key `name@start`); `CheckpointReader` assembles any range
+of a tensor from the files that cover it. No pickle, and no communication between ranks.
+
+    tensor "w", 10 elements      [0 1 2 3 4 5 6 | 7 8 9]     written by 2 ranks
+                                 [0 1 2 | 3 4 5 | 6 7 8 9]   read by 3
+
+The file layout (eight bytes of header length, JSON header, data; little-endian) is that of
+https://github.com/huggingface/safetensors#format and any safetensors reader opens it. It is written here and
+not by `safetensors.torch.save_file` because that moves every CUDA tensor to the host at once, and cannot
+hash or fsync what it writes.
+"""
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.engine.checkpoint.manifest import (
+    META,
+    DamagedCheckpoint,
+    PieceRecord,
+    ShardIndex,
+    TensorRecord,
+    declare,
+    read_manifest,
+    shard_name,
+    verify_file,
+    write_file,
+)
+from millrace.engine.util.errors import UserError
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + data.numel()) of the flattened tensor `name` of full shape `shape`.
+
+    `data` is 1-D, on any device; it may be empty, which still makes the tensor known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    data: Tensor
+
+
+def write_shard(path: Path, pieces: Iterable[Piece], shard: int) -> ShardIndex:
+    """Write the pieces of one rank to `path` (fsync included), copying to the host one piece at a time.
+
+    Raises RuntimeError for a piece that does not fit its tensor, OSError if the disk refuses.
+    """
+    tensors: dict[str, TensorRecord] = {}
+    header: dict[str, object] = {}
+    filled: list[tuple[TensorRecord, Piece]] = []
+    # Wide elements first, as the format advises: every tensor then starts at a multiple of its element size.
+    for piece in sorted(pieces, key=lambda piece: -piece.data.element_size()):
+        record = declare(tensors, piece.name, tuple(piece.shape), _code(piece))
+        stop = piece.start + piece.data.numel()
+        if piece.data.dim() != 1 or not 0 <= piece.start <= stop <= record.numel:
+            raise RuntimeError(
+                f"{piece.name}: a piece is a 1-D range inside [0, {record.numel}), this one starts at "
+                f"{piece.start} and has shape {tuple(piece.data.shape)}"
+            )
+        if piece.data.numel():
+            filled.append((record, piece))
+
+    end = 0
+    for record, piece in filled:
+        begin, end = end, end + piece.data.nbytes
+        header[f"{piece.name}@{piece.start}"] = {
+            "dtype": record.dtype,
+            "shape": [piece.data.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    offset = 8 + len(text)
+    for record, piece in filled:
+        record.pieces.append(PieceRecord(shard, piece.start, piece.data.numel(), offset))
+        offset += piece.data.nbytes
+    head = [struct.pack("<Q", len(text)), text]
+    body = (_bytes(piece.data.detach().cpu().contiguous()) for _, piece in filled)
+    return ShardIndex(write_file(path, (chunk for part in (head, body) for chunk in part)), tensors)
+
+
+def _code(piece: Piece) -> str:
+    if piece.data.dtype not in _CODES:
+        raise RuntimeError(f"{piece.name}: {piece.data.dtype} cannot be stored in a checkpoint")
+    return _CODES[piece.data.dtype]
+
+
+def _bytes(data: Tensor) -> memoryview:
+    """The memory of a contiguous 1-D CPU tensor as bytes, shared and not copied."""
+    return memoryview(data.view(torch.uint8).numpy())
+
+
+class CheckpointReader:
+    """A published checkpoint, read by name and range on the CPU.
+
+    Opening always checks the manifest against its seal, and `meta.json` against the manifest; `verify` also
+    reads every shard once for its sha256. Raises DamagedCheckpoint, or UserError for another format version.
+    No file stays open between calls, so the folder may be pruned while a reader exists.
+    """
+
+    meta: dict[str, Any]
+    """What the writer gave as `meta`, as JSON returns it (tuples are lists)."""
+    step: int
+
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self._manifest = read_manifest(self.folder)
+        self.step = self._manifest.step
+        verify_file(self.folder, META, self._manifest.files[META])
+        self.meta = json.loads((self.folder / META).read_text())
+        if verify:
+            self.verify()
+
+    def verify(self, share: int = 0, of: int = 1) -> None:
+        """Check size and sha256 of every `of`-th file, from file number `share` on; the default is all files.
+
+        With `verify(rank, world_size)` on every rank each file is read by one of them.
+        """
+        for name, record in list(self._manifest.files.items())[share::of]:
+            verify_file(self.folder, name, record)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return list(self._manifest.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return self._record(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return _DTYPES[self._record(name).dtype]
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor in its full shape."""
+        return self.read(name).reshape(self.shape(name))
+
+    def read(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
+        """Elements [start, start + count) of the flattened tensor, 1-D; by default all from `start` on.
+
+        Raises UserError for an unknown name, ValueError for a range outside the tensor, DamagedCheckpoint if
+        a shard is shorter than it was (possible without `verify` only).
+        """
+        record = self._record(name)
+        stop = record.numel if count is None else start + count
+        if not 0 <= start <= stop <= record.numel:
+            raise ValueError(f"{name}: range [{start}, {stop}) lies outside [0, {record.numel})")
+        result = torch.empty(stop - start, dtype=self.dtype(name))
+        width = result.element_size()
+        for piece in record.pieces:
+            low, high = max(start, piece.start), min(stop, piece.start + piece.count)
+            if low < high:
+                self._read_into(
+                    _bytes(result[low - start : high - start]), piece, (low - piece.start) * width
+                )
+        return result
+
+    def _read_into(self, target: memoryview, piece: PieceRecord, skip: int) -> None:
+        """Fill `target` with the bytes of `piece` after its first `skip`."""
+        name = shard_name(piece.shard, self._manifest.world_size)
+        try:
+            with open(self.folder / name, "rb") as file:
+                file.seek(piece.offset + skip)
+                found = file.readinto(target)
+        except OSError as error:
+            raise DamagedCheckpoint(self.folder, name, f"cannot be read: {error.strerror}") from None
+        if found != len(target):
+            raise DamagedCheckpoint(self.folder, name, f"ends {len(target) - found} bytes too early")
+
+    def _record(self, name: str) -> TensorRecord:
+        try:
+            return self._manifest.tensors[name]
+        except KeyError:
+            raise UserError(
+                f"{self.folder} holds no tensor {name!r}: a run with another model or optimizer wrote it"
+            ) from None

@@ -1,0 +1,202 @@
+"""The training state as named tensors: from the optimizer's shards to a checkpoint and back.
+
+    master/<parameter>     FP32 weights        exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments
+    ema/, ema2/<parameter> FP32 averages       momentum/<parameter>   Muon's
+    buffer/<buffer>        fixed (SPRINT's frozen mask token)
+    updates/<parameter>    how many Adam made, of a parameter for which that is less than for others
+
+Each rank writes the elements that it holds and reads those that it will hold, so the stage and the number of
+processes may change in between. Together with the counters in the checkpoint's meta data this is everything:
+learning rate and randomness are functions of the step and the sample.
+
+Between the stages of a run parameters (a projector) and optimizers may come and go. Where the caller allows
+it, new parameters keep the values they were made with, state that is missing starts at zero, and what has no
+place any more is dropped; every such change is a line for the user.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
+
+import torch
+from torch import Tensor, nn
+
+from millrace.engine.checkpoint.checkpoints import (
+    CheckpointReader,
+    Piece,
+)
+from millrace.engine.distributed.process_group import rank
+from millrace.engine.distributed.zero_shards import (
+    Shard,
+    masters,
+)
+from millrace.engine.optim.adamw import ADAM_STATE, SkippableAdamW
+from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.util.errors import UserError
+
+OPTIMIZER_STATE = (*ADAM_STATE, "momentum")
+"""All that an optimizer stores in the layout of the weights."""
+
+
+def state_pieces(
+    shards: list[Shard],
+    optimizer: SkippableAdamW,
+    ema: EmaWeights | None,
+    buffers: Iterable[tuple[str, Tensor]] = (),
+) -> Iterator[Piece]:
+    """This rank's part of the training state. `buffers` are whole on every rank; the first writes them."""
+    updates = _updates(shards, optimizer)
+    latest = max(updates.values(), default=0)
+    for shard in shards:
+        if not shard.writes or not shard.count:
+            continue
+        yield _piece("master", shard, shard.master)
+        state = optimizer.state.get(shard.master, {})
+        for kind in OPTIMIZER_STATE:
+            if kind in state:
+                yield _piece(kind, shard, state[kind])
+        if shard.start == 0 and updates.get(id(shard.master), latest) != latest:
+            yield Piece(f"updates/{shard.name}", (), 0, torch.tensor([updates[id(shard.master)]]))
+        for name in ema.names if ema is not None else ():
+            yield _piece(name, shard, ema.of(shard.master, name))
+    if rank() == 0:
+        for name, buffer in buffers:
+            yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
+
+
+def _piece(kind: str, shard: Shard, like_master: Tensor) -> Piece:
+    return Piece(f"{kind}/{shard.name}", shard.shape, shard.start, shard.of(like_master))
+
+
+def _updates(shards: list[Shard], optimizer: SkippableAdamW) -> dict[int, int]:
+    """Adam's count of each master that has one, by the master's id."""
+    states = {id(m): optimizer.state.get(m, {}) for m in masters(shards)}
+    return {place: int(state["step"]) for place, state in states.items() if "step" in state}
+
+
+def optimizer_steps(shards: list[Shard], optimizer: SkippableAdamW) -> int:
+    """Updates that Adam has made, by which it corrects its bias; fewer than steps if some were skipped."""
+    return max(_updates(shards, optimizer).values(), default=0)
+
+
+@torch.no_grad()
+def load_weights(
+    module: nn.Module, reader: CheckpointReader, folder: str, allow_changes: bool = False
+) -> list[str]:
+    """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over, and the buffers.
+
+    `allow_changes` lets parameters that the checkpoint lacks keep their values, and drops those that the
+    module lacks; the lines returned name them. Else both are a UserError, as a wrong shape always is.
+    """
+    wanted = {f"master/{name}": parameter for name, parameter in module.named_parameters()}
+    wanted |= {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
+    stored = {name for name in reader.names() if name.startswith(("master/", "buffer/"))}
+    messages = []
+    if allow_changes:
+        messages += _change("new parameters", [name for name in wanted if name not in stored])
+        messages += _change("parameters dropped", [name for name in stored if name not in wanted])
+    else:
+        check_names(wanted.keys(), stored, folder)
+    for key, tensor in wanted.items():
+        if key not in stored:
+            continue
+        found = reader.tensor(key)
+        if found.shape != tensor.shape:
+            raise UserError(
+                f"{folder}: {key.partition('/')[2]} is {tuple(found.shape)} there and {tuple(tensor.shape)} "
+                "in this configuration; resume with the configuration of the run"
+            )
+        tensor.copy_(found)
+    return messages
+
+
+def _change(what: str, keys: Iterable[str]) -> list[str]:
+    names = sorted(key.partition("/")[2] for key in keys)
+    more = ", ..." if len(names) > 2 else ""
+    return [f"{what} since the checkpoint: {len(names)} ({', '.join(names[:2])}{more})"] if names else []
+
+
+def check_names(wanted: Set[str], stored: Set[str], origin: str) -> None:
+    """Raise UserError unless the two are equal; parameters are listed without "master/"."""
+    missing, unknown = (
+        sorted(name.removeprefix("master/") for name in names) for names in (wanted - stored, stored - wanted)
+    )
+    if missing or unknown:
+        raise UserError(
+            f"{origin}: not the weights of this model: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(unknown)} unknown ({', '.join(unknown[:3])}); use the configuration they were made with"
+        )
+
+
+@torch.no_grad()
+def load_optimizer(
+    shards: list[Shard],
+    optimizer: SkippableAdamW,
+    reader: CheckpointReader,
+    steps: int,
+    allow_changes: bool = False,
+) -> list[str]:
+    """Recreate the optimizer's state for this rank's masters.
+
+    Args:
+        shards: of this rank, one for each parameter.
+        steps: as from `optimizer_steps`; 0 leaves the state empty.
+        allow_changes: start state that the checkpoint lacks at zero and drop what has no place, named in the
+            lines returned; else both are a UserError.
+    """
+    if steps == 0:
+        return []
+    names = set(reader.names())
+    wanted = [f"{kind}/{shard.name}" for shard in shards for kind in optimizer.state_names(shard.name)]
+    stored = {name for name in names if name.partition("/")[0] in OPTIMIZER_STATE}
+    missing, extra = [key for key in wanted if key not in stored], sorted(stored - set(wanted))
+    if (missing or extra) and not allow_changes:
+        raise UserError(
+            f"{reader.folder}: not the optimizer state of this configuration: {len(missing)} missing "
+            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); resume with the "
+            "optimizer of the run"
+        )
+    fused = bool(optimizer.defaults.get("fused"))
+    for master in masters(shards):
+        held = [shard for shard in shards if shard.master is master]
+        kinds = optimizer.state_names(held[0].name)
+        if not any(f"{kind}/{shard.name}" in stored for shard in held for kind in kinds):
+            continue  # the optimizer begins it at its first step
+        state = {kind: torch.zeros_like(master) for kind in kinds}
+        if kinds == ADAM_STATE:
+            counts = [_read_updates(reader, shard.name, names, steps) for shard in held]
+            state["step"] = torch.tensor(float(max(counts)), device=master.device if fused else "cpu")
+        optimizer.state[master] = state
+        for shard in held:
+            for kind in kinds:
+                if f"{kind}/{shard.name}" in stored:
+                    _fill(shard, state[kind], reader, kind)
+    return _kinds_of("optimizer state that starts at zero", missing) + _kinds_of(
+        "optimizer state dropped", extra
+    )
+
+
+def _read_updates(reader: CheckpointReader, name: str, names: Set[str], steps: int) -> int:
+    if f"updates/{name}" in names:
+        return int(reader.tensor(f"updates/{name}"))
+    return steps
+
+
+def _kinds_of(what: str, keys: list[str]) -> list[str]:
+    kinds = Counter(key.partition("/")[0] for key in keys)
+    parts = ", ".join(f"{kind} of {count} parameters" for kind, count in kinds.items())
+    return [f"{what}: {parts}"] if parts else []
+
+
+@torch.no_grad()
+def load_ema(shards: list[Shard], ema: EmaWeights, reader: CheckpointReader) -> None:
+    """Recreate the averages; those that the checkpoint lacks stay at the weights."""
+    stored = set(reader.names())
+    for shard in shards:
+        for name in ema.names:
+            if f"{name}/{shard.name}" in stored:
+                _fill(shard, ema.of(shard.master, name), reader, name)
+
+
+def _fill(shard: Shard, like_master: Tensor, reader: CheckpointReader, kind: str) -> None:
+    if shard.count:
+        shard.of(like_master).copy_(reader.read(f"{kind}/{shard.name}", shard.start, shard.count))

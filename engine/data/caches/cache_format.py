@@ -1,0 +1,362 @@
+"""What frozen networks made of the samples of shards, beside them.
+
+    DATASET/768x1344/00000.text.safetensors       rows of the captions of the shard's samples
+        rows     (S, E) bf16, or int8: row i is then scale[i] * rows[i]; captions end to end, without padding
+        scale    (S,) FP32, for int8
+        offsets  (U + 1,) int64     caption c has rows offsets[c] to offsets[c + 1]; equal captions are one
+        cut      (U,) uint8         whether it was longer than the tower's max_tokens
+        long, short  (samples,) int64    which caption; -1 where the sample's record could not be read
+    DATASET/768x1344/00000.latents.safetensors    what the autoencoder made of the evaluation view
+        moments  (samples, 2, C, h, w)  mean and log-variance in the network's dtype; (samples, 1, C, h, w) of
+                                        a network without a posterior
+        present  (samples,) uint8       0 where the picture could not be read
+    DATASET/text.safetensors, latents.safetensors    what is stored once: `rows` of the empty caption, `cut`;
+                                                     constants of the autoencoder
+
+The manifest has, under `caches`, the identity of the network, and size and SHA-256 of every file. Files are
+mapped into memory: what is read of them are the pages of one sample, from any thread, and nothing is copied.
+"""
+
+import json
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from millrace.engine.data.formats.shard_index import (
+    Manifest,
+    Shard,
+    read_manifest,
+)
+from millrace.engine.data.sources.shards import sha256_of
+from millrace.engine.util.errors import UserError
+
+Kind = Literal["text", "latents"]
+VERSION = 1
+MAPPED_FILES = 512
+"""Files of one cache that are mapped at a time."""
+_PAGE = 4096
+_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+
+
+class CachedText(NamedTuple):
+    """Rows of one caption."""
+
+    rows: Tensor
+    """(n, E) in a floating dtype, or int8."""
+    scale: Tensor | None
+    """(n,) FP32 for int8: row i is scale[i] * rows[i]."""
+    cut: bool
+    """Whether the caption was longer than the tower's limit."""
+
+
+class CacheFile(BaseModel):
+    """A file of a cache."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    """Path in the data set."""
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    of: str = ""
+    """SHA-256 of the shard that it was made from."""
+
+
+class CacheRecord(BaseModel):
+    """What the manifest says of one kind of cache; it is there once all shards have it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = VERSION
+    network: dict[str, Any]
+    """Identity of the frozen network: what the numbers depend on besides the samples."""
+    dtype: str
+    """Of the stored numbers."""
+    common: CacheFile
+    """What is stored once."""
+    files: tuple[CacheFile, ...]
+    """One for each shard, in the manifest's order."""
+
+
+def cache_path(shard: Shard, kind: Kind) -> str:
+    """Path in the data set of a shard's cache."""
+    return f"{shard.file.removesuffix('.tar')}.{kind}.safetensors"
+
+
+def common_path(kind: Kind) -> str:
+    """Path in the data set of what a cache stores once."""
+    return f"{kind}.safetensors"
+
+
+def remake(kind: Kind) -> str:
+    """What to do about a cache that cannot be used, for messages."""
+    return f"make it again with prepare.py --cache {kind} --replace"
+
+
+class Cache(ABC):
+    """The files of one kind of cache of one data set. Any thread may read.
+
+    Args:
+        root: folder of the data set.
+        manifest: of it, which names the cache.
+        verify: compare the SHA-256 of each file when it is first touched.
+
+    Raises UserError for a record that does not fit the shards; and from reading, for a file that is not the
+    one that was written.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, kind: Kind, verify: bool = False) -> None:
+        self.root, self.kind, self.verify = root, kind, verify
+        self.shards = manifest.shards
+        self.record = record_of(root, manifest, kind)
+        if self.record is None:
+            raise UserError(
+                f"{root}: has no {kind} cache; make it with prepare.py --cache {kind}, or take {kind} out of "
+                "data.cached"
+            )
+        self._maps: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._opening: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self.common, self.metadata = self._map(self.record.common)
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """The file of shard `number` as tensors over its mapped bytes."""
+        with self._lock:
+            found = self._maps.get(number)
+            if found is not None:
+                self._maps.move_to_end(number)
+                return found
+            opening = self._opening[number]
+        with opening:  # others that want this file wait, those that want another do not
+            with self._lock:
+                if number in self._maps:
+                    return self._maps[number]
+            file = self.record.files[number]
+            found, _ = self._map(file)
+            if problem := self._problem(found, self.shards[number].samples):
+                raise _damaged(self.root / file.file, self.kind, problem)
+        with self._lock:
+            self._maps[number] = found
+            while len(self._maps) > MAPPED_FILES:
+                # Tensors that were handed out keep their file mapped.
+                self._maps.popitem(last=False)
+        return found
+
+    @abstractmethod
+    def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
+        """What is wrong with the tensors of a shard's file, if anything."""
+
+    def _map(self, file: CacheFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+        path = _compare(self.root, file, self.kind, self.verify)
+        try:
+            with safe_open(path, "pt") as held:
+                return {name: held.get_tensor(name) for name in held.keys()}, held.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise _damaged(path, self.kind, " ".join(str(error).split())[:200]) from None
+
+
+class TextCache(Cache):
+    """Rows of captions."""
+
+    def __init__(self, root: Path, manifest: Manifest, verify: bool = False) -> None:
+        super().__init__(root, manifest, "text", verify)
+        try:
+            rows = self.common["rows"]
+            self.empty = CachedText(rows, None, bool(self.common["cut"][0]))
+            self.dim: int = rows.shape[1]
+        except (KeyError, IndexError):
+            raise _damaged(root / self.record.common.file, "text", "not what prepare.py writes") from None
+
+    def rows(self, place: tuple[int, int], which: Literal["long", "short"]) -> CachedText | None:
+        """Rows of a caption of the sample at (shard, row); None where its record could not be read."""
+        held = self.tensors(place[0])
+        caption = int(held[which][place[1]])
+        if caption < 0:
+            return None
+        start, end = held["offsets"][caption : caption + 2].tolist()
+        rows, scale = held["rows"][start:end], held.get("scale")
+        touch(rows)
+        return CachedText(rows, None if scale is None else scale[start:end], bool(held["cut"][caption]))
+
+    def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
+        wanted = {"rows", "offsets", "cut", "long", "short"} | ({"scale"} & set(tensors))
+        if not wanted <= set(tensors):
+            return f"lacks {sorted(wanted - set(tensors))}"
+        rows, offsets, count = tensors["rows"], tensors["offsets"], len(tensors["cut"])
+        indices = torch.cat([tensors["long"], tensors["short"]])
+        sound = (
+            rows.ndim == 2
+            and rows.shape[1] == self.dim
+            and (rows.dtype == torch.int8) == ("scale" in tensors)
+            and ("scale" not in tensors or tensors["scale"].shape == rows.shape[:1])
+            and offsets.shape == (count + 1,)
+            and len(indices) == 2 * samples
+            and int(indices.min()) >= -1
+            and int(indices.max()) < count
+            and int(offsets[0]) == 0
+            and int(offsets[-1]) == len(rows)
+            and bool((offsets.diff() >= 0).all())
+        )
+        return None if sound else "its captions do not fit its rows or the shard"
+
+
+class LatentCache(Cache):
+    """Posteriors of pictures."""
+
+    def __init__(self, root: Path, manifest: Manifest, verify: bool = False) -> None:
+        super().__init__(root, manifest, "latents", verify)
+
+    def moments(self, place: tuple[int, int]) -> Tensor | None:
+        """(2 or 1, C, h, w) of the sample at (shard, row); None where its picture could not be read."""
+        held = self.tensors(place[0])
+        if not held["present"][place[1]]:
+            return None
+        found = held["moments"][place[1]]
+        touch(found)
+        return found
+
+    def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
+        if not {"moments", "present"} <= set(tensors):
+            return "lacks moments or present"
+        moments, present = tensors["moments"], tensors["present"]
+        sound = moments.ndim == 5 and len(moments) == len(present) == samples and moments.shape[1] in (1, 2)
+        return None if sound else "its latents do not fit the shard"
+
+
+def record_of(root: Path, manifest: Manifest, kind: Kind) -> CacheRecord | None:
+    """What the manifest says of a cache, checked against the shards; None if it has none. Or UserError."""
+    values = manifest.caches.get(kind)
+    if values is None:
+        return None
+    where = f"{root}: its {kind} cache"
+    try:
+        record = CacheRecord.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {remake(kind)}"
+        ) from None
+    if record.version != VERSION:
+        raise UserError(f"{where} is of version {record.version}, this is for {VERSION}; {remake(kind)}")
+    made_from = [(file.file, file.of) for file in record.files]
+    if made_from != [(cache_path(shard, kind), shard.sha256) for shard in manifest.shards]:
+        raise UserError(f"{where} was made from other shards; {remake(kind)}")
+    return record
+
+
+def cache_problems(root: Path) -> list[str]:
+    """What is wrong with the caches of the data set `root`, a line each: every byte of every file is compared
+    with the manifest."""
+    manifest, found = read_manifest(root), []
+    for kind in get_args(Kind):
+        try:
+            record = record_of(root, manifest, kind)
+        except UserError as error:
+            found.append(str(error))
+            continue
+        for file in () if record is None else (record.common, *record.files):
+            try:
+                _compare(root, file, kind, True)
+            except UserError as error:
+                found.append(str(error))
+    return found
+
+
+def _compare(root: Path, file: CacheFile, kind: Kind, verify: bool) -> Path:
+    """Path of a file of the size, and if `verify` with the checksum, that the manifest says. Or UserError."""
+    path = root / file.file
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {remake(kind)}") from None
+    if size != file.bytes:
+        raise _damaged(path, kind, f"has {size} bytes, the manifest says {file.bytes}")
+    if verify and sha256_of(path) != file.sha256:
+        raise _damaged(path, kind, "its SHA-256 is not that of the manifest")
+    return path
+
+
+def _damaged(path: Path, kind: Kind, problem: str) -> UserError:
+    return UserError(f"{path}: damaged: {problem}; {remake(kind)}")
+
+
+def touch(tensor: Tensor) -> None:
+    """Bring the mapped bytes of a contiguous tensor into memory, in the thread that asks for them and not in
+    the one that trains. Reads one byte a page; other threads run meanwhile."""
+    tensor.flatten().view(torch.uint8)[::_PAGE].sum()
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, E) int8 and (n,) FP32 scale of floating rows (n, E): scale = absmax / 127 of the row.
+
+    scale * int8 is within scale / 2 = absmax / 254 of the row.
+    """
+    rows = rows.float()
+    scale = rows.abs().amax(1) / 127
+    steps = (rows / torch.where(scale > 0, scale, 1.0)[:, None]).round_()
+    return steps.clamp_(-127, 127).to(torch.int8), scale
+
+
+class TensorFile:
+    """A safetensors file whose first tensor is written in parts, in memory that does not grow with it.
+
+    The header gets a fixed room that is filled at the end (safetensors allows blanks after the JSON).
+    """
+
+    def __init__(self, file: BinaryIO, name: str, metadata: dict[str, str]) -> None:
+        self._file, self._name, self._metadata = file, name, metadata
+        self._room = -(-(len(json.dumps(metadata)) + 2048) // _PAGE) * _PAGE
+        self._rows, self._shape, self._dtype = 0, (), None
+        file.seek(self._room)
+
+    def append(self, part: Tensor) -> None:
+        """More of the first tensor, along its first dimension; at least once."""
+        self._rows += len(part)
+        self._shape, self._dtype = tuple(part.shape[1:]), part.dtype
+        self._write(part)
+
+    def finish(self, others: dict[str, Tensor]) -> None:
+        """Write the other tensors and the header."""
+        shape = (self._rows, *self._shape)
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        header[self._name] = self._entry(self._dtype, shape, self._room)
+        start = self._file.tell()
+        if start % 8:  # so that what follows can be mapped at its own alignment
+            padding = torch.zeros(8 - start % 8, dtype=torch.uint8)
+            others = {"padding": padding, **others}
+        ordered = sorted(others.items(), key=lambda item: (item[0] != "padding", -item[1].element_size()))
+        for name, tensor in ordered:
+            start = self._file.tell()
+            self._write(tensor)
+            header[name] = self._entry(tensor.dtype, tensor.shape, start)
+        text = json.dumps(header).encode()
+        if len(text) > self._room - 8:
+            raise ValueError(f"the header has {len(text)} bytes, there is room for {self._room - 8}")
+        self._file.seek(0)
+        self._file.write((self._room - 8).to_bytes(8, "little") + text.ljust(self._room - 8))
+
+    def _entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        return {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start - self._room, end - self._room],
+        }
+
+    def _write(self, tensor: Tensor) -> None:
+        self._file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())

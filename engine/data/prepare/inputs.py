@@ -1,0 +1,178 @@
+"""What there is to read, cut into parts that are read one by one and in any order.
+
+The parts of an input and the order in which they are numbered depend on names alone; samples follow the order
+of their parts.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from millrace.engine.data.prepare.folders import (
+    Entry,
+    list_folder,
+    read_entries,
+)
+from millrace.engine.data.prepare.parquet import (
+    TableShape,
+    read_row_group,
+    table_shape,
+)
+from millrace.engine.data.prepare.settings import (
+    Settings,
+    readable,
+    relative,
+)
+from millrace.engine.data.prepare.stored_sample import RawSample
+from millrace.engine.data.prepare.tars import read_tar
+from millrace.engine.data.reject_reasons import (
+    Reject,
+    Rejected,
+)
+from millrace.engine.data.sources.folder import (
+    OTHER_PICTURES,
+    PICTURES,
+)
+from millrace.engine.util.errors import UserError
+
+PART_PICTURES = 256
+"""Pictures of a part of a folder: what is read again after a kill."""
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+
+
+class Part(NamedTuple):
+    """A piece of the input that one process reads from its beginning to its end."""
+
+    path: Path
+    """A folder, a tar file or a Parquet file."""
+    name: str
+    """Of a file, relative to the input: keys begin with it."""
+    weight: int
+    """Share of the work: pictures, rows, or bytes of a tar."""
+    entries: tuple[Entry, ...] = ()
+    """Pictures of a folder."""
+    group: int = 0
+    """Row group of a Parquet file."""
+    shape: TableShape | None = None
+    """Of a Parquet file."""
+    problem: Rejected | None = None
+    """Why there is nothing to read."""
+
+
+class Inputs(NamedTuple):
+    """Everything that is to be read."""
+
+    parts: list[Part]
+    samples: int | None
+    """How many inputs there are, or None where only reading tells: in tars."""
+    digest: str
+    """Of names, and sizes and times of tars and Parquet files."""
+    notes: list[str]
+    """For people."""
+
+
+def find_inputs(path: Path, settings: Settings) -> Inputs:
+    """Parts of `path`: a folder of pictures, of tars or of Parquet files, or one such file. UserError."""
+    if path.is_file():
+        if path.suffix not in (".tar", ".parquet"):
+            raise UserError(f"{path}: give a folder, a .tar or a .parquet file")
+        files = [path]
+        return _tars(path.parent, files) if path.suffix == ".tar" else _tables(path.parent, files, settings)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder or file")
+    found = _by_suffix(path)
+    pictures = [suffix for suffix in (*PICTURES, *OTHER_PICTURES) if suffix in found]
+    for suffix in COMPRESSED:
+        if suffix in found:
+            raise UserError(f"{found[suffix][0]}: is compressed; unpack it to .tar (pictures do not shrink)")
+    if pictures and (".tar" in found or ".parquet" in found):
+        other = found.get(".tar") or found[".parquet"]
+        raise UserError(
+            f"{path}: holds pictures ({found[pictures[0]][0].name}) and {other[0].name}; "
+            "prepare one kind at a time, from folders of their own"
+        )
+    if ".tar" in found:
+        inputs = _tars(path, found[".tar"])
+        if ".parquet" in found:  # as img2dataset writes them
+            inputs.notes.append(f"{len(found['.parquet'])} .parquet files beside the tars are not read")
+        return inputs
+    if ".parquet" in found:
+        return _tables(path, found[".parquet"], settings)
+    if pictures:
+        return _pictures(path)
+    raise UserError(f"{path}: holds no pictures ({' '.join(PICTURES)}), .tar or .parquet files")
+
+
+def read_part(part: Part) -> Iterator[RawSample | Reject]:
+    """Samples and rejects of a part in order."""
+    if part.problem is not None:
+        yield Reject(part.name, part.problem.reason, part.problem.detail)
+    elif part.entries:
+        yield from read_entries(part.path, list(part.entries))
+    elif part.shape is not None:
+        yield from read_row_group(part.path, part.name, part.group, part.shape)
+    else:
+        yield from read_tar(part.path, part.name)
+
+
+def _pictures(root: Path) -> Inputs:
+    entries = list_folder(root)
+    parts = []
+    for start in range(0, len(entries), PART_PICTURES):
+        some = tuple(entries[start : start + PART_PICTURES])
+        parts.append(Part(root, "", len(some), entries=some))
+    lines = [f"{readable(entry.path)}\t{len(entry.captions)}\t{entry.problem}" for entry in entries]
+    return Inputs(parts, len(entries), _digest(lines), [])
+
+
+def _tars(root: Path, files: list[Path]) -> Inputs:
+    parts = [Part(file, relative(file, root), max(1, file.stat().st_size)) for file in files]
+    return Inputs(parts, None, _digest(_lines(root, files)), [])
+
+
+def _tables(root: Path, files: list[Path], settings: Settings) -> Inputs:
+    parts = []
+    for file in files:
+        name = relative(file, root)
+        try:
+            shape = table_shape(file, settings)
+        except Rejected as problem:
+            parts.append(Part(file, name, 1, problem=problem))
+            continue
+        for group, rows in enumerate(shape.rows):
+            if rows:
+                parts.append(Part(file, name, rows, group=group, shape=shape))
+    if not parts:
+        raise UserError(f"{files[0]}: has no rows")
+    return Inputs(parts, sum(part.weight for part in parts), _digest(_lines(root, files)), [])
+
+
+def _lines(root: Path, files: list[Path]) -> list[str]:
+    return [f"{relative(file, root)}\t{file.stat().st_size}\t{file.stat().st_mtime_ns}" for file in files]
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _by_suffix(root: Path) -> dict[str, list[Path]]:
+    """Tars and Parquet files below `root`, sorted, and the first picture of each suffix."""
+    found: dict[str, list[Path]] = {}
+    seen: set[str] = set()
+    for name, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(name)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for file in sorted(files):
+            lower = file.lower()
+            packed = next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), None)
+            suffix = packed or os.path.splitext(lower)[1]
+            some = found.setdefault(suffix, [])
+            if suffix in (".tar", ".parquet") or not some:
+                some.append(Path(name, file))
+    return {suffix: sorted(paths) for suffix, paths in found.items()}

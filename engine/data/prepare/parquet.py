@@ -1,0 +1,127 @@
+"""Samples of Parquet files as the Hugging Face hub stores them: a column of pictures, one or two of captions.
+
+A picture is a struct {bytes, path} or plain binary. Needs pyarrow.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from millrace.engine.data.prepare.captions import checked
+from millrace.engine.data.prepare.settings import Settings
+from millrace.engine.data.prepare.stored_sample import (
+    MAX_PICTURE_BYTES,
+    RawSample,
+)
+from millrace.engine.data.reject_reasons import (
+    Reason,
+    Reject,
+    Rejected,
+)
+from millrace.engine.data.sources.pictures import Captions
+from millrace.engine.util.errors import UserError
+
+PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
+CAPTION_COLUMNS = (("long", "short"), ("caption",), ("text",), ("txt",), ("prompt",))
+"""Names that are looked for, in this order."""
+_ROWS = 16
+"""Rows that are in memory as Python objects."""
+
+
+class TableShape(NamedTuple):
+    """What a file has, as its footer says."""
+
+    rows: tuple[int, ...]
+    """Of each row group."""
+    picture: str
+    captions: tuple[str, ...]
+
+
+def table_shape(path: Path, settings: Settings) -> TableShape:
+    """Row groups and columns of a file.
+
+    Raises Rejected where it is damaged, UserError where it lacks the columns or pyarrow is missing.
+    """
+    parquet = _parquet()
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+    except Exception as error:  # pyarrow has many kinds of its own
+        raise Rejected(Reason.CORRUPT_PARQUET, _one_line(error)) from None
+    names = schema.names
+    wanted = (settings.picture_column,) if settings.picture_column else PICTURE_COLUMNS
+    picture = next((name for name in wanted if name in names), None)
+    if picture is None:
+        raise UserError(
+            f"{path}: has no column {' or '.join(wanted)}; name the one of pictures with --picture-column "
+            f"(there are {', '.join(names)})"
+        )
+    choices = (settings.caption_columns,) if settings.caption_columns else CAPTION_COLUMNS
+    captions = next((choice for choice in choices if set(choice) <= set(names)), None)
+    if captions is None:
+        raise UserError(
+            f"{path}: has no column {' or '.join(','.join(choice) for choice in choices)}; name the one of "
+            f"captions with --caption-column (there are {', '.join(names)})"
+        )
+    kind = str(schema.field(picture).type)
+    if "binary" not in kind or kind.startswith("list"):
+        raise UserError(
+            f"{path}: column {picture} holds {kind}, not the bytes of pictures; name another one with "
+            "--picture-column"
+        )
+    return TableShape(rows, picture, captions)
+
+
+def read_row_group(path: Path, name: str, group: int, shape: TableShape) -> Iterator[RawSample | Reject]:
+    """Samples and rejects of one row group in order. A row's key is `name` # its number in the file."""
+    number, end = sum(shape.rows[:group]), sum(shape.rows[: group + 1])
+    columns = [shape.picture, *shape.captions]
+    try:
+        with _parquet().ParquetFile(path, buffer_size=2**20) as file:
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                for row in range(batch.num_rows):
+                    key = f"{name}#{number}"
+                    number += 1
+                    try:
+                        yield _sample(key, batch, row, shape)
+                    except Rejected as problem:
+                        yield Reject(key, problem.reason, problem.detail)
+    except Exception as error:  # pyarrow has many kinds of its own
+        detail = _one_line(error)
+    else:
+        detail = "the row group ends early"
+    # Every row that is lost counts, not the file alone.
+    for lost in range(number, end):
+        yield Reject(f"{name}#{lost}", Reason.CORRUPT_PARQUET, detail)
+
+
+def _sample(key: str, batch: Any, row: int, shape: TableShape) -> RawSample:
+    captions = [checked(_value(batch, name, row), f"column {name}") for name in shape.captions]
+    picture = _value(batch, shape.picture, row)
+    if isinstance(picture, dict):
+        picture = picture.get("bytes")
+    if picture is None:
+        raise Rejected(Reason.MISSING_PICTURE, "the row has no bytes of a picture")
+    if len(picture) > MAX_PICTURE_BYTES:
+        raise Rejected(Reason.PICTURE_TOO_LARGE, f"{len(picture)} bytes")
+    return RawSample(key, picture, Captions(captions[0], captions[-1]))
+
+
+def _value(batch: Any, name: str, row: int) -> Any:
+    try:
+        return batch.column(name)[row].as_py()
+    except UnicodeDecodeError as error:
+        raise Rejected(Reason.CAPTION_NOT_UTF8, f"column {name}: not UTF-8 at byte {error.start}") from None
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("reading Parquet files needs pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,68 @@
+"""The source of pictures that a configuration names."""
+
+import hashlib
+import json
+
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
+from millrace.engine.data.sources.builtin import BuiltinSource
+from millrace.engine.data.sources.digits import DigitsSource
+from millrace.engine.data.sources.folder import FolderSource
+from millrace.engine.data.sources.key_subset import (
+    KeptSource,
+    keep_listed,
+)
+from millrace.engine.data.sources.mds import MdsSource
+from millrace.engine.data.sources.mixture import MixtureSource
+from millrace.engine.data.sources.pictures import Source
+from millrace.engine.data.sources.shards import ShardsSource
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of all keys and captions in order, by which a resumed run knows whether its data changed.
+
+    Of a mixture also the names, sizes and weights of its parts, on which its order depends. Shards have a
+    digest of their own, which stands for their samples without reading them.
+    """
+    digest = hashlib.sha256()
+    _describe(source, digest, "")
+    return digest.hexdigest()
+
+
+def _describe(source: Source, digest: "hashlib._Hash", prefix: str) -> None:
+    """Feed what identifies `source` to `digest`; `prefix` comes before its keys."""
+    if isinstance(source, MixtureSource):
+        digest.update(source.description().encode())
+        for part, inner in zip(source.parts, source.sources, strict=True):
+            _describe(inner, digest, f"{prefix}{part.name}/")
+    elif isinstance(source, ShardsSource | MdsSource):
+        digest.update(json.dumps([prefix, source.digest]).encode())
+    elif isinstance(source, KeptSource) and isinstance(source.whole, ShardsSource | MdsSource):
+        digest.update(json.dumps([prefix, source.whole.digest, *source.kept]).encode())
+    else:
+        for i in range(len(source)):
+            digest.update(json.dumps([prefix + source.key(i), *source.captions(i)]).encode())
+
+
+def open_source(config: Data) -> Source:
+    """Open `data.source`; raises UserError where its pictures or captions are not as they should be."""
+    if config.source == "mixture":
+        return MixtureSource(config.mixture, [_open(part, config) for part in config.mixture])
+    return _open(config, config)
+
+
+def _open(part: Data | Part, config: Data) -> Source:
+    source = _whole(part, config)
+    return source if part.keys is None else keep_listed(source, part.keys)
+
+
+def _whole(part: Data | Part, config: Data) -> Source:
+    if part.source == "builtin":
+        return BuiltinSource()
+    if part.source == "digits":
+        return DigitsSource()
+    if part.source == "shards":
+        return ShardsSource(part.path, config.verify)
+    if part.source == "mds":
+        return MdsSource(part.path, part.columns, config.resolution, verify=config.verify)
+    return FolderSource(part.path)

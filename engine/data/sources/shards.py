@@ -1,0 +1,246 @@
+"""A folder of shards as a source: any sample at any time, from any thread, by reading its bytes alone.
+
+`prepare.py` makes such folders; `shard_index.py` has their layout. Nothing is kept of what was read except a
+few open files.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from millrace.engine.data.formats.shard_index import (
+    Manifest,
+    Shard,
+    read_index,
+    read_manifest,
+)
+from millrace.engine.data.sources.pictures import (
+    Captions,
+    UnreadablePicture,
+    decode_picture,
+)
+from millrace.engine.util.errors import UserError
+
+OPEN_FILES = 64
+"""Tar files that one source keeps open."""
+_OPENING_THREADS = 16
+"""Indexes read at a time; where files are far away, waiting for them is all that opening does."""
+_CHUNK = 1 << 22
+
+
+class Record(NamedTuple):
+    """What a shard holds of one sample."""
+
+    picture: bytes
+    """A JPEG file."""
+    key: str
+    captions: Captions
+    width: int
+    """Of the original, in pixels."""
+    height: int
+
+
+class ShardsSource:
+    """The samples of a folder that `prepare.py` has made, in the order of its manifest.
+
+    Every record carries a CRC-32: one that is damaged raises UnreadablePicture, from `captions` too, and its
+    key is then its place. Raises UserError for a folder that is not complete or whose files do not fit its
+    manifest. With `verify` the SHA-256 of each tar is computed when it is first touched; UserError where it
+    differs.
+    """
+
+    def __init__(self, root: str | Path, verify: bool = False) -> None:
+        self._root, self._verify = Path(root), verify
+        self.root = self._root
+        """Folder of the data set."""
+        self.manifest: Manifest = read_manifest(root)
+        shards = self.manifest.shards
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            self._rows = np.concatenate(list(threads.map(self._open_index, shards)))
+        self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
+        self.buckets: tuple[tuple[int, int], ...] = self.manifest.buckets
+        """(h, w) in pixels, sorted."""
+        numbers = [self.buckets.index(shard.bucket) for shard in shards]
+        self.bucket_of: np.ndarray = np.repeat(np.array(numbers, np.int32), np.diff(self._starts))
+        """(N,) int32: index into `buckets` of every sample."""
+        self.digest: str = self.manifest.digest
+        """Which samples these are and their order, by the checksums of the manifest."""
+        self._files = _OpenFiles(OPEN_FILES)
+        self._last = threading.local()
+        self._verified: dict[int, threading.Lock | None] = {i: threading.Lock() for i in range(len(shards))}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._root, self._verify)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of the shard in the manifest, row in it) of a sample."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels of the stored picture."""
+        row = self._rows[index]
+        return int(row["width"]), int(row["height"])
+
+    def key(self, index: int) -> str:
+        try:
+            return self.record(index).key
+        except UnreadablePicture:
+            return self._name(index)
+
+    def captions(self, index: int) -> Captions:
+        """Raises UnreadablePicture where the record is damaged."""
+        return self.record(index).captions
+
+    def encoded(self, index: int) -> bytes:
+        """The stored JPEG file. Raises UnreadablePicture where the record is damaged, its JSON included."""
+        return self.record(index).picture
+
+    def image(self, index: int) -> Image.Image:
+        where = self._where(index)
+        image = decode_picture(self.record(index).picture, where)
+        if image.size != self.stored_size(index):
+            raise UnreadablePicture(
+                where, f"{image.width}x{image.height} pixels, not the {self.stored_size(index)} of the index"
+            )
+        return image
+
+    def record(self, index: int) -> Record:
+        """Everything of a sample, in one read. Raises UnreadablePicture where it is damaged."""
+        # Key, captions and picture of a sample are asked for one after another in the same thread.
+        last: tuple[int, Record] | None = getattr(self._last, "record", None)
+        if last is None or last[0] != index:
+            last = self._last.record = index, self._read(index)
+        return last[1]
+
+    def _read(self, index: int) -> Record:
+        shard, _ = self.place(index)
+        row = self._rows[index]
+        start, end = int(row["picture_offset"]), int(row["json_offset"]) + int(row["json_bytes"])
+        if self._verify:
+            self._check_shard(shard)
+        try:
+            data = self._files.read(self._path(shard), start, end - start)
+        except OSError as error:
+            raise UnreadablePicture(self._where(index), error.strerror or str(error)) from None
+        if len(data) != end - start:
+            raise UnreadablePicture(self._where(index), "the tar file ends before it")
+        picture = data[: int(row["picture_bytes"])]
+        record = data[int(row["json_offset"]) - start :]
+        if zlib.crc32(record, zlib.crc32(picture)) != int(row["crc32"]):
+            raise UnreadablePicture(self._where(index), "its bytes are not those that were written (CRC-32)")
+        try:
+            values = json.loads(record)
+            captions = Captions(values["long"], values["short"])
+            return Record(picture, values["key"], captions, values["width"], values["height"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UnreadablePicture(self._where(index), "its JSON is not that of a sample") from None
+
+    def _open_index(self, shard: Shard) -> np.ndarray:
+        path = self._root / shard.file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read: {error.strerror}; restore it or run prepare.py again"
+            ) from None
+        if size != shard.bytes:
+            raise UserError(
+                f"{path}: has {size} bytes, the manifest says {shard.bytes}; "
+                "restore it or run prepare.py again"
+            )
+        return read_index(self._root, shard)
+
+    def _check_shard(self, number: int) -> None:
+        """Compare the checksum of a tar, once; other threads that want the shard wait for it."""
+        lock = self._verified[number]
+        if lock is None:
+            return
+        with lock:
+            if self._verified[number] is not None:
+                shard, path = self.manifest.shards[number], self._path(number)
+                if sha256_of(path) != shard.sha256:
+                    raise UserError(
+                        f"{path}: its SHA-256 is not that of the manifest; restore it or run prepare.py again"
+                    )
+                self._verified[number] = None
+
+    def _path(self, shard: int) -> Path:
+        return self._root / self.manifest.shards[shard].file
+
+    def _name(self, index: int) -> str:
+        shard, row = self.place(index)
+        return f"{self.manifest.shards[shard].file}#{row}"
+
+    def _where(self, index: int) -> str:
+        return f"{self._root / self._name(index)}"
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in bounded memory. Raises UserError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; restore it") from None
+    return digest.hexdigest()
+
+
+class _Descriptor:
+    """An open file that closes when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class _OpenFiles:
+    """The last few files that were read. A file that leaves stays open as long as a thread reads from it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer at the end of the file. Raises OSError."""
+        file = self._get(path)
+        data = os.pread(file.number, size, offset)
+        while data and len(data) < size:  # a signal or a network file system may cut a read short
+            more = os.pread(file.number, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def _get(self, path: Path) -> _Descriptor:
+        with self._lock:
+            file = self._open.get(path)
+            if file is not None:
+                self._open.move_to_end(path)
+                return file
+        file = _Descriptor(path)  # outside the lock: opening may wait for a network
+        with self._lock:
+            self._open[path] = file
+            self._open.move_to_end(path)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return file

@@ -1,0 +1,200 @@
+"""DeepSpeed: its configuration, made from ours, and its engine."""
+
+import difflib
+import math
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from millrace.engine.config import Config
+from millrace.engine.distributed.process_group import world_size
+from millrace.engine.optim.adamw import SkippableAdamW
+from millrace.engine.util.errors import UserError
+
+# Keys that follow from our configuration, and where they are set there.
+OWNED = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "data.global_batch and data.micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "precision.compute",
+    "fp16": "precision.compute",
+    "torch_autocast": "precision.compute",
+    "data_types": "precision",
+    "communication_data_type": "precision.reduce",
+    "zero_allow_untested_optimizer": "optimizer.kind",
+    "steps_per_print": "logging.every_steps",
+    "tensorboard": "logging.tensorboard",
+    "wandb": "logging.wandb",
+    "csv_monitor": "logging",
+    "checkpoint": "checkpoint",
+    "activation_checkpointing": "run.activation_checkpointing",
+    "compile": "run.compile",
+}
+
+# Keys that DeepSpeed 0.19 reads and that we pass on. It ignores unknown ones without a word, so we do not.
+PASSED = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+)
+
+_LINEAR = ("torch.nn.Linear", "millrace.engine.model.fp8.Fp8Linear")
+"""Linear layers by the names that DeepSpeed imports; it asks for the very class."""
+
+
+def zero_stage(config: Config) -> int:
+    """ZeRO stage 0 to 3 of the run."""
+    section = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise UserError(f'deepspeed.zero_optimization is {section!r}; it is an object such as {{"stage": 1}}')
+    stage = section.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
+    return stage
+
+
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches of one optimizer step on each of the job's processes."""
+    data, ranks = config.data, world_size()
+    if data.global_batch % (data.micro_batch * ranks):
+        raise UserError(
+            f"data.global_batch {data.global_batch} is not a multiple of data.micro_batch {data.micro_batch} "
+            f"x {ranks} process(es); change one of them"
+        )
+    return data.global_batch // (data.micro_batch * ranks)
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`. UserError where the user's section conflicts with ours.
+
+    BF16 arithmetic is `torch_autocast`, never the `bf16` block: that one rounds the weights themselves.
+    """
+    for key in config.deepspeed:
+        if key in OWNED:
+            raise UserError(
+                f"deepspeed.{key} conflicts with the engine, which sets it from {OWNED[key]}; remove it there"
+            )
+        if key not in PASSED:
+            raise UserError(f"deepspeed.{key} is not a key that DeepSpeed reads; {_hint(key)}")
+    stage, precision = zero_stage(config), config.precision
+    if precision.master == "bfloat16" and stage != 0:
+        raise UserError(
+            f"precision.master bfloat16 is an experiment for ZeRO stage 0; stage {stage} keeps FP32 masters. "
+            "Set deepspeed.zero_optimization.stage to 0"
+        )
+    if stage == 3 and config.run.activation_checkpointing.policy == "selective":
+        raise UserError(
+            "run.activation_checkpointing.policy selective does not work at ZeRO stage 3, which frees "
+            "weights between forward and backward; use full, or stage 2"
+        )
+    if config.run.activation_checkpointing.policy == "selective" and config.run.compile:
+        raise UserError(
+            "run.activation_checkpointing.policy selective does not see into compiled blocks (run.compile) "
+            "and would recompute everything; use full, or switch one of the two off"
+        )
+    backend = precision.fp8.chosen
+    if stage == 3 and backend in ("torchao", "transformer_engine"):
+        raise UserError(
+            f"precision.fp8.backend {backend} keeps whole weights from forward to backward, which ZeRO stage "
+            "3 frees; take torch, or stage 2"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if key in config.deepspeed.get("zero_optimization", {}):
+            raise UserError(f"deepspeed.zero_optimization.{key} is not supported by this engine; remove it")
+    if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
+        raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")
+    values: dict[str, Any] = {
+        **config.deepspeed,
+        "train_micro_batch_size_per_gpu": config.data.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(config),
+        # At stage 0 the trainer clips: it needs the norm anyway to refuse what is not finite.
+        "gradient_clipping": config.optimizer.clip if stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if precision.compute == "bfloat16":
+        # The list names the modules whose gradients ZeRO reduces in BF16; empty keeps the reduction FP32.
+        low = list(_LINEAR) if precision.reduce == "bfloat16" else []
+        values["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": low}
+        if precision.reduce == "bfloat16":
+            values["communication_data_type"] = "bf16"
+    return values
+
+
+def _hint(key: str) -> str:
+    """What a key that nobody reads may have been meant to be."""
+    near = difflib.get_close_matches(key, (*PASSED, *OWNED), n=1, cutoff=0.5)
+    if not near:
+        return f"it takes: {', '.join(PASSED)}"
+    if near[0] in OWNED:
+        return f"{near[0]!r} follows from {OWNED[near[0]]}, set it there"
+    return f"did you mean {near[0]!r}?"
+
+
+def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdamW) -> tuple[Any, Any]:
+    """Wrap model and optimizer: (DeepSpeed engine, DeepSpeed's optimizer, which at stage 0 is ours)."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    try:
+        engine, wrapped, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=with_buckets(deepspeed_config(config), model)
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"deepspeed.zero_optimization.{where}: {problem['msg']}") from error
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"deepspeed: {' '.join(str(error).split())}") from error
+    return engine, wrapped
+
+
+def apply_gradients(
+    engine: Any, model: nn.Module, optimizer: SkippableAdamW, config: Config
+) -> tuple[float, bool]:
+    """Clip and apply the reduced gradients, unless they are not finite: (their norm, whether applied).
+
+    ZeRO 1 to 3 do this themselves. At stage 0 DeepSpeed would apply NaN, so the norm is taken here.
+    """
+    if zero_stage(config) > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(global_norm(gradients))
+    clip = config.optimizer.clip
+    if clip and norm > clip:
+        torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+    optimizer.skip = not math.isfinite(norm)
+    engine.step()
+    return norm, not optimizer.skip
+
+
+def with_buckets(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`values` with communication buckets no larger than the model, unless the user chose their size.
+
+    ZeRO 1 to 3 allocate a bucket whole, 2 GB at DeepSpeed's default of 5e8 elements, however small the model.
+    """
+    elements = min(sum(p.numel() for p in model.parameters()), 500_000_000)
+    elements += elements % 2  # DeepSpeed aligns partitions to two elements
+    sizes = {"reduce_bucket_size": elements, "allgather_bucket_size": elements}
+    return values | {"zero_optimization": sizes | values.get("zero_optimization", {})}
+
+
+def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm () of all elements together, on the device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -1,0 +1,96 @@
+"""The precision audit: what is stored in which dtype, shown at start, refused where masters are not FP32."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from millrace.engine.config import Precision
+from millrace.engine.distributed.zero_shards import (
+    Shard,
+    masters,
+)
+from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.util.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Of the settings in `precision`."""
+
+AuditRow = tuple[str, str]
+
+
+def audit(
+    module: nn.Module,
+    shards: list[Shard],
+    state: dict[Tensor, dict],
+    ema: EmaWeights | None,
+    precision: Precision,
+) -> list[AuditRow]:
+    """What is stored how on this rank: rows of (what, dtypes with element counts).
+
+    Args:
+        module: the denoiser as DeepSpeed holds it.
+        shards: of this rank.
+        state: the optimizer's state by master tensor.
+        ema: the average, if the run has one.
+    """
+    flats = masters(shards)
+    moments = [value for flat in flats for value in state.get(flat, {}).values() if _is_moment(value)]
+    rows = [
+        ("weights used in forward", _dtypes(module.parameters())),
+        ("master weights (this rank)", _dtypes(flats)),
+        ("optimizer state (this rank)", _dtypes(moments) or "as the masters, at the first step"),
+        ("matrix products and attention", precision.compute),
+        ("norms, softmax, RoPE, loss", "float32"),
+        ("gradient reduction", precision.reduce),
+    ]
+    if precision.fp8.active:
+        fp8 = precision.fp8
+        rows.insert(4, ("FP8 matrix products", f"{', '.join(fp8.layers)} ({fp8.chosen}, {fp8.recipe})"))
+    if ema is not None:
+        averages = (ema.of(flat, name) for name in ema.names for flat in flats)
+        rows.insert(3, ("EMA (this rank)", _dtypes(averages)))
+    return rows
+
+
+def require_masters(
+    module: nn.Module, shards: list[Shard], state: dict[Tensor, dict], precision: Precision
+) -> None:
+    """Raise UserError if a weight, master or moment is not FP32 and the configuration did not say so.
+
+    The module's weights count too: of a BF16 module ZeRO 1 to 3 make FP32 masters, but compute in BF16.
+    """
+    if precision.master == "bfloat16":
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(_refusal(f"the weight {name} is {_name(parameter)}"))
+    for shard in shards:
+        if shard.master.dtype != torch.float32:
+            raise UserError(_refusal(f"the master of {shard.name} is {_name(shard.master)}"))
+        for key, value in state.get(shard.master, {}).items():
+            if _is_moment(value) and value.dtype != torch.float32:
+                raise UserError(_refusal(f"{key} of {shard.name} is {_name(value)}"))
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"precision audit: {what}, not float32: small updates would be rounded away. Keep the weights in "
+        'float32, or ask for the experiment with "precision": {"master": "bfloat16"}'
+    )
+
+
+def _is_moment(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[_name(tensor)] += getattr(tensor, "ds_numel", tensor.numel())
+    return ", ".join(f"{dtype} ({count:,})" for dtype, count in counts.items())

@@ -1,0 +1,359 @@
+"""Pictures to what the denoiser is trained on, and back: pixels, or the latents of a frozen autoencoder.
+
+    encode: z = scale · (mean + std · noise - shift)        decode: picture = D(z / scale + shift)
+
+`encode` is `sample(posterior(pictures), noise)`. Only the first half needs the network, so a posterior that
+was kept gives the same latents without it, to the last bit: the network is loaded when it is first used.
+
+| kind   | network (diffusers)  | channels | factor | posterior | scale and shift                     |
+|--------|----------------------|----------|--------|-----------|-------------------------------------|
+| pixels | none                 | 3        | 1      |           | 1, 0                                |
+| flux1  | AutoencoderKL        | 16       | 8      | sampled   | of the weights' configuration       |
+| repa_e | AutoencoderKL        | 16       | 8      | sampled   | of the weights' configuration       |
+| flux2  | AutoencoderKLFlux2   | 32       | 8      | sampled   | 0.18215, 0                          |
+|   patchified              | 128      | 16     | sampled   | batch-norm statistics of the weights|
+| dc_ae  | AutoencoderDC        | 32       | 32     | none      | of the weights' configuration, 0    |
+
+Channels and factor are read from the weights; the table has those of the published ones.
+
+FLUX.2's own pipeline folds 2x2 positions into 128 channels and normalises them with the batch-norm statistics
+in its weights: z = (fold(mean + std noise) - running mean) / sqrt(running variance + eps), by channel.
+That is `form` patchified. PRX, whose results this engine reproduces, does neither: it loads the weights as a
+plain `AutoencoderKL`, whose default scale 0.18215 then applies to the raw 32 channels; the default, `raw`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from millrace.engine import config as settings
+from millrace.engine.encoders.pretrained import (
+    import_class,
+    load_network,
+    name_of,
+    unreadable,
+)
+from millrace.engine.repa_e.latent_norm import load_statistics
+from millrace.engine.util.errors import UserError
+
+_PUBLISHED = {
+    "flux1": ("AutoencoderKL", "black-forest-labs/FLUX.1-dev"),
+    "repa_e": ("AutoencoderKL", "REPA-E/e2e-flux-vae"),
+    "flux2": ("AutoencoderKLFlux2", "black-forest-labs/FLUX.2-dev"),
+    "dc_ae": ("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"),
+}
+_KEY = "conditioning.autoencoder.path"
+
+PUBLISHED_FACTOR = {"pixels": 1, "flux1": 8, "flux2": 8, "repa_e": 8, "dc_ae": 32}
+"""Pixels per latent position of the published weights of each kind, before any folding."""
+
+_FOLD = 2
+"""Edge of the squares of positions that FLUX.2 folds into channels."""
+
+FLUX2_SCALE = 0.18215
+"""Default `scaling_factor` of diffusers' AutoencoderKL, which PRX applies to FLUX.2's latents."""
+
+
+class Posterior(NamedTuple):
+    """What a network makes of B pictures, in its dtype and before any folding."""
+
+    mean: Tensor
+    """(B, C, h, w)."""
+    logvar: Tensor | None
+    """(B, C, h, w); None where the network has no posterior but one latent, which is then the mean."""
+
+    def sampled(self, noise: Tensor | None) -> Tensor:
+        """mean + std * noise, (B, C, h, w) FP32; the mean if there is no noise or no variance."""
+        latents = self.mean.float()
+        if noise is None or self.logvar is None:
+            return latents
+        return latents + torch.exp(0.5 * self.logvar.float()) * noise
+
+
+def source_of(config: settings.Autoencoder) -> str:
+    """Folder or hub id of the weights."""
+    return config.path or _PUBLISHED[config.kind][1]
+
+
+def published_factor(config: settings.Autoencoder) -> int:
+    """Pixels per latent position of the published weights, as the denoiser gets them."""
+    return PUBLISHED_FACTOR[config.kind] * (_FOLD if config.form == "patchified" else 1)
+
+
+class Autoencoder(ABC):
+    """A frozen map from pictures to latents and back."""
+
+    channels: int
+    """Channels of a latent (3 for pixels)."""
+    factor: int
+    """Pixels per latent position, along each edge."""
+    identity: str
+    """Name and origin of the weights, for logs and checkpoints."""
+    stochastic: bool
+    """Whether `encode` samples a posterior, so that noise has an effect."""
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> Posterior:
+        """What the network makes of images (B, 3, h, w) float32 in [-1, 1]. Raises UserError when h or w is
+        not a multiple of `factor`."""
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise UserError(
+                f"pictures of {height} x {width} pixels do not fit {self.identity}: both edges must be "
+                f"multiples of {self.factor}; change data.resolution"
+            )
+        return self._posterior(images)
+
+    @torch.no_grad()
+    def sample(self, posterior: Posterior, noise: Tensor | None = None) -> Tensor:
+        """Latents (B, channels, h/factor, w/factor) float32 of a posterior, element by element.
+
+        `noise` ~ N(0, 1) has the latents' shape and comes from the caller, so that it can belong to the
+        sample; None takes the posterior's mean. Autoencoders that are not `stochastic` do not read it.
+        """
+        shape = self.latent_shape(posterior)
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the latents {shape}")
+        return self._sample(posterior, noise)
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`sample(posterior(images), noise)`: latents (B, channels, h/factor, w/factor) float32."""
+        return self.sample(self.posterior(images), noise)
+
+    def latent_shape(self, posterior: Posterior) -> tuple[int, int, int, int]:
+        """(B, channels, h, w) of the latents that `sample` makes of a posterior."""
+        samples, channels, height, width = posterior.mean.shape
+        fold = round((self.channels / channels) ** 0.5)
+        return samples, self.channels, height // fold, width // fold
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, h, w) float32 in [-1, 1] of latents (B, channels, h/factor, w/factor)."""
+        return self._decode(latents).float().clamp(-1, 1)
+
+    @abstractmethod
+    def _posterior(self, images: Tensor) -> Posterior: ...
+
+    @abstractmethod
+    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor: ...
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor: ...
+
+
+class Pixels(Autoencoder):
+    """No autoencoder: the denoiser works on pixels in [-1, 1]."""
+
+    channels = 3
+    factor = 1
+    identity = "pixels"
+    stochastic = False
+
+    def _posterior(self, images: Tensor) -> Posterior:
+        return Posterior(images, None)
+
+    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
+        return posterior.sampled(None)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What `sample` and `decode` need to know of the weights; small enough to be kept beside latents."""
+
+    channels: int
+    """Of the network's own latents, before any folding."""
+    factor: int
+    """Pixels for each of their positions."""
+    scale: float | Tensor
+    """One number, or (C, 1, 1) FP32."""
+    shift: float | Tensor
+    norm_mean: Tensor | None = None
+    """(4 C, 1, 1) FP32, of FLUX.2's folded latents."""
+    norm_deviation: Tensor | None = None
+    """(4 C, 1, 1) FP32."""
+
+
+class Latents(Autoencoder):
+    """An autoencoder of diffusers. It computes in its weights' dtype, outside autocast; the posterior is
+    sampled and scaled in FP32, by one number or one (C, 1, 1) for each channel.
+
+    Args:
+        open_network: loads the network; called when it is first needed.
+        constants: of its weights, on the device.
+        stochastic: whether it has a posterior.
+    """
+
+    def __init__(
+        self, open_network: Callable[[], Any], identity: str, constants: Constants, stochastic: bool
+    ) -> None:
+        self._open = open_network
+        self.constants = constants
+        self.channels, self.factor = constants.channels, constants.factor
+        self.identity = identity
+        self.scale, self.shift = constants.scale, constants.shift
+        self.stochastic = stochastic
+
+    @cached_property
+    def network(self) -> Any:
+        """The network; the first use loads it."""
+        return self._open()
+
+    def _posterior(self, images: Tensor) -> Posterior:
+        with torch.autocast(images.device.type, enabled=False):
+            coded = self.network.encode(images.to(self.network.dtype))
+        if not self.stochastic:
+            return Posterior(coded.latent, None)
+        return Posterior(coded.latent_dist.mean, coded.latent_dist.logvar)
+
+    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
+        return self.scale * (posterior.sampled(noise) - self.shift)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._pictures(latents.float() / self.scale + self.shift)
+
+    def _pictures(self, raw: Tensor) -> Tensor:
+        with torch.autocast(raw.device.type, enabled=False):
+            return self.network.decode(raw.to(self.network.dtype)).sample
+
+
+class FoldedLatents(Latents):
+    """FLUX.2's latents as its own pipeline has them: folded and normalised with the running statistics of
+    its weights. The posterior's noise comes in the folded shape."""
+
+    def __init__(self, open_network: Callable[[], Any], identity: str, constants: Constants) -> None:
+        super().__init__(open_network, identity, constants, stochastic=True)
+        self.mean, self.deviation = constants.norm_mean, constants.norm_deviation
+        self.channels *= _FOLD**2
+        self.factor *= _FOLD
+
+    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
+        raw = posterior.sampled(None if noise is None else F.pixel_shuffle(noise, _FOLD))
+        return (F.pixel_unshuffle(raw, _FOLD) - self.mean) / self.deviation
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._pictures(F.pixel_shuffle(latents.float() * self.deviation + self.mean, _FOLD))
+
+
+def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> Autoencoder:
+    """The autoencoder of `config` on `device`, from a folder or hub repository that holds it at its top or,
+    like the diffusers pipelines, under `vae`.
+
+    Weights and arithmetic are in `config.dtype`, except that dc_ae is always FP32, as in PRX, and so is one
+    that is going to be tuned. In a folder of a tuned one its statistics, channel by channel, stand for scale
+    and shift. Raises UserError when diffusers or the weights are not there.
+    """
+    if config.kind == "pixels":
+        return Pixels()
+    origin = locate(config)
+    network, constants = _load(config, origin, device)
+    return _latents(config, name_of(config.kind, origin.source, origin.revision), lambda: network, constants)
+
+
+def open_later(
+    config: settings.Autoencoder, device: torch.device, constants: Constants, revision: str | None
+) -> Autoencoder:
+    """As `open_autoencoder`, but weights are loaded when a picture is first encoded or decoded.
+
+    Args:
+        constants: of the same weights, on `device`.
+        revision: of the hub repository; None for a local folder.
+    """
+    name = name_of(config.kind, source_of(config), revision)
+    return _latents(config, name, lambda: _load(config, locate(config), device)[0], constants)
+
+
+def arithmetic(config: settings.Autoencoder) -> torch.dtype:
+    """Of the network's weights and of its posterior."""
+    # Tuning starts from weights that are not rounded.
+    exact = config.kind == "dc_ae" or config.tuning.enabled
+    return torch.float32 if exact else getattr(torch, config.dtype)
+
+
+def _latents(
+    config: settings.Autoencoder, name: str, open_network: Callable[[], Any], constants: Constants
+) -> Latents:
+    if config.form == "patchified":
+        return FoldedLatents(open_network, f"{name} ({config.form})", constants)
+    return Latents(open_network, name, constants, stochastic=config.kind != "dc_ae")
+
+
+def _load(config: settings.Autoencoder, origin: "Origin", device: torch.device) -> tuple[Any, Constants]:
+    """The network on `device`, and what is to be known of its weights."""
+    dtype = arithmetic(config)
+    # FLUX.2's statistics stay FP32, so they are taken before the weights are rounded.
+    network = load_network(
+        origin.network_class.from_pretrained,
+        origin.source,
+        _KEY,
+        device,
+        subfolder=origin.subfolder,
+        torch_dtype=torch.float32 if config.kind == "flux2" else dtype,
+    )
+    settings_of = network.config
+    widths = (
+        settings_of.encoder_block_out_channels
+        if "encoder_block_out_channels" in settings_of
+        else settings_of.block_out_channels
+    )
+    channels = settings_of.latent_channels
+    scale = FLUX2_SCALE if config.kind == "flux2" else settings_of.scaling_factor
+    shift = settings_of.get("shift_factor") or 0.0
+    for folder in (Path(origin.source, "vae"), Path(origin.source)):
+        statistics = load_statistics(folder, channels, device, _KEY)
+        if statistics is not None:
+            scale, shift = statistics
+    mean = deviation = None
+    if config.kind == "flux2":
+        norm = network.bn
+        mean = norm.running_mean.float()[:, None, None].clone()
+        deviation = (norm.running_var.float() + norm.eps).sqrt()[:, None, None]
+        network.to(dtype)
+    return network, Constants(channels, 2 ** (len(widths) - 1), scale, shift, mean, deviation)
+
+
+class Origin(NamedTuple):
+    """Where the weights of an autoencoder are."""
+
+    source: str
+    """Folder or hub repository."""
+    subfolder: str | None
+    revision: str | None
+    """Of the hub repository; None for a local folder."""
+    network_class: Any
+
+
+def locate(config: settings.Autoencoder) -> Origin:
+    """Find the weights of an autoencoder without loading them. Raises UserError."""
+    name, source = _PUBLISHED[config.kind][0], source_of(config)
+    network_class = import_class("diffusers", name, f"conditioning.autoencoder.kind {config.kind}")
+    subfolder, revision, held = _find(network_class, source)
+    if held not in (name, None):
+        # Loaders of diffusers accept each other's weights where the names overlap, with default scales.
+        raise UserError(
+            f"{source!r} holds weights of {held}, conditioning.autoencoder.kind {config.kind} needs {name}; "
+            "set kind or path of conditioning.autoencoder"
+        )
+    return Origin(source, subfolder, revision, network_class)
+
+
+def _find(network_class: Any, source: str) -> tuple[str | None, str | None, str | None]:
+    """Subfolder of the weights inside `source`, their hub revision (None for a local folder), and the class
+    that wrote them (None if it did not sign them)."""
+    problems = []
+    for subfolder in ("vae", None):
+        try:
+            config, revision = network_class.load_config(source, subfolder=subfolder, return_commit_hash=True)
+            return subfolder, revision, config.get("_class_name")
+        except (OSError, ValueError) as error:
+            problems.append(error)
+    raise unreadable(source, _KEY, *problems)

@@ -1,0 +1,76 @@
+"""Loading of frozen networks from a local folder or the hub, with errors a user can act on."""
+
+import importlib
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from millrace.engine.util.errors import UserError
+
+
+def import_class(package: str, name: str, key: str) -> Any:
+    """Class `name` of an optional package; `key` is the setting that asked for it.
+
+    Raises UserError with the pip line when the package is absent or too old to have the class.
+    """
+    try:
+        found = getattr(importlib.import_module(package), name)
+        # Their reports of unused weights fill a screen; what matters there `load_network` turns into errors.
+        messages = importlib.import_module(f"{package}.utils.logging")
+        messages.set_verbosity_error()
+        messages.disable_progress_bar()
+        return found
+    except (ImportError, AttributeError):
+        line = 'pip install "transformers>=5" "diffusers>=0.42"'
+        raise UserError(f"{key} needs {package}.{name}, which is not installed here; {line}") from None
+
+
+def name_of(kind: str, source: str, revision: str | None) -> str:
+    """What logs and checkpoints call a frozen network: its kind, folder or hub id, and hub revision."""
+    return f"{kind} {source}" + (f"@{revision}" if revision else "")
+
+
+def load(loader: Callable[..., Any], source: str, key: str, **options: Any) -> Any:
+    """`loader(source, **options)`, with unreadable weights turned into one line that names setting `key`."""
+    try:
+        return loader(source, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise unreadable(source, key, error) from None
+
+
+def unreadable(source: str, key: str, *errors: Exception) -> UserError:
+    """The first lines of loaders' `errors` about `source`, and the setting `key` that can mend it."""
+    reasons = dict.fromkeys(next(iter(str(error).strip().splitlines()), repr(error)) for error in errors)
+    reason = "; ".join(reason.strip(" .:") for reason in reasons)
+    return UserError(
+        f"cannot load {source!r}: {reason}; set {key} to a local folder or a hub id you may read"
+    )
+
+
+def load_network(
+    loader: Callable[..., Any], source: str, key: str, device: torch.device, **options: Any
+) -> torch.nn.Module:
+    """A network with every weight taken from `source`, frozen, in eval mode, on `device`.
+
+    The Hugging Face loaders fill absent weights with random ones and log a warning; here that is an error.
+    Weights in `source` that the network does not have (a decoder, say) are left aside.
+    """
+    network, report = load(loader, source, key, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source!r} lacks {len(missing)} weights of {type(network).__name__}, {missing[0]!r} for one; "
+            f"it holds another network, set {key} to the right one"
+        )
+    return network.requires_grad_(False).eval().to(device)
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """Of the first values of every weight: other weights under the same name are another network."""
+    digest = sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

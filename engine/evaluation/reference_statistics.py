@@ -1,0 +1,77 @@
+"""Statistics of reference pictures on disk: one safetensors file for each metric, data set and network.
+
+The file's header holds an identity (metric, network, preprocessing, pictures) and the SHA-256 of the tensors,
+in order of their names. What does not match either is refused and named; nothing is repaired or made anew
+silently.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from millrace.engine.util.errors import UserError
+
+FORMAT = "1"
+
+Identity = dict[str, str]
+"""Everything that statistics depend on, by name."""
+
+
+def path_of(folder: Path, identity: Identity) -> Path:
+    """Where statistics of this identity lie."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return folder / f"{identity['metric']}-{digest[:16]}.safetensors"
+
+
+def read(path: Path, identity: Identity) -> dict[str, Tensor]:
+    """Tensors by name. Raises UserError for a file that is damaged or of another identity."""
+    again = "delete it, and it is made again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged: {error}; {again}") from None
+    stored = {name: value for name, value in header.items() if name not in ("format", "sha256")}
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path} has format {header.get('format')}, not {FORMAT}; {again}")
+    digest = checksum(tensors, stored)
+    if header.get("sha256") != digest:
+        raise UserError(f"{path} is damaged: sha256 {digest}, expected {header.get('sha256')}; {again}")
+    for name in sorted(identity.keys() | stored.keys()):
+        if stored.get(name) != identity.get(name):
+            raise UserError(
+                f"{path} is of the {name} {stored.get(name)!r}, not of {identity.get(name)!r}; {again}"
+            )
+    return tensors
+
+
+def write(path: Path, identity: Identity, tensors: dict[str, Tensor]) -> None:
+    """Write whole or not at all. Raises UserError where that is not possible."""
+    header = {"format": FORMAT, "sha256": checksum(tensors, identity), **identity}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(save({key: value.contiguous() for key, value in tensors.items()}, header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
+
+
+def checksum(tensors: dict[str, Tensor], identity: Identity) -> str:
+    """SHA-256 of the identity and of the tensors' bytes in order of their names."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""From images to packed tokens and back, and what a packed batch needs besides its tokens."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from millrace.kernels.support.packed import to_device
+
+Grid = tuple[int, int]
+"""Rows and columns of patches of one image."""
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """(..., C, H, W) -> (..., N, P): row-major tokens; P = C * patch^2 features, (channel, row, column)."""
+    return rearrange(image, "... c (h p) (w q) -> ... (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(tokens: Tensor, grid: Grid, patch: int) -> Tensor:
+    """(..., N, P) -> (..., C, H, W), the inverse of `patchify`."""
+    return rearrange(tokens, "... (h w) (c p q) -> ... c (h p) (w q)", h=grid[0], w=grid[1], p=patch, q=patch)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each sample's tokens lie in the packed tensors, and where each token lies in its image."""
+
+    grids: tuple[Grid, ...]
+    """Patch grid of each sample (host)."""
+    cu_seqlens: Tensor
+    """(B+1,) int32, starts of the samples among the image tokens."""
+    max_seqlen: int
+    """Most image tokens of a sample."""
+    cu_seqlens_text: Tensor
+    """(B+1,) int32, starts of the samples among the text tokens."""
+    max_seqlen_text: int
+    """Most text tokens of a sample (or an upper bound)."""
+    sizes: Tensor
+    """(B, 2) FP32, rows and columns of each sample's grid (device)."""
+    positions: Tensor
+    """(T,) int64, row of the RoPE table of each image token."""
+    cos: Tensor
+    """(positions, D/2) FP32."""
+    sin: Tensor
+    """(positions, D/2) FP32."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Image tokens of each sample, known without asking the device."""
+        return [rows * columns for rows, columns in self.grids]
+
+
+@dataclass(frozen=True)
+class _GridEntry:
+    cu_seqlens: Tensor
+    sizes: Tensor
+    positions: Tensor
+
+
+class LayoutCache:
+    """Builds layouts; RoPE tables and the offsets of recurring batches of grids are made once.
+
+    One table covers all (row, column) pairs of the largest side seen, row-major, so every grid of a batch
+    and every aspect ratio indexes the same table.
+
+    Args:
+        axes: head features that encode the row and the column.
+        theta: base of the frequencies theta^(-2i / axis).
+    """
+
+    ENTRIES = 64
+    """Batches of grids remembered; a uniform batch is one entry."""
+
+    def __init__(self, axes: tuple[int, int], theta: float) -> None:
+        self._axes, self._theta = axes, theta
+        self._side = 0
+        self._cos = self._sin = torch.empty(0)
+        self._entries: OrderedDict[tuple[Grid, ...], _GridEntry] = OrderedDict()
+
+    def layout(self, grids: Sequence[Grid], cu_seqlens_text: Tensor, max_seqlen_text: int) -> Layout:
+        """Layout of a batch; `cu_seqlens_text` (B+1,) int32 decides the device."""
+        grids = tuple(grids)
+        device = cu_seqlens_text.device
+        side = max(max(grid) for grid in grids)
+        if side > self._side or self._cos.device != device:
+            self._side = max(side, self._side)
+            self._cos, self._sin = rope_table(self._side, self._axes, self._theta, device)
+            self._entries.clear()
+        entry = self._entries.get(grids)
+        if entry is None:
+            entry = self._entries[grids] = self._build(grids, device)
+            if len(self._entries) > self.ENTRIES:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(grids)
+        return Layout(
+            grids=grids,
+            cu_seqlens=entry.cu_seqlens,
+            max_seqlen=max(rows * columns for rows, columns in grids),
+            cu_seqlens_text=cu_seqlens_text,
+            max_seqlen_text=max_seqlen_text,
+            sizes=entry.sizes,
+            positions=entry.positions,
+            cos=self._cos,
+            sin=self._sin,
+        )
+
+    def _build(self, grids: tuple[Grid, ...], device: torch.device) -> _GridEntry:
+        starts = list(accumulate((rows * columns for rows, columns in grids), initial=0))
+        one_grid = {
+            (rows, columns): (torch.arange(rows)[:, None] * self._side + torch.arange(columns)).flatten()
+            for rows, columns in set(grids)
+        }
+        return _GridEntry(
+            cu_seqlens=to_device(torch.tensor(starts, dtype=torch.int32), device),
+            sizes=to_device(torch.tensor(grids, dtype=torch.float32), device),
+            positions=to_device(torch.cat([one_grid[grid] for grid in grids]), device),
+        )
+
+
+def rope_table(
+    side: int, axes: tuple[int, int], theta: float, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (side^2, D/2) FP32 of all (row, column) pairs below `side`, row-major.
+
+    The first axes[0] / 2 angles are row * theta^(-2i / axes[0]), the others the same of the column. Formed
+    in FP64, because an FP32 angle of some hundred radians has lost the digits that matter.
+    """
+    place = torch.arange(side, dtype=torch.float64)
+    row, column = (
+        place[:, None] * theta ** (-torch.arange(0, axis, 2, dtype=torch.float64) / axis) for axis in axes
+    )
+    angle = torch.cat(
+        (row[:, None].expand(side, side, -1), column[None].expand(side, side, -1)), dim=-1
+    ).flatten(0, 1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)

@@ -1,0 +1,198 @@
+"""The planning command's arguments and what it prints."""
+
+import argparse
+import math
+from typing import Any
+
+from millrace.engine.cli import command_parser
+from millrace.engine.config.loading import load_config
+from millrace.engine.config.smoke import smoke
+from millrace.engine.config.stages import resolve_stages
+from millrace.engine.planning.cpu_device import this_machine
+from millrace.engine.planning.devices import ASSUMED, GPUS, Device
+from millrace.engine.planning.search import (
+    Option,
+    Planner,
+)
+from millrace.engine.util.errors import UserError
+
+DEVICES = (*GPUS, "cpu")
+
+
+def parse(doc: str, words: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the command whose module docstring is `doc`."""
+    parser = command_parser(doc)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="JSON configuration file")
+    add(
+        "--gpus", type=int, default=1, metavar="N", help="devices of the job, one process on each (default 1)"
+    )
+    add("--device", choices=DEVICES, default="h200", help="what they are (default h200); cpu is this machine")
+    add("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value")
+    add("--smoke", action="store_true", help="plan the shrunken run that train.py --smoke makes")
+    add(
+        "--loader",
+        type=float,
+        metavar="IMAGES",
+        help="images/s that the loader delivers to one process (benchmarks/dataloader.py measures it)",
+    )
+    arguments = parser.parse_args(words)
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus {arguments.gpus}: the number of devices is 1 or more")
+    if arguments.loader is not None and not (arguments.loader > 0 and math.isfinite(arguments.loader)):
+        raise UserError(f"--loader {arguments.loader:g}: it is a number of images a second above 0")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """The plan as lines, of every stage of the run."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.smoke:
+        config = smoke(config, arguments.overrides)
+    device = GPUS[arguments.device] if arguments.device in GPUS else this_machine(arguments.gpus)
+    lines: list[str] = []
+    hours = 0.0
+    stages = resolve_stages(config)
+    for stage in stages:
+        if len(stages) > 1:
+            lines += [f"== steps {stage.first} to {stage.last}{': ' + stage.name if stage.name else ''}"]
+        planner = Planner(stage.config, arguments.gpus, device, arguments.loader)
+        best, found = planner.best()
+        lines += describe(planner, best, stage.last - stage.first)
+        lines += ["", *alternatives(planner, best, found, stage.last - stage.first), ""]
+        hours += best.step.seconds * (stage.last - stage.first) / 3600
+    if len(stages) > 1:
+        lines += [f"whole run: {hours / 24:.2f} days, {hours * arguments.gpus:,.0f} device hours", ""]
+    return [*lines, *notes(planner.frozen.unknown, device)]
+
+
+def describe(planner: Planner, best: Option, steps: int) -> list[str]:
+    """The setting to take, what it comes to, and why it was chosen."""
+    config, device, step, memory = planner.config, planner.device, best.step, best.memory
+    batch = config.data.global_batch
+    accumulation = batch // (best.micro_batch * planner.ranks)
+    capacity = device.capacity
+    hours = step.seconds * steps / 3600
+    held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.parts.items())
+    images = batch / step.seconds
+    return [
+        f"model: {planner.shape.parameters:,} parameters; {planner.image_tokens} tokens of an image, "
+        f"{planner.text_tokens} of a caption; {planner.flops / 1e12:.3g} TFLOP an image",
+        f"devices: {planner.ranks} x {device.name}",
+        f"ZeRO stage: {best.stage}",
+        f"micro-batch: {best.micro_batch}, {accumulation} of them on each device make data.global_batch "
+        f"{batch}",
+        f"activation checkpointing: {best.policy}",
+        f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
+        f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
+        f"{memory.held / 1e9:.1f} GB ({held})",
+        f"step: {step.seconds:.3g} s: forward and backward {step.compute:.3g}, gradient copies "
+        f"{step.copies:.2g}, update {step.update:.2g}, communication {step.exposed:.2g} that nothing hides "
+        f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
+        + (f", waiting for the loader {step.starving:.2g}" if step.starving else ""),
+        f"speed: {images:,.0f} images/s, {images / planner.ranks:.1f} on each device{_mfu(planner, images)}",
+        f"duration: {hours / 24:.2f} days, {hours * planner.ranks:,.0f} device hours for {steps:,} steps, "
+        f"{steps * batch:,} images",
+        *settings(planner, best),
+        *reasons(planner, best),
+    ]
+
+
+def _mfu(planner: Planner, images: float) -> str:
+    peak = planner.device.peak_flops
+    return f", MFU {planner.flops * images / planner.ranks / peak:.1%}" if peak else ""
+
+
+def settings(planner: Planner, best: Option) -> list[str]:
+    """The --set arguments that make a run of the configuration take the option."""
+    zero = planner.zero_section(best.stage)
+    words = [f"data.micro_batch={best.micro_batch}", f"run.activation_checkpointing.policy={best.policy}"]
+    words += [f"deepspeed.zero_optimization.{key}={_json(value)}" for key, value in zero.items()]
+    return ["settings: " + " ".join(f"--set {word}" for word in words)]
+
+
+def _json(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def reasons(planner: Planner, best: Option) -> list[str]:
+    """Why each of the three settings was chosen."""
+    found = []
+    lower = [planner_option(planner, stage, best) for stage in range(best.stage)]
+    too_large = [o.stage for o in lower if o is not None and not o.fits]
+    slower = [o for o in lower if o is not None and o.fits]
+    words = []
+    if too_large:
+        words.append(f"{_stages(too_large)} would not fit with these settings")
+    if slower:
+        quick = min(slower, key=lambda o: o.step.seconds)
+        more = quick.step.seconds / best.step.seconds - 1
+        words.append(f"{_stages([o.stage for o in slower])} would take {more:.1%} longer or more")
+    if not best.stage:
+        words.append("everything fits, and no higher stage is faster by more than the model can tell")
+    found.append(f"why ZeRO {best.stage}: {'; '.join(words) or 'no lower stage goes with the configuration'}")
+    each = planner.config.data.global_batch // planner.ranks
+    limit = (
+        "all that a device has of the global batch" if best.micro_batch == each else "the largest that fits"
+    )
+    found.append(f"why micro-batch {best.micro_batch}: {limit}; weights and gradients move least often")
+    if best.policy == "none":
+        why = "all activations fit, nothing is computed twice"
+    else:
+        kept = planner.option(best.stage, best.micro_batch, "none")
+        why = f"without it {kept.memory.peak / 1e9:.1f} GB at this micro-batch"
+        if kept.fits:
+            why = "with a larger micro-batch the step is faster than without it"
+    found.append(f"why checkpointing {best.policy}: {why}")
+    return found
+
+
+def planner_option(planner: Planner, stage: int, best: Option) -> Option | None:
+    """The best option's settings at another stage, or None where the engine does not take them."""
+    if not planner.allowed(stage, best.policy):
+        return None
+    return planner.option(stage, best.micro_batch, best.policy)
+
+
+def _stages(stages: list[int]) -> str:
+    return f"stage {stages[0]}" if len(stages) == 1 else f"stages {', '.join(map(str, stages))}"
+
+
+def alternatives(planner: Planner, best: Option, found: list[Option], steps: int) -> list[str]:
+    """A table of what was compared, for so many steps, the fastest first."""
+    head = ["ZeRO", "micro-batch", "checkpointing", "memory GB", "fits", "step s", "images/s"]
+    head += ["communication", "days", ""]
+    lines = [head]
+    for option in found:
+        step = option.step
+        lines.append(
+            [
+                str(option.stage),
+                str(option.micro_batch),
+                option.policy,
+                f"{option.memory.peak / 1e9:.1f}",
+                "yes" if option.fits else "no",
+                f"{step.seconds:.3g}",
+                f"{planner.config.data.global_batch / step.seconds:,.0f}",
+                f"{step.exposed / step.seconds:.1%}",
+                f"{step.seconds * steps / 86400:.2f}",
+                "<- taken" if option == best else "",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def notes(unknown: tuple[str, ...], device: Device) -> list[str]:
+    """What the figures rest on."""
+    found = [
+        "A model, no measurement: formulas in engine/planning, checked in docs/performance.md. Uncounted: "
+        "saving, sample grids, evaluation, operators' own workspace, alignment heads and perceptual losses' "
+        "activations.",
+    ]
+    if device.assumed:
+        assumed = ", ".join(f"{name} {ASSUMED[name]:g}" for name in device.assumed)
+        found.append(f"Assumed, not measured: {assumed}.")
+    if unknown:
+        found.append(f"Not counted, size unknown: {', '.join(unknown)}.")
+    return found

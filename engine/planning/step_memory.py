@@ -1,0 +1,153 @@
+"""Memory of a process through a training step: what is held all the time, and what comes and goes.
+
+Psi is the size of the parameters in FP32, N the processes, b DeepSpeed's reduction bucket. From the code of
+DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`), as this engine sets it:
+
+| stage | always held                 | forward, backward         | reduction               | update  |
+|-------|-----------------------------|---------------------------|-------------------------|---------|
+| 0     | Psi + state                 | activations, gradients    | Psi + flat bucket       | Psi     |
+| 1     | Psi + master/N + state/N    | activations, gradients, b | Psi in b + flat bucket  | 2 Psi/N |
+| 2     | the same                    | activations, b            | b + flat bucket + Psi/N | 2 Psi/N |
+| 3     | 3 Psi/N + state/N + b       | activations, live weights | flat bucket             |         |
+
+At stage 3 weights, their masters and the gradients are Psi/N each. The peak is that of the worst phase.
+`state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
+several processes at once; alone it needs none.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from millrace.engine.config import Config
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.planning.activations import Traced
+from millrace.engine.planning.fit_check import estimate_bytes
+
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's buckets if the model is larger, and of a reduction at stage 0."""
+LIVE = 1_000_000_000
+"""Elements that ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
+PREFETCH = 50_000_000
+"""Elements that ZeRO-3 fetches together by default."""
+UNFUSED = 2
+"""Temporaries of AdamW as a loop over operations: sqrt(v), and its quotient."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model's parameters, in elements."""
+
+    parameters: int
+    largest: int
+    """Of the largest single tensor."""
+    tensors: int
+
+
+def shape_of(config: Config) -> Shape:
+    """Of the denoiser of a configuration."""
+    with torch.device("meta"):
+        sizes = [p.numel() for p in Denoiser(config.model, config.routing).parameters()]
+    return Shape(sum(sizes), max(sizes), len(sizes))
+
+
+def bucket_elements(config: Config, parameters: int) -> int:
+    """Elements of a reduction bucket, as `runtime.zero.with_buckets` sets it."""
+    section = config.deepspeed.get("zero_optimization", {})
+    default = min(parameters, BUCKET)
+    return int(section.get("reduce_bucket_size", default + default % 2))
+
+
+def overlaps(config: Config, stage: int) -> bool:
+    """Whether DeepSpeed reduces beside the backward pass: by default only at stage 3, at stage 0 never."""
+    section = config.deepspeed.get("zero_optimization", {})
+    return bool(section.get("overlap_comm", stage == 3)) and stage >= 1
+
+
+def fetched(config: Config, shape: Shape) -> int:
+    """Elements of weights that ZeRO-3 fetches together at most (`stage3_prefetch_bucket_size`)."""
+    section = config.deepspeed.get("zero_optimization", {})
+    group = section.get("stage3_prefetch_bucket_size", section.get("prefetch_bucket_size", PREFETCH))
+    return min(shape.parameters, max(int(group), 1))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    parts: dict[str, float]
+    """Held all the time, by purpose."""
+    phases: dict[str, float]
+    """Held beside that in each phase of a step."""
+
+    @property
+    def worst(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def held(self) -> float:
+        """Between two steps."""
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> float:
+        """Most at once."""
+        return self.held + self.phases[self.worst]
+
+
+def memory_of(
+    config: Config,
+    stage: int,
+    ranks: int,
+    traced: Traced,
+    shape: Shape,
+    frozen: float = 0.0,
+    fused: bool = True,
+) -> Memory:
+    """Memory of each of `ranks` processes.
+
+    Args:
+        traced: one micro-batch of the configuration.
+        frozen: bytes of the frozen networks that the run loads.
+        fused: whether AdamW is one kernel.
+    """
+    counted = estimate_bytes(config, stage, ranks, 1)
+    names = ("weights", "master weights", "Adam moments", "Muon momentum", "EMA", "samples")
+    parts = {name: counted[name] for name in names if counted[name]}
+    if frozen:
+        parts["frozen networks"] = frozen
+    stored = 4 if config.precision.master == "float32" else 2
+    whole = stored * shape.parameters
+    share = whole / ranks
+    bucket = stored * bucket_elements(config, shape.parameters)
+    flat = min(bucket, whole) if ranks > 1 else 0.0
+    update = 0.0 if fused else UNFUSED * (stored * shape.largest if stage == 0 else share)
+    buckets = bucket * (2 if overlaps(config, stage) else 1)
+    if stage == 0:
+        flat = stored * min(shape.parameters, BUCKET + shape.largest)
+        phases = {"backward": traced.peak, "reduction": whole + flat, "update": whole + update}
+    elif stage == 1:
+        rest = max(whole - bucket, 0.0)
+        phases = {
+            "backward": traced.peak + buckets,
+            "reduction": rest + buckets + max(flat, share),
+            "update": share + max(share, update),
+        }
+    elif stage == 2:
+        owned = share if whole > bucket else 0.0
+        phases = {
+            "backward": traced.peak_without_gradients + buckets + owned,
+            "reduction": buckets + max(flat, share) + owned,
+            "update": share + max(share, update),
+        }
+    else:
+        parts["reduction bucket"], parts["gradients"] = float(bucket), share
+        # Beside the weights that are cut out of it, the flat tensor of a fetch was seen to live on.
+        live = stored * (min(shape.parameters, LIVE) + fetched(config, shape)) if ranks > 1 else 0.0
+        phases = {
+            "backward": traced.peak_without_gradients + live,
+            "reduction": min(bucket, whole) + live,
+            "update": update,
+        }
+    return Memory(parts, {name: float(size) for name, size in phases.items()})

@@ -1,0 +1,213 @@
+"""Time of a training step: a roofline of the device, the update's traffic, and what the network adds.
+
+    step = micro_batches x (products / FLOP/s + other operators / bandwidth) x slack
+           + copies of the gradients + update of the weights + communication that nothing hides
+
+What DeepSpeed 0.19 sends at each stage, Psi the size of the parameters (ZeRO, arXiv 1910.02054, section 7,
+has 2 Psi for stages 0 to 2 and 3 Psi for stage 3 through every process):
+
+| stage | a micro-batch                                    | a step                             |
+|-------|--------------------------------------------------|------------------------------------|
+| 0     |                                                  | all-reduce Psi: 2 Psi              |
+| 1     |                                                  | all-reduce Psi, all-gather: 3 Psi  |
+| 2     | all-reduce Psi: 2 Psi                            | all-gather Psi: Psi                |
+| 3     | gather Psi once or twice, reduce-scatter: 2 to 3 |                                    |
+
+Stages 1 and 2 reduce with an all-reduce, of which each process keeps its part: DeepSpeed's default
+(`use_multi_rank_bucket_allreduce`), a third more than the paper's reduce-scatter.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from millrace.engine.config import Config
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.optim.build_optimizer import muon_stacks
+from millrace.engine.optim.exchange import Matrix
+from millrace.engine.planning.activations import Traced
+from millrace.engine.planning.devices import Device, Kind, sent_bytes
+from millrace.engine.planning.step_memory import (
+    LIVE,
+    Shape,
+    bucket_elements,
+    fetched,
+    overlaps,
+)
+
+FUSED_UPDATE = 7
+"""Passes of AdamW in one kernel: reads weight, gradient and two moments, writes all but the gradient."""
+LOOPED_UPDATE = 18
+"""As a loop: lerp 3, mul 2, addcmul 3, sqrt 2, quotient 2, add 2, addcdiv 4."""
+AVERAGE = 3
+"""EMA: reads both, writes one."""
+BACKWARD = 2 / 3
+"""Of the products of forward and backward."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Collectives of one kind in a step."""
+
+    kind: Kind
+    size: float
+    """Bytes of the whole tensor, all operations together."""
+    calls: int
+    beside_backward: bool = False
+    """Whether it may run while gradients of other parameters are still computed."""
+
+
+def transfers(config: Config, stage: int, ranks: int, shape: Shape, micro_batches: int) -> list[Transfer]:
+    """What a step sends between `ranks` processes, gradients and weights alike."""
+    if ranks == 1:
+        return []
+    stored = 4 if config.precision.master == "float32" else 2
+    reduced = 2 if config.precision.reduce == "bfloat16" else stored
+    whole = stored * shape.parameters
+    buckets = max(1, math.ceil(shape.parameters / bucket_elements(config, shape.parameters)))
+    gradients = reduced * shape.parameters
+    times = micro_batches if stage >= 2 else 1
+    if stage < 3:
+        found = [Transfer("all_reduce", times * gradients, times * buckets, beside_backward=True)]
+        if stage:
+            found.append(Transfer("all_gather", whole, 1))
+    else:
+        passes = gathers(shape)
+        calls = times * passes * fetches(config, shape)
+        found = [
+            Transfer("all_gather", times * passes * whole, calls, beside_backward=True),
+            Transfer("reduce_scatter", times * gradients, times * buckets, beside_backward=True),
+        ]
+    return found + _muon_transfers(config, stage)
+
+
+def _muon_transfers(config: Config, stage: int) -> list[Transfer]:
+    """Whole matrices to their owners and back, or at stage 0 their updates from owners to all."""
+    matrices = muon_matrices(config)
+    if not matrices:
+        return []
+    sent = {"bfloat16": 2, "float32": 4}[config.optimizer.muon.dtype] * sum(m.size for m in matrices)
+    if stage == 0:
+        return [Transfer("all_gather", sent, 1)]
+    return [Transfer("all_to_all", 2 * sent, 2)]
+
+
+def muon_matrices(config: Config) -> list[Matrix]:
+    """The matrices that Muon orthogonalises; none with AdamW."""
+    if config.optimizer.kind != "muon":
+        return []
+    with torch.device("meta"):
+        named = list(Denoiser(config.model, config.routing).named_parameters())
+    stacks = muon_stacks(named, config.optimizer, config.model).values()
+    return [Matrix(0, 0, stack.rows, stack.columns) for stack in stacks for _ in range(stack.count)]
+
+
+def gathers(shape: Shape) -> int:
+    """How often a micro-batch of ZeRO-3 gathers the weights: for forward, and again for backward if they were
+    let go in between, which DeepSpeed does where more than LIVE elements run before they are needed again."""
+    return 1 if 2 * shape.parameters <= LIVE else 2
+
+
+def fetches(config: Config, shape: Shape) -> int:
+    """All-gathers of ZeRO-3 for all weights once: they are fetched ahead in groups of this many elements."""
+    return min(shape.tensors, math.ceil(shape.parameters / fetched(config, shape)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step by cause, and what it sends."""
+
+    compute: float
+    """Forward and backward of all micro-batches, recomputation and frozen networks included."""
+    copies: float
+    """Gradients in and out of buckets, their norm, weights out of their masters."""
+    update: float
+    """Optimizer and EMA."""
+    communication: float
+    hidden: float
+    """Of the communication, beside the backward pass."""
+    starving: float
+    """Waiting for the loader beyond all that."""
+    sent: float
+    """Bytes that each process sends."""
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication that the step waits for."""
+        return self.communication - self.hidden
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.compute + self.copies + self.update + self.exposed + self.starving
+
+
+def copy_passes(stage: int, ranks: int) -> float:
+    """Passes over memory in units of the parameters' size, beside forward, backward and the update.
+
+    Stage 0 flattens the gradients, scales them, copies them back, takes their norm and clips them: 9. Stages
+    1 and 2 copy them into the bucket and scale it (4), flatten it for several processes (2), and treat their
+    own share: out of the reduction, out of the bucket, into one tensor (6), overflow check, norm and clipping
+    (4), updated weights back (2). Stage 3 the same with a concatenation in place of the flat bucket.
+    """
+    if stage == 0:
+        return 9.0
+    shared = 12.0 / ranks
+    if stage == 3:
+        return 6.0 + shared + 2.0
+    return (6.0 if ranks > 1 else 4.0) + shared
+
+
+def update_bytes(config: Config, stage: int, ranks: int, shape: Shape, fused: bool) -> float:
+    """Bytes that optimizer and EMA move on each process; Muon counted as AdamW, its products apart."""
+    stored = 4 if config.precision.master == "float32" else 2
+    owned = stored * shape.parameters / (ranks if stage else 1)
+    averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
+    return owned * ((FUSED_UPDATE if fused else LOOPED_UPDATE) + averages * AVERAGE / config.ema.every)
+
+
+def step_of(
+    config: Config,
+    stage: int,
+    ranks: int,
+    device: Device,
+    traced: Traced,
+    shape: Shape,
+    flops: float,
+    frozen_flops: float = 0.0,
+    images_per_second: float | None = None,
+) -> Step:
+    """Time of one optimizer step.
+
+    Args:
+        flops: executed for one image, forward, backward and recomputation.
+        frozen_flops: of the frozen networks for one image.
+        images_per_second: that the loader of one process delivers; None if it never starves.
+    """
+    data = config.data
+    micro_batches = data.global_batch // (data.micro_batch * ranks)
+    images = micro_batches * data.micro_batch
+    products = images * (flops + frozen_flops) / device.product_flops
+    other = micro_batches * traced.moved / device.copy_bandwidth
+    compute = device.slack * (products + other)
+    if stage == 3:
+        compute += device.gather_overhead * micro_batches * gathers(shape) * shape.tensors
+    stored = 4 if config.precision.master == "float32" else 2
+    copies = copy_passes(stage, ranks) * stored * shape.parameters / device.copy_bandwidth
+    update = update_bytes(config, stage, ranks, shape, device.fused_optimizer) / device.copy_bandwidth
+    orthogonal = config.optimizer.muon.steps * sum(m.flops for m in muon_matrices(config))
+    update += orthogonal / ranks / device.product_flops
+    communication, hidden, sent = 0.0, 0.0, 0.0
+    for transfer in transfers(config, stage, ranks, shape, micro_batches):
+        each = device.network.seconds(transfer.kind, transfer.size / transfer.calls, ranks)
+        seconds = transfer.calls * each
+        communication += seconds
+        sent += sent_bytes(transfer.kind, transfer.size, ranks)
+        if overlaps(config, stage) and transfer.beside_backward and device.overlaps:
+            # The last bucket has nothing left to hide behind.
+            hidden += seconds * (1 - 1 / transfer.calls)
+    hidden = min(hidden, compute * BACKWARD)
+    busy = compute + copies + update + communication - hidden
+    starving = max(0.0, images / images_per_second - busy) if images_per_second else 0.0
+    return Step(compute, copies, update, communication, hidden, starving, sent)

@@ -1,0 +1,68 @@
+"""What a run tells of its samples: the unreadable pictures, and on request the keys of all it consumed."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from millrace.engine.distributed import process_group
+from millrace.engine.run_log.logs import open_until
+
+REJECTS = "rejects.jsonl"
+KEYS = "keys"
+
+
+class SampleLog:
+    """Files in the run's folder.
+
+    `rejects.jsonl` has a line {"key", "reason"} for each unreadable picture that any process met, once.
+    `keys/rank-00000.jsonl` and so on, with `keep_keys`, have a line {"step", "keys"} for each step: what that
+    process consumed, in order. The lines of all processes for a step, by rank, are the step's samples.
+
+    Collective to construct: lines after `step` are dropped, to be made again, maybe by fewer processes.
+    """
+
+    def __init__(self, output: Path, step: int, keep_keys: bool) -> None:
+        self._rejects, self._told = output / REJECTS, 0
+        self._file: Any = None
+        if keep_keys:
+            if process_group.rank() == 0:
+                for path in sorted((output / KEYS).glob("rank-*.jsonl")):
+                    open_until(path, step).close()
+            process_group.wait_for_all()
+            self._file = open_until(output / KEYS / f"rank-{process_group.rank():05d}.jsonl", step)
+
+    def step(self, step: int, keys: list[str], bad: dict[str, str]) -> None:
+        """Tell what this process consumed in a step, and the reasons of all bad pictures so far by key."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+            self._file.flush()
+        self.reject(bad)
+
+    def reject(self, bad: dict[str, str]) -> None:
+        """Write the bad pictures that are not in the file yet; other processes may do so at the same time."""
+        if len(bad) == self._told:
+            return
+        with self._rejects.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            known = {json.loads(line)["key"] for line in file}
+            for key, reason in list(bad.items()):
+                if key not in known:
+                    file.write(json.dumps({"key": key, "reason": reason}) + "\n")
+        self._told = len(bad)
+
+    def close(self) -> None:
+        """Nothing is told afterwards."""
+        if self._file is not None:
+            self._file.close()
+
+
+def keys_of_steps(output: Path) -> dict[int, list[str]]:
+    """The keys of each step of a run, in the order of its samples."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((output / KEYS).glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found.setdefault(record["step"], []).extend(record["keys"])
+    return dict(sorted(found.items()))

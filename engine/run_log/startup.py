@@ -1,0 +1,63 @@
+"""What a run says of itself before its first step."""
+
+import torch
+
+from millrace.engine.config import Config, guidance_warnings
+from millrace.engine.config.stages import (
+    Stage,
+    describe_stage,
+)
+from millrace.engine.data.sources.pictures import Source
+from millrace.engine.distributed import (
+    deepspeed_engine,
+    process_group,
+)
+from millrace.engine.distributed.precision_audit import (
+    DTYPES,
+    AuditRow,
+)
+from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.model.routing import describe
+from millrace.kernels.attention.rope_attention import describe_choice
+
+
+def introduction(
+    stages: list[Stage],
+    stage: Stage,
+    named_shapes: list[tuple[str, tuple[int, ...]]],
+    source: Source,
+    prepare: Preparation,
+    rows: list[AuditRow],
+) -> list[str]:
+    """Lines for people: the stage, what was built, from what, and what is stored in which dtype.
+
+    Args:
+        stages: of the run; `stage` is the one that begins or goes on.
+        named_shapes: of everything that is trained.
+        rows: of the precision audit.
+    """
+    config = stage.config
+    parameters = sum(torch.Size(shape).numel() for _, shape in named_shapes)
+    lines = [describe_stage(stages, stage)] if len(stages) > 1 else []
+    samples = config.sampling.every_steps > 0 or config.evaluation.every_steps > 0
+    return [
+        *lines,
+        f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
+        f"data: {len(source)} pictures ({config.data.source}); "
+        f"text: {prepare.text_tower.identity}; pictures as {prepare.autoencoder.identity}",
+        f"job: {process_group.world_size()} process(es) on {prepare.device.type}, "
+        f"ZeRO {deepspeed_engine.zero_stage(config)}, {deepspeed_engine.accumulation_steps(config)} x "
+        f"{config.data.micro_batch} samples per process and step",
+        describe(config),
+        f"attention: {_attention(config, prepare.device)}",
+        *(guidance_warnings(config.sampling, config.routing, config.objective) if samples else []),
+        "precision audit:",
+        *(f"  {what:<32} {dtypes}" for what, dtypes in rows),
+    ]
+
+
+def _attention(config: Config, device: torch.device) -> str:
+    """The backend that the blocks use."""
+    if config.model.attention_backend != "auto":
+        return config.model.attention_backend
+    return describe_choice(device, DTYPES[config.precision.compute])

@@ -1,0 +1,176 @@
+"""Pictures from captions: integrate the learned velocity from noise (t = 1) to data (t = 0)."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from millrace.engine.config import Sampling
+from millrace.engine.encoders.autoencoder import Autoencoder
+from millrace.engine.encoders.text_encoder import TextEncoder
+from millrace.engine.losses.contrastive import MeanTarget
+from millrace.engine.losses.flow_matching import FlowMatching
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.guidance_branches import solver_steps
+from millrace.engine.model.layout import (
+    patchify,
+    unpatchify,
+)
+from millrace.engine.sampling.guidance import Guidance
+from millrace.engine.util.errors import UserError
+from millrace.kernels.support.philox import (
+    normal,
+    sample_keys,
+)
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of a latent."""
+
+
+class Sampler:
+    """Generates pictures with a denoiser and the frozen networks of its training run.
+
+    Args:
+        denoiser: in evaluation, on the device of the other networks.
+        flow: the objective that it was trained with (prediction type, time shift, noise scale).
+        compute: dtype of matrix products.
+    """
+
+    CHUNK = 32
+    """Pictures generated at once."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        flow: FlowMatching,
+        autoencoder: Autoencoder,
+        text_tower: TextEncoder,
+        device: torch.device,
+        compute: torch.dtype,
+    ) -> None:
+        self.denoiser, self.flow = denoiser, flow
+        self.autoencoder, self.text_tower = autoencoder, text_tower
+        self.device, self.compute = device, compute
+        self.caption_tokens = 0
+        """Text tokens of the captions of all pictures so far."""
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], size: tuple[int, int], config: Sampling, seed: int) -> Tensor:
+        """Pictures (len(prompts), 3, height, width) FP32 in [-1, 1] on the CPU.
+
+        Args:
+            prompts: captions.
+            size: height and width in pixels, multiples of the token's edge.
+            config: solver, steps and guidance.
+            seed: picture i starts from noise that is a function of (seed, i).
+        """
+        return torch.stack(self.mixed(prompts, [size] * len(prompts), config, seed))
+
+    @torch.no_grad()
+    def mixed(
+        self, prompts: list[str], sizes: list[tuple[int, int]], config: Sampling, seed: int, number: int = 0
+    ) -> list[Tensor]:
+        """As a call, but every picture has a size of its own: tensors (3, height, width). `number` is the i
+        of the first picture, so that a part of many pictures is the same as among all of them."""
+        edge = self.autoencoder.factor * self.denoiser.config.patch_size
+        for height, width in dict.fromkeys(sizes):
+            if height % edge or width % edge:
+                raise UserError(
+                    f"a picture of {height} x {width} pixels cannot be cut in tokens of {edge} pixels"
+                )
+        mean_target = self._mean_target(config)
+        pictures: list[Tensor] = []
+        for first in range(0, len(prompts), self.CHUNK):
+            part = slice(first, first + self.CHUNK)
+            pictures += self._chunk(prompts[part], sizes[part], number + first, config, seed, mean_target)
+        return pictures
+
+    def _mean_target(self, config: Sampling) -> MeanTarget | None:
+        """What `config.contrastive` takes back; of the same latents as the sampler's."""
+        if not config.contrastive or config.mean_target is None:
+            return None
+        found, own = MeanTarget.load(config.mean_target, self.device), self.autoencoder
+        if found.autoencoder != own.identity or len(found.values) != own.channels:
+            raise UserError(
+                f"{config.mean_target}: mean target of {len(found.values)} channels of {found.autoencoder!r};"
+                f" the model has {own.channels} of {own.identity!r}, use --compute-mean-target"
+            )
+        return found
+
+    def _chunk(
+        self,
+        prompts: list[str],
+        sizes: list[tuple[int, int]],
+        first: int,
+        config: Sampling,
+        seed: int,
+        mean_target: MeanTarget | None,
+    ) -> list[Tensor]:
+        count, patch, factor = len(prompts), self.denoiser.config.patch_size, self.autoencoder.factor
+        shapes = [(self.autoencoder.channels, height // factor, width // factor) for height, width in sizes]
+        grids = [(height // patch, width // patch) for _, height, width in shapes]
+        index = torch.arange(first, first + count, device=self.device)
+        captions = self.text_tower.encode(prompts)
+        self.caption_tokens += len(captions.embeddings)
+        velocity = Guidance(
+            self.denoiser,
+            self.flow,
+            config,
+            captions,
+            self.text_tower.encode([""] * count) if config.captionless else None,
+            grids,
+            seed,
+            index,
+            self.compute,
+            mean_target,
+        )
+        noise = self._start(index, shapes, seed)
+        scales = [self.flow.noise_scale(grid) for grid in grids]
+        x = torch.cat([scale * patchify(each, patch) for scale, each in zip(scales, noise, strict=True)])
+        for i, (t, after, twice) in enumerate(solver_steps(config, self.flow.config.time_shift)):
+            v = velocity(x, t, i)
+            ahead = x + (after - t) * v
+            if twice:
+                ahead = x + (after - t) * 0.5 * (v + velocity(ahead, after, i))
+            x = ahead
+        tokens = x.split([rows * columns for rows, columns in grids])
+        pictures: list[Tensor] = [torch.empty(0)] * count
+        for members in _by_shape(shapes).values():
+            latents = torch.stack([unpatchify(tokens[i], grids[i], patch) for i in members])
+            for i, picture in zip(members, self.autoencoder.decode(latents).cpu(), strict=True):
+                pictures[i] = picture
+        return pictures
+
+    def _start(self, index: Tensor, shapes: list[Shape], seed: int) -> list[Tensor]:
+        """Noise of each picture, of its shape; pictures of one shape are drawn together."""
+        found: list[Tensor] = [torch.empty(0)] * len(shapes)
+        for (channels, height, width), members in _by_shape(shapes).items():
+            count, rows = len(members), channels * height
+            offsets = torch.arange(count + 1, dtype=torch.int32, device=self.device) * rows
+            noise = normal(sample_keys(seed, index[members], "picture"), offsets, count * rows, width, rows)
+            for i, each in zip(members, noise.view(count, channels, height, width), strict=True):
+                found[i] = each
+        return found
+
+
+def _by_shape(shapes: list[Shape]) -> dict[Shape, list[int]]:
+    members: dict[Shape, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(i)
+    return members
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write pictures (N, 3, h, w) in [-1, 1] as one PNG, row by row; as square as possible by default."""
+    count, _, height, width = pictures.shape
+    columns = columns or min(count, max(1, round((count * height / width) ** 0.5)))
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
+    levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    for i, picture in enumerate(levels):
+        sheet.paste(Image.fromarray(picture), ((i % columns) * width, (i // columns) * height))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,300 @@
+"""Flow-matching loss with x-prediction and the contrastive term, per sample and over all elements.
+
+With v_pred and v_target of every sample (PRX's conventions, t = 0 data, t = 1 noise):
+
+    velocity:  v_pred = prediction,                              v_target = noise - clean
+    sample:    v_pred = (x_t - prediction) / max(t, t_min),      v_target = (x_t - clean) / max(t, t_min)
+
+    loss = mean (v_pred - v_target)^2  -  lambda * mean (v_pred - v_target[negative])^2
+
+Forward is one pass over the data and keeps, in place of its inputs, what backward needs:
+
+    residual = (v_pred - v_target) - lambda * (v_pred - v_target[negative])
+    d loss / d prediction = 2 * residual * (1 for velocity, -1 / max(t, t_min) for sample) / elements
+
+Flow matching: Lipman et al., arXiv 2210.02747. x-prediction compared in v-space: Li & He, arXiv 2511.13720.
+Contrastive term: Stoica et al., arXiv 2506.05350; the negative's target keeps the negative's own t and noise.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from millrace.kernels.ops.flow_loss_triton import (
+    backward_triton,
+    forward_triton,
+)
+from millrace.kernels.support.checks import (
+    expect_offsets,
+    expect_shape,
+)
+from millrace.kernels.support.choice import choose
+from millrace.kernels.support.packed import (
+    rows_from_samples,
+    sample_of_row,
+    sample_slices,
+    samples_from_rows,
+    widen,
+)
+from millrace.kernels.support.registration import register
+
+
+def reference(
+    prediction: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    cu_seqlens: Tensor,
+    negative: Tensor | None,
+    contrastive_weight: float,
+    predicts_sample: bool,
+    t_min: float,
+    max_seqlen: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The equations in plain PyTorch, differentiable in every tensor."""
+    (total, features), samples = prediction.shape, len(t)
+    prediction, clean, noise = widen(prediction), widen(clean), widen(noise)
+    if predicts_sample:
+        time = rows_from_samples(widen(t), cu_seqlens, total, max_seqlen)[:, None]
+        noisy = (1 - time) * clean + time * noise
+        prediction = (noisy - prediction) / time.clamp_min(t_min)
+        target = (noisy - clean) / time.clamp_min(t_min)
+    else:
+        target = noise - clean
+    error = (prediction - target).square()
+    if contrastive_weight:
+        if negative is None:
+            negative = (torch.arange(samples, device=t.device) - 1) % samples
+        own = sample_of_row(cu_seqlens, total)
+        other = negative[own]
+        length = torch.where(other >= 0, cu_seqlens.diff()[other], 0)
+        row = torch.arange(total, device=t.device) - cu_seqlens[own]
+        partner = (cu_seqlens[other] + row % length.clamp_min(1)).clamp_max(total - 1)
+        weight = contrastive_weight * (length > 0)[:, None]
+        error = error - weight * (prediction - target[partner]).square()
+    row_error = error.sum(1)
+    lengths = cu_seqlens.diff().clamp_min(1)
+    per_sample = samples_from_rows(row_error, cu_seqlens, max_seqlen) / (lengths * features)
+    return row_error.sum() / max(total * features, 1), per_sample
+
+
+def _slopes(t: Tensor, predicts_sample: bool, t_min: float) -> tuple[Tensor, Tensor]:
+    """What `_target_ratio` gives, for every sample (B,)."""
+    t = widen(t)
+    if not predicts_sample:
+        return torch.ones_like(t), torch.ones_like(t)
+    floored = t.clamp_min(t_min)
+    return t / floored, -1 / floored
+
+
+def _forward_eager(
+    prediction: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    cu_seqlens: Tensor,
+    negative: Tensor | None,
+    contrastive_weight: float,
+    predicts_sample: bool,
+    t_min: float,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample by sample, so that nothing but the residual is as large as the batch."""
+    residual = torch.empty_like(prediction, memory_format=torch.contiguous_format)
+    spans, samples = sample_slices(cu_seqlens), len(t)
+    ratio, slope = _slopes(t, predicts_sample, t_min)
+    previous = [(b - 1) % samples for b in range(samples)]
+    errors = []
+    for b, other in enumerate(previous if negative is None else negative.tolist()):
+        rows, length = spans[b], spans[other].stop - spans[other].start if other >= 0 else 0
+        data = widen(clean[rows])
+        target = (widen(noise[rows]) - data).mul_(ratio[b])
+        gap = (widen(prediction[rows]) - (data if predicts_sample else target)).mul_(slope[b])
+        error = gap.square().sum()
+        if contrastive_weight and length:
+            away = target.add_(gap)
+            for begin in range(0, len(away), length):
+                part = away[begin : begin + length]
+                met = slice(spans[other].start, spans[other].start + len(part))
+                part -= (widen(noise[met]) - widen(clean[met])).mul_(ratio[other])
+            error = error - contrastive_weight * away.square().sum()
+            gap.sub_(away, alpha=contrastive_weight)
+        residual[rows] = gap
+        errors.append(error)
+    error, features = torch.stack(errors), prediction.shape[1]
+    per_sample = error / (cu_seqlens.diff().clamp_min(1) * features)
+    return error.sum() / max(prediction.numel(), 1), per_sample, residual
+
+
+def _backward_eager(
+    residual: Tensor,
+    grad_loss: Tensor,
+    grad_per_sample: Tensor,
+    t: Tensor,
+    cu_seqlens: Tensor,
+    predicts_sample: bool,
+    t_min: float,
+    max_seqlen: int | None,
+) -> Tensor:
+    total, features = residual.shape
+    _, slope = _slopes(t, predicts_sample, t_min)
+    own = grad_per_sample / (cu_seqlens.diff().clamp_min(1) * features)
+    factor = 2 * slope * (own + grad_loss / max(residual.numel(), 1))
+    return (residual * rows_from_samples(factor, cu_seqlens, total, max_seqlen)[:, None]).to(residual.dtype)
+
+
+def _forward_fake(
+    prediction: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    cu_seqlens: Tensor,
+    negative: Tensor | None,
+    contrastive_weight: float,
+    predicts_sample: bool,
+    t_min: float,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_sample = t.new_empty(t.shape, dtype=torch.promote_types(prediction.dtype, torch.float32))
+    residual = torch.empty_like(prediction, memory_format=torch.contiguous_format)
+    return per_sample.new_empty(()), per_sample, residual
+
+
+def _backward_fake(residual: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(residual)
+
+
+_forward = register(
+    "flow_loss(Tensor prediction, Tensor clean, Tensor noise, Tensor t, Tensor cu_seqlens, Tensor? negative,"
+    " float contrastive_weight, bool predicts_sample, float t_min, SymInt? max_seqlen)"
+    " -> (Tensor, Tensor, Tensor)",
+    eager=_forward_eager,
+    triton=forward_triton,
+    fake=_forward_fake,
+)
+_backward = register(
+    "flow_loss_backward(Tensor residual, Tensor grad_loss, Tensor grad_per_sample, Tensor t,"
+    " Tensor cu_seqlens, bool predicts_sample, float t_min, SymInt? max_seqlen) -> Tensor",
+    eager=_backward_eager,
+    triton=backward_triton,
+    fake=_backward_fake,
+)
+
+
+def _operators(implementation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    if implementation == "triton":
+        return _forward, _backward
+    from millrace.kernels.support import cuda_library
+
+    return cuda_library.flow_loss, cuda_library.flow_loss_backward
+
+
+class _FlowLoss(torch.autograd.Function):
+    """Gradient of the prediction alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prediction: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        cu_seqlens: Tensor,
+        negative: Tensor | None,
+        implementation: str,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        forward, _ = _operators(implementation)
+        loss, per_sample, residual = forward(prediction, clean, noise, t, cu_seqlens, negative, *settings)
+        ctx.save_for_backward(residual, t, cu_seqlens)
+        ctx.implementation, ctx.settings = implementation, settings[1:]
+        return loss, per_sample
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, grad_per_sample: Tensor) -> tuple[Tensor | None, ...]:
+        residual, t, cu_seqlens = ctx.saved_tensors
+        _, backward = _operators(ctx.implementation)
+        grad = backward(residual, grad_loss, grad_per_sample, t, cu_seqlens, *ctx.settings)
+        return grad, *(None,) * 10
+
+
+def flow_loss(
+    prediction: Tensor,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    cu_seqlens: Tensor,
+    contrastive_weight: float = 0.0,
+    negative: Tensor | None = None,
+    prediction_type: Literal["velocity", "sample"] = "velocity",
+    t_min: float = 0.05,
+    max_seqlen: int | None = None,
+    eligible: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss of a packed batch.
+
+    Gradients of `clean`, `noise` and `t` are right too, but whoever asks for one gets the plain path.
+
+    Args:
+        prediction, clean, noise: (T, P).
+        t: (B,) in [0, 1].
+        cu_seqlens: (B+1,) int32.
+        contrastive_weight: lambda; 0, or a batch of one sample, leaves the term out.
+        negative: (B,) int64, the sample whose target is pushed away from; -1 leaves the term of this sample
+            out; default (i - 1) mod B. Where lengths differ, row r of sample i meets row r mod length of its
+            negative; an empty negative has nothing to push away from, so its partner goes without the term.
+        prediction_type: what the network outputs, `velocity` or `sample` (x0).
+        t_min: floor of t in the division of `sample`.
+        max_seqlen: upper bound of the sample lengths; without it the launch must cover T rows per sample.
+        eligible: (B,) bool, the samples that take part in the contrastive term, by default all (as in PRX).
+            A sample with False is neither pushed nor anybody's negative: use it for samples that train the
+            unconditional model, whose captions were dropped. The default negative is then the nearest
+            eligible sample before i, cyclically; if there is none but i, sample i goes without the term. The
+            weight of the remaining ones stays lambda, so it does not depend on how many were left out.
+        backend: `reference`, `triton` (plain PyTorch on the CPU), `cuda` (csrc), or `auto`, the fastest
+            measured.
+
+    Returns:
+        loss: () FP32, the mean over all elements.
+        per_sample: (B,) FP32, the mean over each sample's elements (0 for an empty sample).
+    """
+    samples = expect_offsets("cu_seqlens", cu_seqlens)
+    expect_shape("prediction", prediction, "T", "P")
+    expect_shape("clean", clean, *prediction.shape)
+    expect_shape("noise", noise, *prediction.shape)
+    expect_shape("t", t, samples)
+    if negative is not None:
+        expect_shape("negative", negative, samples)
+    if eligible is not None:
+        expect_shape("eligible", eligible, samples)
+    if prediction_type not in ("velocity", "sample"):
+        raise ValueError(f"prediction_type is {prediction_type!r}, expected 'velocity' or 'sample'")
+    weight = contrastive_weight if samples > 1 else 0.0
+    if eligible is not None and weight:
+        negative = _among_eligible(negative, eligible)
+    tensors = (prediction, clean, noise, t, cu_seqlens, negative)
+    settings = (weight, prediction_type == "sample", t_min, max_seqlen)
+
+    implementation = choose("flow_loss", backend, prediction)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (clean, noise, t))
+    if implementation == "reference" or differentiable:
+        return reference(*tensors, *settings)
+    return _FlowLoss.apply(*tensors, implementation, *settings)
+
+
+def _among_eligible(negative: Tensor | None, eligible: Tensor) -> Tensor:
+    """Negatives (B,) int64 that lie, like their partners, in `eligible`; -1 where there is none."""
+    samples = len(eligible)
+    place = torch.arange(samples, device=eligible.device)
+    if negative is None:
+        # Two turns of the circle: the latest eligible place up to B - 1 + i is the nearest before B + i.
+        turns = torch.cat((place, place + samples))
+        latest = torch.where(eligible.repeat(2), turns, -1).cummax(0).values
+        negative = latest[samples - 1 : -1] % samples
+        eligible = eligible & (negative != place)
+    return torch.where(eligible & eligible[negative.clamp_min(0)], negative, -1)

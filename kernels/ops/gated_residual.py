@@ -1,0 +1,259 @@
+"""x' = x + gate_b * branch: the gated residual of adaLN-zero (Peebles & Xie, arXiv 2212.09748).
+
+The sum is formed in FP32 and rounded once to the dtype of x. Backward: dx = dx', dbranch = gate_b * dx', and
+dgate_b = sum over the rows of b of dx' * branch. x itself is not needed for it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from millrace.kernels.support.checks import (
+    expect_offsets,
+    expect_shape,
+)
+from millrace.kernels.support.compilation import Launch
+from millrace.kernels.support.packed import (
+    rows_from_samples,
+    sample_groups,
+    unit_stride,
+    widen,
+)
+from millrace.kernels.support.registration import (
+    HAS_TRITON,
+    register,
+)
+from millrace.kernels.support.rows import (
+    add_partial_sums,
+    launch_shapes,
+    partial_sums,
+    row_launch,
+)
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from millrace.kernels.support.rows import load_row
+
+
+def reference(
+    x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+) -> Tensor:
+    """The equation in plain PyTorch."""
+    gate = rows_from_samples(widen(gate), cu_seqlens, len(x), max_seqlen)
+    return (widen(x) + gate * widen(branch)).to(x.dtype)
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def _forward_kernel(
+        x,
+        branch,
+        gate,
+        cu_seqlens,
+        out,
+        x_stride,
+        branch_stride,
+        gate_stride,
+        WIDTH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        sample = tl.program_id(1).to(tl.int64)
+        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
+        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
+        column = tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        factor = load_row(gate + sample * gate_stride, column, inside)
+        for row in range(first, end):
+            value = load_row(x + row * x_stride, column, inside)
+            added = load_row(branch + row * branch_stride, column, inside)
+            tl.store(out + row * WIDTH + column, value + factor * added, mask=inside)
+
+    @triton.jit
+    def _backward_kernel(
+        grad,
+        branch,
+        gate,
+        cu_seqlens,
+        grad_branch,
+        partial,
+        grad_stride,
+        branch_stride,
+        gate_stride,
+        WIDTH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        sample = tl.program_id(1).to(tl.int64)
+        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
+        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
+        column = tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        factor = load_row(gate + sample * gate_stride, column, inside)
+        gate_sum = tl.zeros((BLOCK,), tl.float32)
+        for row in range(first, end):
+            gradient = load_row(grad + row * grad_stride, column, inside)
+            added = load_row(branch + row * branch_stride, column, inside)
+            gate_sum += gradient * added
+            tl.store(grad_branch + row * WIDTH + column, factor * gradient, mask=inside)
+        at = (sample * tl.num_programs(0) + tl.program_id(0)) * WIDTH + column
+        tl.store(partial + at, gate_sum, mask=inside)
+
+
+def _forward_triton(
+    x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> Tensor:
+    x, branch, gate = unit_stride(x), unit_stride(branch), unit_stride(gate)
+    out = _forward_fake(x, branch, gate, cu_seqlens, max_seqlen)
+    launch = row_launch(*x.shape, len(gate), max_seqlen)
+    _forward_kernel[launch.grid](
+        x,
+        branch,
+        gate,
+        cu_seqlens,
+        out,
+        x.stride(0),
+        branch.stride(0),
+        gate.stride(0),
+        WIDTH=x.shape[1],
+        BLOCK=launch.block,
+        ROWS=launch.rows,
+        num_warps=launch.warps,
+    )
+    return out
+
+
+def _backward_triton(
+    grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    grad, branch, gate = unit_stride(grad), unit_stride(branch), unit_stride(gate)
+    (total, width), samples = branch.shape, len(gate)
+    grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    launch = row_launch(total, width, samples, max_seqlen)
+    partial = partial_sums(1, launch, width, grad.device)
+    _backward_kernel[launch.grid](
+        grad,
+        branch,
+        gate,
+        cu_seqlens,
+        grad_branch,
+        partial,
+        grad.stride(0),
+        branch.stride(0),
+        gate.stride(0),
+        WIDTH=width,
+        BLOCK=launch.block,
+        ROWS=launch.rows,
+        num_warps=launch.warps,
+    )
+    return grad_branch, add_partial_sums(partial)[0]
+
+
+def _forward_eager(
+    x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> Tensor:
+    out, gate = _forward_fake(x, branch, gate, cu_seqlens, max_seqlen), widen(gate)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(x), max_seqlen):
+        add_branch_rows(x[rows], branch[rows], gate[members], out[rows])
+    return out
+
+
+def add_branch_rows(x: Tensor, branch: Tensor, gate: Tensor, out: Tensor) -> None:
+    """Write x + gate * branch (rows, C) of b samples with equally many rows; gate is (b, 1, C)."""
+    samples = (len(gate), -1, x.shape[1])
+    x, branch = widen(x).reshape(samples), widen(branch).reshape(samples)
+    torch.addcmul(x, branch, gate, out=out.view(samples))
+
+
+def _backward_eager(
+    grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    grad_branch, grad_gate = _backward_fake(grad, branch, gate, cu_seqlens, max_seqlen)
+    grad_gate.zero_()
+    gate = widen(gate)[:, None]
+    for rows, members in sample_groups(cu_seqlens, len(branch), max_seqlen):
+        gradient = widen(grad[rows]).reshape(len(gate[members]), -1, branch.shape[1])
+        grad_branch[rows] = (gradient * gate[members]).view(-1, branch.shape[1])
+        product = gradient * branch[rows].reshape(gradient.shape)
+        torch.sum(product, 1, out=grad_gate[members])
+    return grad_branch, grad_gate
+
+
+def _forward_fake(
+    x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(
+    grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    sums = torch.promote_types(grad.dtype, torch.float32)
+    grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    return grad_branch, gate.new_empty(gate.shape, dtype=sums)
+
+
+_forward = register(
+    "gated_residual(Tensor x, Tensor branch, Tensor gate, Tensor cu_seqlens, SymInt? max_seqlen) -> Tensor",
+    eager=_forward_eager,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
+_backward = register(
+    "gated_residual_backward(Tensor grad, Tensor branch, Tensor gate, Tensor cu_seqlens, SymInt? max_seqlen)"
+    " -> (Tensor, Tensor)",
+    eager=_backward_eager,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(branch, gate, cu_seqlens)
+        ctx.max_seqlen = max_seqlen
+        return _forward(x, branch, gate, cu_seqlens, max_seqlen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        branch, gate, cu_seqlens = ctx.saved_tensors
+        grad_branch, grad_gate = _backward(grad, branch, gate, cu_seqlens, ctx.max_seqlen)
+        return grad, grad_branch, grad_gate.to(gate.dtype), None, None
+
+
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+) -> Tensor:
+    """Add a branch to the residual stream, scaled by its sample's gate.
+
+    Args:
+        x, branch: (T, C).
+        gate: (B, C), any float dtype and strides.
+        cu_seqlens: (B+1,) int32.
+        max_seqlen: upper bound of the sample lengths; without it the launch must cover T rows per sample.
+
+    Returns:
+        (T, C) in the dtype of x.
+    """
+    samples = expect_offsets("cu_seqlens", cu_seqlens)
+    expect_shape("x", x, "T", "C")
+    expect_shape("branch", branch, *x.shape)
+    expect_shape("gate", gate, samples, x.shape[1])
+    return _GatedResidual.apply(x, branch, gate, cu_seqlens, max_seqlen)
+
+
+def configurations() -> Iterator[Launch]:
+    """Launches compiled ahead of time."""
+    for name, x, vectors, offsets, _, tokens in launch_shapes():
+        yield Launch(f"forward {name}", _forward_triton, (x, x, vectors, offsets, tokens))
+        yield Launch(f"backward {name}", _backward_triton, (x, x, vectors, offsets, tokens))

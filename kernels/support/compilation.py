@@ -1,0 +1,177 @@
+"""Ahead-of-time compilation of the Triton kernels, without a GPU: what each needs of the chip it is for.
+
+An operation's file lists the launches of training in a function `configurations()`; each `Launch` is the
+operation's own launcher with tensors on the meta device. `compile_launch` calls that launcher, and every
+kernel that it starts is compiled for the wanted architecture instead of run. So what is checked is what is
+launched: the same specialisation of the arguments, the same tiles, warps and stages.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Most shared memory of one block, bytes (CUDA C++ programming guide, table of compute capabilities)."""
+
+_INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "tma": r"cp\.async\.bulk",
+    "cp_async": r"cp\.async\.c[ag]",
+}
+_compiling_for: int | None = None
+_reports: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a launcher.
+
+    name: operation, direction, sizes and dtype, for people; unique within the file.
+    launcher: the function that starts the kernels; it runs with `arguments`, tensors on the meta device.
+    wgmma: names of the kernels that must use Hopper's matrix instructions when compiled for it.
+    needs: first capability that it is for.
+    """
+
+    name: str
+    launcher: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    wgmma: frozenset[str] = field(default_factory=frozenset)
+    needs: int = 80
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: of a thread (registers, spills and stack in bytes), of a block (shared).
+
+    instructions: which of wgmma, mma (tensor cores before Hopper), tma and cp_async occur.
+    """
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
+    num_warps: int
+    num_stages: int
+    instructions: tuple[str, ...]
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.static_shared_bytes + self.dynamic_shared_bytes
+
+
+def launches() -> Iterator[tuple[str, Launch]]:
+    """(module name, launch) of every file in `millrace.kernels` that has `configurations()`."""
+    package = importlib.import_module("millrace.kernels")
+    for info in sorted(pkgutil.walk_packages(package.__path__, "millrace.kernels."), key=lambda i: i.name):
+        module = importlib.import_module(info.name)
+        for launch in getattr(module, "configurations", tuple)():
+            yield info.name.removeprefix("millrace.kernels.").removeprefix("ops."), launch
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without data, for the arguments of a `Launch`."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def capability(tensor: Tensor) -> int:
+    """80 for an A100, 90 for an H100: what `tensor` runs on, or what is being compiled for.
+
+    Launchers whose tiles depend on the GPU ask this, so that each architecture's choice is compiled for it.
+    """
+    if _compiling_for is not None:
+        return _compiling_for
+    major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+    return 10 * major + minor
+
+
+def compile_launch(launch: Launch, architecture: int) -> list[Resources]:
+    """Compile every kernel that the launch starts, for compute capability 80 or 90.
+
+    Needs Triton, and a process without TRITON_INTERPRET.
+    """
+    with _compiling(architecture) as compiled:
+        launch.launcher(*launch.arguments)
+    return [_resources(kernel, report) for kernel, report in compiled]
+
+
+def problems(launch: Launch, resources: Resources, architecture: int) -> list[str]:
+    """Why a kernel must not be shipped like this: spills, shared memory that the chip has not, lost wgmma."""
+    found = []
+    if resources.spill_bytes:
+        found.append(f"spills {resources.spill_bytes} bytes")
+    shared, limit = resources.shared_bytes, SHARED_MEMORY_LIMIT[architecture]
+    if shared > limit:
+        found.append(f"takes {shared} bytes of shared memory, sm_{architecture} has {limit}")
+    if architecture == 90 and resources.kernel in launch.wgmma and "wgmma" not in resources.instructions:
+        found.append("does not use wgmma")
+    return found
+
+
+@contextmanager
+def _compiling(architecture: int) -> Iterator[list[tuple[Any, str]]]:
+    """Kernels started inside are compiled for `architecture` and listed, each with the assembler's report."""
+    global _compiling_for
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run, compiled = JITFunction.run, []
+
+    def compile_only(function: Any, *arguments: Any, **options: Any) -> None:
+        with redirect_stdout(StringIO()) as log:
+            kernel = run(function, *arguments, **options | {"warmup": True})
+        # A kernel that this process has compiled before comes without a log.
+        compiled.append((kernel, _reports.setdefault(kernel.hash, log.getvalue())))
+
+    # What Triton asks of a driver before it compiles. It remembers kernels by device: one an architecture.
+    stand_in = mock.Mock(spec_set=("get_current_device", "get_current_stream", "get_current_target"))
+    stand_in.get_current_device.return_value = f"sm_{architecture}"
+    stand_in.get_current_target.return_value = GPUTarget("cuda", architecture, 32)
+    _compiling_for = architecture
+    try:
+        with (
+            mock.patch.object(driver, "_active", stand_in),
+            mock.patch.object(JITFunction, "run", compile_only),
+            knobs.nvidia.scope(),
+            knobs.compilation.scope(),
+        ):
+            # Spills are told in the assembler's log alone, and a kernel out of the cache has none.
+            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+            yield compiled
+    finally:
+        _compiling_for = None
+
+
+def _resources(kernel: Any, report: str) -> Resources:
+    if "Used" not in report:
+        raise RuntimeError(f"{kernel.metadata.name}: Triton printed no assembler report: {report!r}")
+
+    def number(pattern: str) -> int:
+        return sum(int(found) for found in re.findall(pattern, report))
+
+    return Resources(
+        kernel=kernel.metadata.name,
+        registers=number(r"Used (\d+) registers"),
+        spill_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
+        static_shared_bytes=number(r"(\d+) bytes smem"),
+        dynamic_shared_bytes=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        instructions=tuple(
+            name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])
+        ),
+    )

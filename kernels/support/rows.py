@@ -1,0 +1,100 @@
+"""Kernels over packed rows: how a launch is cut into programs, and the LayerNorm arithmetic of one row.
+
+A program takes a few rows of one sample, so that it reads the sample's vectors (shift, scale, gate) once and
+adds up their gradients in registers. Partial sums of the programs go to memory and are added in a fixed
+order afterwards: no atomics, so a backward pass gives the same bits every time.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from millrace.kernels.support.compilation import meta
+from millrace.kernels.support.registration import HAS_TRITON
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+PROGRAMS = 1024
+"""Programs that keep every multiprocessor of an H200 (132) busy with several each."""
+MOST_ROWS = 16
+WIDEST = 16_384
+"""Features of a row that one program holds in registers."""
+
+
+class RowLaunch(NamedTuple):
+    """Grid and constants of a kernel whose programs take `rows` rows of one sample each."""
+
+    grid: tuple[int, int]
+    """(chunks, B)."""
+    rows: int
+    block: int
+    """Smallest power of two that holds a row."""
+    warps: int
+
+
+def row_launch(total: int, width: int, samples: int, max_seqlen: int | None) -> RowLaunch:
+    """The launch for `total` rows of `width` features; depends on nothing else, so sums keep their order."""
+    if width > WIDEST:
+        raise ValueError(f"rows have {width} features, the kernels take at most {WIDEST}")
+    rows = max(1, min(MOST_ROWS, _power_of_two_below(total // PROGRAMS)))
+    longest = total if max_seqlen is None else max_seqlen
+    block = 1 << max(width - 1, 0).bit_length()
+    warps = min(max(block // 512, 1), 16)
+    return RowLaunch((max(-(-longest // rows), 1), samples), rows, block, warps)
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
+
+
+def partial_sums(count: int, launch: RowLaunch, width: int, device: torch.device) -> Tensor:
+    """Memory (count, B, chunks, C) FP32 for the programs' sums; every program writes its part."""
+    chunks, samples = launch.grid
+    return torch.empty(count, samples, chunks, width, dtype=torch.float32, device=device)
+
+
+def add_partial_sums(partial: Tensor) -> Tensor:
+    """(count, B, chunks, C) to (count, B, C)."""
+    return partial.squeeze(2) if partial.shape[2] == 1 else partial.sum(2)
+
+
+def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
+    """What row kernels are compiled for ahead of time: 32 images of 256 and of 1024 tokens.
+
+    Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM, offsets,
+    statistics (T,), longest sample.
+    """
+    for width in (1792, 3584):
+        for tokens in (256, 1024):
+            dtype = torch.bfloat16
+            vectors = meta(32, 16 * 6 * width, dtype=dtype)[:, width : 2 * width]
+            statistics = meta(32 * tokens, dtype=torch.float32)
+            x, offsets = meta(32 * tokens, width, dtype=dtype), meta(33, dtype=torch.int32)
+            yield f"C={width} N={tokens} {dtype}", x, vectors, offsets, statistics, tokens
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def load_row(start, column, inside):
+        """A row in FP32, zero outside."""
+        return tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def layer_norm_row(value, inside, eps, WIDTH: tl.constexpr):
+        """Normalised row, its mean and its 1 / standard deviation; `value` is FP32, zero outside."""
+        mean = tl.sum(value, 0) / WIDTH
+        centred = tl.where(inside, value - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
+        return centred * rstd, mean, rstd
+
+    @triton.jit
+    def layer_norm_gradient(gradient, normed, rstd, WIDTH: tl.constexpr):
+        """Gradient of a row from that of its normalised form; both are zero outside."""
+        mean = tl.sum(gradient, 0) / WIDTH
+        projection = tl.sum(gradient * normed, 0) / WIDTH
+        return rstd * (gradient - mean - normed * projection)

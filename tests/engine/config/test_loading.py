@@ -1,0 +1,173 @@
+"""Configuration files that extend files, and overrides on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from millrace.engine.config import Config
+from millrace.engine.config.loading import (
+    dict_from_overrides,
+    differences,
+    json_schema,
+    load_config,
+    merge,
+    parse_config,
+    read_json,
+)
+from millrace.engine.util.errors import UserError
+
+
+def parse(*overrides: str) -> Config:
+    return parse_config(dict_from_overrides(overrides), "test.json")
+
+
+class TestFiles:
+    def test_a_chain_of_files(self, write):
+        """Paths are relative to the file that names them; later files win, objects merge key by key."""
+        write("base.json", {"run": {"steps": 10, "seed": 1}, "model": {"depth": 3}})
+        write("family/middle.json", {"extends": "../base.json", "run": {"steps": 20}})
+        leaf = write("family/one/leaf.json", {"extends": "../middle.json", "model": {"width": 112}})
+        config = load_config(leaf, ["run.seed=5"])
+        assert (config.run.steps, config.run.seed) == (20, 5)
+        assert (config.model.depth, config.model.width) == (3, 112)
+
+    def test_lists_replace_and_do_not_merge(self, write):
+        write("base.json", {"sampling": {"prompts": ["a", "b", "c"]}})
+        leaf = write("leaf.json", {"extends": "base.json", "sampling": {"prompts": ["d"]}})
+        assert load_config(leaf).sampling.prompts == ("d",)
+
+    def test_null_replaces(self, write):
+        write("base.json", {"model": {"bottleneck": 128}})
+        leaf = write("leaf.json", {"extends": "base.json", "model": {"bottleneck": None}})
+        assert load_config(leaf).model.bottleneck is None
+
+    def test_the_schema_key_of_editors_is_ignored(self, write):
+        write("base.json", {"$schema": "schema.json", "run": {"steps": 3}})
+        leaf = write("leaf.json", {"$schema": "schema.json", "extends": "base.json"})
+        assert load_config(leaf).run.steps == 3
+
+    @pytest.mark.parametrize("ring", [("a",), ("a", "b"), ("a", "b", "c")])
+    def test_circles_are_refused(self, ring, write):
+        for name, following in zip(ring, (*ring[1:], ring[0]), strict=True):
+            first = write(f"{name}.json", {"extends": f"{following}.json"})
+        with pytest.raises(UserError, match="extends itself") as error:
+            load_config(first)
+        assert all(f"{name}.json" in str(error.value) for name in ring)
+
+    def test_one_base_for_two_files_is_no_circle(self, write):
+        write("base.json", {"run": {"steps": 2}})
+        for name in ("left.json", "right.json"):
+            assert load_config(write(name, {"extends": "base.json"})).run.steps == 2
+
+    def test_missing_files_are_named(self, write, tmp_path):
+        with pytest.raises(UserError, match=r"nowhere\.json: no such configuration file"):
+            load_config(tmp_path / "nowhere.json")
+        with pytest.raises(UserError, match=r"gone\.json: no such configuration file"):
+            load_config(write("leaf.json", {"extends": "gone.json"}))
+
+    def test_what_is_no_json_object(self, write):
+        with pytest.raises(UserError, match=r"broken\.json: not valid JSON: .*line 2"):
+            load_config(write("broken.json", '{"run":\n{"steps": }}'))
+        with pytest.raises(UserError, match="a configuration is a JSON object, this is a list"):
+            load_config(write("list.json", "[1, 2]"))
+
+    def test_read_json_returns_plain_values(self, write):
+        write("base.json", {"a": {"b": 1, "c": 2}})
+        leaf = write("leaf.json", {"extends": "base.json", "a": {"c": 3}})
+        assert read_json(leaf) == {"a": {"b": 1, "c": 3}}
+
+    def test_merge_leaves_its_arguments_alone(self):
+        base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
+        assert merge(base, over) == {"a": {"b": 1, "c": 2}}
+        assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("3", 3),
+            ("1e-4", 1e-4),
+            ("-2.5", -2.5),
+            ("true", True),
+            ("null", None),
+            ("word", "word"),
+            ("two words", "two words"),
+            ('"3"', "3"),
+            ("[0.9, 0.99]", [0.9, 0.99]),
+            ('{"x": 1}', {"x": 1}),
+            ("a=b", "a=b"),
+            ("", ""),
+            ("/data/pictures", "/data/pictures"),
+        ],
+    )
+    def test_values_are_json_where_they_parse(self, text, value):
+        parsed = dict_from_overrides([f"a.b.c={text}"])
+        assert parsed == {"a": {"b": {"c": value}}}
+        assert type(parsed["a"]["b"]["c"]) is type(value)
+
+    def test_several_in_one_section(self):
+        assert dict_from_overrides(["a.b=1", "c=2", "a.d=3"]) == {"a": {"b": 1, "d": 3}, "c": 2}
+
+    def test_the_last_one_wins(self):
+        assert dict_from_overrides(["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
+
+    def test_they_reach_every_type(self):
+        config = parse(
+            "run.steps=7",
+            "run.compile=true",
+            "optimizer.betas=[0.8, 0.9]",
+            'sampling.prompts=["a cat", "2"]',
+            "data.path=pictures",
+            "run.activation_checkpointing.policy=full",
+            'model={"depth": 5}',
+            "deepspeed.zero_optimization.stage=2",
+        )
+        assert config.run.steps == 7
+        assert config.run.compile is True
+        assert config.optimizer.betas == (0.8, 0.9)
+        assert config.sampling.prompts == ("a cat", "2")
+        assert config.data.path == "pictures"
+        assert config.run.activation_checkpointing.policy == "full"
+        assert config.model.depth == 5
+        assert config.deepspeed == {"zero_optimization": {"stage": 2}}
+
+    def test_they_lie_over_the_file(self, write):
+        path = write("run.json", {"run": {"steps": 7, "seed": 3}})
+        config = load_config(path, ["run.steps=8"])
+        assert (config.run.steps, config.run.seed) == (8, 3)
+
+    @pytest.mark.parametrize("item", ["run.steps", "=3", ""])
+    def test_what_is_no_assignment(self, item):
+        with pytest.raises(UserError, match=r"write it as section\.key=value") as error:
+            dict_from_overrides([item])
+        assert item in str(error.value)
+
+
+class TestUnusableFiles:
+    def test_a_key_given_twice(self, write):
+        path = write("twice.json", '{"run": {"steps": 1}, "run": {"seed": 1}}')
+        with pytest.raises(UserError, match="not valid JSON: key 'run' is given twice"):
+            read_json(path)
+
+    def test_extends_that_is_no_name(self, write):
+        with pytest.raises(UserError, match="extends is 5; it is the name of another configuration file"):
+            read_json(write("five.json", {"extends": 5}))
+
+    def test_a_folder(self, write, tmp_path):
+        with pytest.raises(UserError, match="cannot be read as a configuration file: Is a directory"):
+            read_json(write("folder.json", {"extends": "."}))
+
+
+def test_differences_are_named():
+    old = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": [1]}
+    new = {"a": 1, "b": {"c": 5, "d": {"e": 3}, "g": None}, "f": [2], "h": 0}
+    assert differences(old, old) == []
+    assert differences(old, new) == ["b.c", "f", "h"]
+
+
+def test_committed_schema_is_current():
+    """`make schema` writes it."""
+    committed = Path(__file__).resolve().parents[3] / "configs" / "schema.json"
+    assert json.loads(committed.read_text()) == json_schema()

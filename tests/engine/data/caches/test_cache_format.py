@@ -1,0 +1,318 @@
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from millrace.engine.data.caches import cache_format as module
+from millrace.engine.data.caches.cache_format import (
+    CacheFile,
+    CacheRecord,
+    LatentCache,
+    TensorFile,
+    TextCache,
+    cache_path,
+    cache_problems,
+    common_path,
+    quantise,
+)
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.data.formats.shard_writer import write_manifest
+from millrace.engine.data.sources.shards import sha256_of
+from millrace.engine.util.errors import UserError
+
+COUNTS = {(16, 32): 6, (32, 16): 3}
+DIM = 6
+
+
+def rows_of(sample, which, dtype=torch.bfloat16):
+    length = (sample % 3) + (2 if which == "long" else 0)
+    generator = torch.Generator().manual_seed(2 * sample + (which == "long"))
+    return torch.randn(length, DIM, generator=generator).to(dtype)
+
+
+def moments_of(sample, bucket):
+    generator = torch.Generator().manual_seed(sample)
+    return torch.randn(2, 4, bucket[0] // 8, bucket[1] // 8, generator=generator).bfloat16()
+
+
+def file_of(root, path, of=""):
+    return CacheFile(file=path, bytes=(root / path).stat().st_size, sha256=sha256_of(root / path), of=of)
+
+
+def publish(root, kind, files, dtype):
+    manifest = read_manifest(root)
+    record = CacheRecord(
+        network={"kind": "test"}, dtype=dtype, common=file_of(root, common_path(kind)), files=tuple(files)
+    )
+    values = record.model_dump(mode="json")
+    write_manifest(root, manifest.model_copy(update={"caches": manifest.caches | {kind: values}}))
+
+
+def write_text(root, dtype="bfloat16"):
+    manifest, first, files = read_manifest(root), 0, []
+    save_file(
+        {"rows": torch.ones(1, DIM), "cut": torch.zeros(1, dtype=torch.uint8)}, root / "text.safetensors"
+    )
+    for shard in manifest.shards:
+        path = root / cache_path(shard, "text")
+        with path.open("wb") as file:
+            out, lengths, scales = TensorFile(file, "rows", {"made": "by a test"}), [0], []
+            for i in range(first, first + shard.samples):
+                for which in ("long", "short"):
+                    rows = rows_of(i, which)
+                    lengths.append(len(rows))
+                    if dtype == "int8":
+                        rows, scale = quantise(rows)
+                        scales.append(scale)
+                    out.append(rows)
+            captions = torch.arange(2 * shard.samples)
+            out.finish(
+                {
+                    "offsets": torch.tensor(lengths).cumsum(0),
+                    "cut": (captions % 5 == 0).to(torch.uint8),
+                    "long": captions[::2].contiguous(),
+                    "short": captions[1::2].contiguous(),
+                    **({"scale": torch.cat(scales)} if scales else {}),
+                }
+            )
+        files.append(file_of(root, cache_path(shard, "text"), shard.sha256))
+        first += shard.samples
+    publish(root, "text", files, dtype)
+
+
+def write_latents(root, unreadable=()):
+    manifest, first, files = read_manifest(root), 0, []
+    save_file({}, root / "latents.safetensors", {"scale": "0.5"})
+    for shard in manifest.shards:
+        with (root / cache_path(shard, "latents")).open("wb") as file:
+            out = TensorFile(file, "moments", {})
+            samples = range(first, first + shard.samples)
+            for i in samples:
+                out.append(moments_of(i, shard.bucket)[None])
+            out.finish({"present": torch.tensor([i not in unreadable for i in samples], dtype=torch.uint8)})
+        files.append(file_of(root, cache_path(shard, "latents"), shard.sha256))
+        first += shard.samples
+    publish(root, "latents", files, "bfloat16")
+
+
+@pytest.fixture
+def dataset(tmp_path, write_shards):
+    write_shards(tmp_path / "set", COUNTS)
+    return tmp_path / "set"
+
+
+def places(root):
+    return [(number, row) for number, s in enumerate(read_manifest(root).shards) for row in range(s.samples)]
+
+
+def refused(call, *parts):
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+def test_files_are_safetensors_written_part_by_part(tmp_path):
+    parts = [torch.randint(-9, 9, (n, 3), dtype=torch.int8) for n in (2, 0, 5)]
+    others = {
+        "offsets": torch.arange(4),
+        "scale": torch.rand(7),
+        "cut": torch.ones(3, dtype=torch.uint8),
+        "half": torch.randn(3, 5).T.bfloat16(),
+    }
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        out = TensorFile(file, "rows", {"of": "a test"})
+        for part in parts:
+            out.append(part)
+        out.finish(others)
+    found = load_file(path)
+    assert found.pop("padding").tolist() == [0] * 3  # 21 bytes of rows
+    assert torch.equal(found.pop("rows"), torch.cat(parts))
+    assert found.keys() == others.keys()
+    for name, tensor in others.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+
+
+def test_a_header_that_outgrows_its_room_is_an_error(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        out = TensorFile(file, "rows", {})
+        out.append(torch.zeros(1))
+        with pytest.raises(ValueError, match="room"):
+            out.finish({f"tensor {i}": torch.zeros(1) for i in range(100)})
+
+
+@pytest.mark.parametrize("spread", [1e-30, 1.0, 1e4])
+def test_int8_is_within_absmax_over_254(spread):
+    rows = torch.randn(200, 64) * spread
+    rows[0], rows[1, 1:] = 0.0, 0.0
+    steps, scale = quantise(rows)
+    assert (steps.dtype, scale.dtype) == (torch.int8, torch.float32)
+    bound = rows.double().abs().amax(1, keepdim=True) / 254
+    error = (steps.double() * scale.double()[:, None] - rows.double()).abs()
+    assert bool((error <= bound * (1 + 1e-5)).all())
+    assert float((error / bound.clamp_min(1e-300)).max()) > 0.9
+    assert bool((steps.int().abs().amax(1)[1:] == 127).all())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_every_caption_comes_back(dataset, dtype):
+    write_text(dataset, dtype)
+    cache = TextCache(dataset, read_manifest(dataset))
+    assert (cache.dim, cache.record.dtype) == (DIM, dtype)
+    assert torch.equal(cache.empty.rows, torch.ones(1, DIM))
+    lengths = set()
+    for i, place in enumerate(places(dataset)):
+        for offset, which in enumerate(("long", "short")):
+            found, wanted = cache.rows(place, which), rows_of(i, which)
+            assert found.cut == ((2 * place[1] + offset) % 5 == 0)
+            lengths.add(len(found.rows))
+            if dtype == "int8":
+                for mine, theirs in zip((found.rows, found.scale), quantise(wanted), strict=True):
+                    assert torch.equal(mine, theirs)
+            else:
+                assert found.scale is None
+                assert torch.equal(found.rows, wanted)
+    assert lengths == {0, 1, 2, 3, 4}
+
+
+def test_moments_come_back_and_what_was_unreadable_has_none(dataset):
+    write_latents(dataset, unreadable=(4,))
+    cache = LatentCache(dataset, read_manifest(dataset))
+    assert cache.metadata == {"scale": "0.5"}
+    for i, place in enumerate(places(dataset)):
+        bucket = read_manifest(dataset).shards[place[0]].bucket
+        found = cache.moments(place)
+        assert found is None if i == 4 else torch.equal(found, moments_of(i, bucket))
+
+
+def test_reading_copies_nothing(dataset):
+    write_latents(dataset)
+    cache = LatentCache(dataset, read_manifest(dataset))
+    whole = cache.tensors(0)["moments"]
+    found = cache.moments((0, 2))
+    assert found.data_ptr() == whole.data_ptr() + 2 * found.numel() * 2
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line for line in maps if cache_path(cache.shards[0], "latents") in line]
+    bounds = [[int(x, 16) for x in line.split()[0].split("-")] for line in mapped]
+    assert any(start <= found.data_ptr() < end for start, end in bounds)
+
+
+def test_any_thread_may_read_with_few_files_mapped(dataset, monkeypatch):
+    monkeypatch.setattr(module, "MAPPED_FILES", 1)
+    write_text(dataset)
+    cache, all_places = TextCache(dataset, read_manifest(dataset)), places(dataset)
+    order = np.random.default_rng(0).integers(0, len(all_places), 400).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda i: cache.rows(all_places[i], "long"), order))
+    for i, one in zip(order, found, strict=True):
+        assert torch.equal(one.rows, rows_of(i, "long"))
+    assert len(cache._maps) == 1
+
+
+def test_threads_open_a_file_once_and_different_files_at_once(dataset, monkeypatch):
+    write_latents(dataset)
+    cache = LatentCache(dataset, read_manifest(dataset))
+    opened, both = [], threading.Barrier(2, timeout=20)
+    inner = LatentCache._map
+
+    def slow(self, file):
+        opened.append(file.file)
+        both.wait()  # only passes if two threads open different files at the same time
+        return inner(self, file)
+
+    monkeypatch.setattr(LatentCache, "_map", slow)
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(cache.moments, [(0, 0), (1, 0)] * 3))
+    assert sorted(opened) == [file.file for file in cache.record.files[:2]]
+
+
+def damage(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_damaged_files_are_named(dataset):
+    write_text(dataset)
+    manifest = read_manifest(dataset)
+    path = dataset / cache_path(manifest.shards[1], "text")
+    whole = path.read_bytes()
+
+    def read(verify=False):
+        cache = TextCache(dataset, manifest, verify)
+        assert cache.rows((0, 0), "long") is not None
+        return cache.rows((1, 0), "long")
+
+    path.write_bytes(whole[:-1])
+    refused(read, path, f"has {len(whole) - 1} bytes, the manifest says {len(whole)}", "--cache text")
+    path.write_bytes(b"\xff" * 8 + whole[8:])
+    refused(read, path, "damaged")
+    path.write_bytes(whole)
+    damage(path, -1)
+    refused(lambda: read(verify=True), path, "SHA-256")
+    path.unlink()
+    refused(read, path, "cannot be read", "--cache text --replace")
+
+
+@pytest.mark.parametrize("name", ["offsets", "long", "cut"])
+def test_captions_that_do_not_fit_their_rows_are_named(dataset, name):
+    write_text(dataset)
+    manifest = read_manifest(dataset)
+    path = dataset / cache_path(manifest.shards[0], "text")
+    tensors = load_file(path)
+    tensors[name] = tensors[name][:-1] if name == "cut" else tensors[name] + 100
+    save_file(tensors, path)
+    record = CacheRecord.model_validate(manifest.caches["text"])
+    files = (file_of(dataset, record.files[0].file, manifest.shards[0].sha256), *record.files[1:])
+    publish(dataset, "text", files, "bfloat16")
+    cache = TextCache(dataset, read_manifest(dataset))
+    refused(lambda: cache.rows((0, 0), "long"), path, "do not fit")
+
+
+def test_all_damaged_files_are_found(dataset):
+    assert cache_problems(dataset) == []
+    write_text(dataset)
+    write_latents(dataset)
+    assert cache_problems(dataset) == []
+    shards = read_manifest(dataset).shards
+    paths = [dataset / cache_path(shards[2], "text"), dataset / cache_path(shards[0], "latents")]
+    for path in paths:
+        damage(path, -20)
+    found = cache_problems(dataset)
+    assert len(found) == 2
+    for path, line in zip(paths, found, strict=True):
+        assert line.startswith(f"{path}: damaged: its SHA-256")
+
+
+def test_a_data_set_without_the_cache_says_how_to_make_it(dataset):
+    refused(lambda: TextCache(dataset, read_manifest(dataset)), dataset, "no text cache", "--cache text")
+
+
+def edited(dataset, change):
+    values = json.loads((dataset / "manifest.json").read_text())
+    change(values["caches"]["text"], values)
+    (dataset / "manifest.json").write_text(json.dumps(values))
+    return lambda: TextCache(dataset, read_manifest(dataset))
+
+
+def test_records_that_do_not_fit_are_named(dataset):
+    write_text(dataset)
+    kept = (dataset / "manifest.json").read_text()
+    cases = [
+        (lambda text, _: text.update(version=2), "version 2"),
+        (lambda text, _: text["files"].pop(), "other shards"),
+        (lambda text, _: text["files"][0].update(of="0" * 64), "other shards"),
+        (lambda text, _: text["common"].update(bytes=-1), "common.bytes"),
+    ]
+    for change, words in cases:
+        refused(edited(dataset, change), dataset, "text cache", words)
+        (dataset / "manifest.json").write_text(kept)

@@ -1,0 +1,159 @@
+import json
+import os
+import re
+
+import pytest
+from PIL import Image
+
+from millrace.engine.config import Data
+from millrace.engine.data import Captions, open_source
+from millrace.engine.data.sources.folder import FolderSource
+from millrace.engine.util.errors import UserError
+
+
+def add(folder, name, caption="a caption", size=(8, 8), color="red"):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def refused(folder, *parts):
+    with pytest.raises(UserError) as caught:
+        FolderSource(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+def test_pictures_are_found_everywhere_in_order_of_their_path(tmp_path):
+    for name in ("b.JPG", "a/z.png", "a.b/c.webp", "a/B.jpeg", "c.Png"):
+        add(tmp_path, name, caption=f"  caption of {name}\n")
+    (tmp_path / "readme.md").write_text("not a picture")
+    (tmp_path / "readme.txt").write_text("not a caption of a picture")
+    source = open_source(Data(source="folder", path=str(tmp_path)))
+    keys = [source.key(index) for index in range(len(source))]
+    assert keys == sorted(["b.JPG", "a/z.png", "a.b/c.webp", "a/B.jpeg", "c.Png"])
+    for index, key in enumerate(keys):
+        assert source.captions(index) == Captions(f"caption of {key}", f"caption of {key}")
+        assert source.image(index).size == (8, 8)
+
+
+def test_pictures_are_read_when_asked_for_and_not_kept(tmp_path):
+    path = add(tmp_path, "a.png", color="red")
+    source = FolderSource(tmp_path)
+    assert source.image(0).getpixel((0, 0)) == (255, 0, 0)
+    Image.new("RGB", (8, 8), "blue").save(path)
+    assert source.image(0).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"long": " long one ", "short": "short"}, ("long one", "short")),
+        ({"caption": "both", "width": 3}, ("both", "both")),
+    ],
+)
+def test_json_captions(tmp_path, values, expected):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    assert FolderSource(tmp_path).captions(0) == expected
+
+
+def test_utf8_captions_with_and_without_byte_order_mark(tmp_path):
+    for name, encoding in (("a", "utf-8"), ("b", "utf-8-sig")):
+        add(tmp_path, f"{name}.png", caption=None)
+        (tmp_path / f"{name}.txt").write_text("naïve 猫", encoding=encoding)
+    source = FolderSource(tmp_path)
+    assert [source.captions(index).long for index in range(2)] == ["naïve 猫", "naïve 猫"]
+
+
+def test_suffix_of_the_caption_may_be_upper_case(tmp_path):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.TXT").write_text("loud")
+    assert FolderSource(tmp_path).captions(0).long == "loud"
+
+
+def test_linked_folders_are_followed_but_not_twice(tmp_path):
+    add(tmp_path / "elsewhere", "a.png")
+    data = tmp_path / "data"
+    add(data, "b.png")
+    os.symlink(tmp_path / "elsewhere", data / "linked")
+    assert [FolderSource(data).key(index) for index in range(2)] == ["b.png", "linked/a.png"]
+    os.symlink(data, data / "linked" / "loop")
+    refused(data, data / "linked" / "loop", "remove the link")
+
+
+def test_missing_folder(tmp_path):
+    refused(tmp_path / "gone", tmp_path / "gone", "no such folder", "data.path")
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    refused(tmp_path, tmp_path, "no pictures", ".webp")
+
+
+def test_missing_caption(tmp_path):
+    add(tmp_path, "a.png")
+    path = add(tmp_path, "sub/b.png", caption=None)
+    refused(tmp_path, path, "neither b.txt nor b.json", "give it one")
+
+
+def test_two_captions(tmp_path):
+    path = add(tmp_path, "a.png")
+    (tmp_path / "a.json").write_text('{"caption": "x"}')
+    refused(tmp_path, path, "a.json and a.txt", "give it one")
+
+
+@pytest.mark.parametrize("caption", ["", " \n\t"])
+def test_empty_caption(tmp_path, caption):
+    path = add(tmp_path, "a.png", caption=caption)
+    refused(tmp_path, path.with_suffix(".txt"), "the caption is empty", "remove the picture")
+
+
+def test_caption_that_is_not_utf8(tmp_path):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+    refused(tmp_path, tmp_path / "a.txt", "not UTF-8 at byte 2", "save the caption as UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"long": ', "not valid JSON"),
+        ('["x"]', "write it as"),
+        ("{}", "write it as"),
+        ('{"long": "x"}', "write it as"),
+        ('{"long": "x", "short": "y", "caption": "z"}', "write it as"),
+        ('{"long": "x", "short": " "}', '"short" is empty'),
+        ('{"caption": 3}', '"caption" is a int; make it text'),
+    ],
+)
+def test_bad_json_captions(tmp_path, text, part):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.json").write_text(text)
+    refused(tmp_path, tmp_path / "a.json", part)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tiff", ".HEIC"])
+def test_other_picture_formats_are_not_skipped_silently(tmp_path, suffix):
+    add(tmp_path, "a.png")
+    (tmp_path / f"b{suffix}").write_bytes(b"x")
+    refused(tmp_path, tmp_path / f"b{suffix}", "convert it to .png or .jpg")
+
+
+def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    add(tmp_path, "a.png")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def deny(path):
+        if re.search("closed$", str(path)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    refused(tmp_path, tmp_path / "closed", "cannot be listed: Permission denied")

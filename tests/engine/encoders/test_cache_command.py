@@ -1,0 +1,148 @@
+"""The real commands: prepare.py --cache on two processes, then training from the caches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from millrace.engine import prepare as prepare_command
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.encoders.tiny_networks import (
+    tiny_autoencoder,
+    tiny_text_tower,
+)
+from millrace.engine.util.errors import UserError
+
+pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+
+PREPARE = Path(__file__).resolve().parents[3] / "engine" / "prepare.py"
+
+
+def prepare(runs, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(PREPARE), *map(str, arguments)],
+        env=runs.environment() | {"HF_HUB_OFFLINE": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process):
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, out + err
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, write_shards, runs):
+    """A data set, small networks, and the configuration of a run."""
+    root = tmp_path_factory.mktemp("world")
+    write_shards(root / "set", {(32, 64): 6, (64, 32): 6})
+    changes = {
+        "model": {"in_channels": 16, "patch_size": 2},
+        "objective": {"prediction": "velocity"},
+        "conditioning": {
+            "text": {"kind": "t5gemma", "path": str(tiny_text_tower("t5gemma", 16, root / "t5gemma"))},
+            "autoencoder": {"kind": "flux1", "path": str(tiny_autoencoder("flux1", root / "flux1"))},
+            "caption_drop": 0.3,
+        },
+        "precision": {"compute": "bfloat16"},
+        "data": {
+            "source": "shards",
+            "path": str(root / "set"),
+            "resolution": 48,
+            "aspect": "bucket",
+            "bucket_run": 4,
+            "crop": "center",
+            "workers": 2,
+        },
+    }
+    (root / "config.json").write_text(json.dumps(runs.values(root / "run", changes)))
+    return root, changes
+
+
+@pytest.mark.slow
+def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world, runs, capsys):
+    root, changes = world
+    asked = ("--cache", "text,latents", "--dataset", root / "set", "--config", root / "config.json")
+    both = [prepare(runs, *asked, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    said = "".join(ended(process) for process in both)
+    assert set(read_manifest(root / "set").caches) == {"text", "latents"}
+    assert "complete" in said
+    assert said.count("made 2 of its 2 shards") == 4
+    assert prepare_command.main(["--verify", str(root / "set"), "--workers", "1"]) == 0
+    assert "every file is as its manifest says" in capsys.readouterr().out
+
+    assert runs.here(root / "live", changes).error is None
+    assert runs.here(root / "cached", changes, {"data": {"cached": ["text", "latents"]}}).error is None
+    # Other processes wrote the caches, perhaps with other numbers of threads: BF16 may round otherwise.
+    # That nothing else differs is shown to the bit within one process, in test_caching.py.
+    cached, live = (losses(root / name) for name in ("cached", "live"))
+    assert len(live) == 6
+    assert cached == pytest.approx(live, rel=1e-3)
+    lines = capsys.readouterr().err
+    for kind, dtype in (("text", "bfloat16"), ("latents", "bfloat16")):
+        assert f"cached {kind} ({dtype}): {root / 'set'}" in lines
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_with_grids_loads_what_it_draws_with(world, runs):
+    root, changes = world
+    if "text" not in read_manifest(root / "set").caches:
+        asked = ["--cache", "text,latents", "--dataset", str(root / "set"), "--config"]
+        assert prepare_command.main([*asked, str(root / "config.json")]) == 0
+    grids = {"sampling": {"every_steps": 3, "count": 2, "steps": 2}, "data": {"cached": ["text", "latents"]}}
+    assert runs.here(root / "grids", changes, grids).error is None
+    assert len(list((root / "grids" / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--cache", "text"), "--cache needs --dataset"),
+        (("--cache", "text", "--dataset", "x"), "--cache needs --config"),
+        (("--cache", "pixels", "--dataset", "x", "--config", "CONFIG"), "'pixels' is no cache"),
+        (("--cache", "text", "--dataset", "nowhere", "--config", "CONFIG"), "nowhere: no such folder"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(world, arguments, words):
+    root, _ = world
+    arguments = [str(root / "config.json") if word == "CONFIG" else word for word in arguments]
+    with pytest.raises(UserError) as caught:
+        prepare_command.main(arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
+    from millrace.engine.config import loading
+    from millrace.engine.encoders import (
+        cache_command,
+        cache_writer,
+    )
+
+    before = torch.get_num_threads()
+    seen = []
+    monkeypatch.setattr(cache_writer, "write_caches", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(loading, "load_config", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "64"), ("LOCAL_SIZE", "64")):
+        monkeypatch.setenv(name, value)
+    options = cache_command.argparse.Namespace(
+        dataset="x", config="y", cache="text", overrides=[], text_dtype="bf16", replace=False
+    )
+    try:
+        assert cache_command.run_cache_command(options) == 0
+        assert seen == [max(1, len(os.sched_getaffinity(0)) // 64)]
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,172 @@
+"""What is prepared when, and that it makes no difference."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from millrace.engine.config.loading import parse_config
+from millrace.engine.encoders import prefetch as module
+from millrace.engine.encoders.prefetch import Feed
+from millrace.engine.trainer import Trainer
+from millrace.engine.util.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Log:
+    """A stream of numbers, and a preparation of them, that note what is done."""
+
+    device = CPU
+
+    def __init__(self, fails_at=None):
+        self.events, self.fails_at, self.given = [], fails_at, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.given == self.fails_at:
+            raise UserError("picture 3 is bad")
+        self.given += 1
+        return self.given - 1
+
+    def __call__(self, number):
+        self.events.append(f"prepare {number}")
+        return SimpleNamespace(number=number, captions_cut=number, tensors=list)
+
+
+def use(feed, log, batches):
+    """A training loop: take a batch, work, look ahead."""
+    for step in range(batches):
+        log.events.append(f"use {feed.next_batch(log, step).number}")
+        if step < batches - 1:
+            feed.look_ahead(log)
+
+
+def test_the_next_batch_is_prepared_once_while_this_one_is_used():
+    log = Log()
+    use(Feed(log, ahead=True), log, 3)
+    assert log.events == ["prepare 0", "use 0", "prepare 1", "use 1", "prepare 2", "use 2"]
+    assert log.given == 3
+
+
+def test_asking_twice_prepares_once():
+    log = Log()
+    feed = Feed(log, ahead=True)
+    feed.look_ahead(log)
+    feed.look_ahead(log)
+    assert feed.next_batch(log, 0).number == 0
+    assert log.events == ["prepare 0"]
+
+
+def test_on_a_cpu_nothing_is_prepared_before_its_turn():
+    log = Log()
+    use(Feed(log), log, 2)
+    assert log.events == ["prepare 0", "use 0", "prepare 1", "use 1"]
+    feed = Feed(log := Log())
+    feed.next_batch(log, 0)
+    feed.look_ahead(log)
+    assert log.given == 1
+
+
+def test_a_batch_counts_when_it_is_handed_out():
+    log = Log()
+    feed = Feed(log, ahead=True)
+    for step, expected in enumerate([0, 1, 3]):
+        feed.next_batch(log, step)
+        feed.look_ahead(log)
+        assert feed.captions_cut == expected
+
+
+def test_an_error_ahead_waits_for_its_turn():
+    log = Log(fails_at=1)
+    feed = Feed(log, ahead=True)
+    assert feed.next_batch(log, 0).number == 0
+    feed.look_ahead(log)
+    with pytest.raises(UserError, match="picture 3 is bad"):
+        feed.next_batch(log, 1)
+
+
+class LookingAhead(Feed):
+    """As on CUDA, in place."""
+
+    def __init__(self, prepare):
+        super().__init__(prepare, ahead=True)
+        self.lying_ahead = 0
+
+    def look_ahead(self, stream):
+        assert self._next is None
+        super().look_ahead(stream)
+        self.lying_ahead += 1
+
+
+def trained(runs, output, *changes, ahead, monkeypatch, resume=None):
+    feeds = []
+
+    def open_feed(_config, prepare, *_others):
+        feeds.append((LookingAhead if ahead else Feed)(prepare))
+        return feeds[0]
+
+    monkeypatch.setattr("millrace.engine.trainer.open_end_to_end", open_feed)
+    trainer = Trainer(parse_config(runs.values(output, *changes), "test"), resume)
+    consumed = []
+    inner = trainer.next_batch
+    trainer.next_batch = lambda: consumed.append(batch := inner()) or batch
+    trainer.train()
+    return SimpleNamespace(feed=feeds[0], consumed=[batch.keys for batch in consumed], stream=trainer.stream)
+
+
+@pytest.mark.slow
+def test_looking_ahead_changes_neither_numbers_nor_the_cursor(runs, tmp_path, monkeypatch):
+    changes = {"checkpoint": {"every_steps": 2}, "conditioning": {"text": {"max_tokens": 3}}}
+    plain = trained(runs, tmp_path / "plain", changes, ahead=False, monkeypatch=monkeypatch)
+    ahead = trained(runs, tmp_path / "ahead", changes, ahead=True, monkeypatch=monkeypatch)
+    assert ahead.consumed == plain.consumed
+    # Every batch but the first was prepared ahead, and none after the last.
+    assert ahead.feed.lying_ahead == len(ahead.consumed) - 1
+    assert ahead.stream._submitted == plain.stream._submitted == len(ahead.consumed)
+    runs.assert_same_bits(tmp_path / "ahead", tmp_path / "plain")
+    assert runs.log(tmp_path / "ahead")[-1]["captions_cut"] > 0
+
+    # A checkpoint knows nothing of the batch that lay ahead when it was written.
+    middle = Path(tmp_path / "ahead" / "checkpoints" / "step-00000002")
+    again = trained(
+        runs,
+        tmp_path / "resumed",
+        changes,
+        ahead=True,
+        monkeypatch=monkeypatch,
+        resume=str(middle),
+    )
+    assert again.consumed == plain.consumed[2 * len(plain.consumed) // 6 :]
+    assert runs.state_of(tmp_path / "resumed")[0] == runs.state_of(tmp_path / "plain")[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_overlapped_and_sequential_runs_are_the_same_bits(runs, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    from millrace.engine.encoders.tiny_networks import (
+        tiny_autoencoder,
+        tiny_text_tower,
+    )
+
+    conditioning = {
+        "text": {"kind": "t5gemma", "path": str(tiny_text_tower("t5gemma", 16, tmp_path / "tower"))},
+        "autoencoder": {"kind": "flux1", "path": str(tiny_autoencoder("flux1", tmp_path / "autoencoder"))},
+    }
+    changes = {
+        "run": {"device": "cuda", "steps": 12},
+        "model": {"in_channels": 16, "patch_size": 2},
+        "objective": {"prediction": "velocity"},
+        "conditioning": conditioning,
+        "data": {"resolution": 64, "upscale": True, "workers": 2},
+        "sampling": {"every_steps": 4, "count": 2, "steps": 2},
+    }
+    runs.here(tmp_path / "overlapped", changes)
+    monkeypatch.setattr(module.Feed, "look_ahead", lambda *_: None)
+    runs.here(tmp_path / "sequential", changes)
+    runs.assert_same_bits(tmp_path / "overlapped", tmp_path / "sequential")

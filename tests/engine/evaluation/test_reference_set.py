@@ -1,0 +1,128 @@
+"""Which pictures samples are compared with, and which captions they are made for."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from millrace.engine.config.loading import parse_config
+from millrace.engine.data import evaluation_view, open_source
+from millrace.engine.evaluation.reference_set import (
+    Reference,
+    levels,
+)
+from millrace.engine.util.errors import UserError
+
+
+def config(**evaluation):
+    data = {"source": "builtin", "resolution": 16} | evaluation.pop("data", {})
+    values = {
+        "model": {"in_channels": 3},
+        "conditioning": {"autoencoder": {"kind": "pixels"}},
+        "data": data,
+        "evaluation": {"samples": 8} | evaluation,
+    }
+    return parse_config(values, "test")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder(captions)` -> 6 pictures of 20 x 16 pixels, with captions or without."""
+
+    def make(captions):
+        root = tmp_path / f"captions-{captions}"
+        (root / "sub").mkdir(parents=True)
+        for i in range(6):
+            path = root / ("sub" if i % 2 else ".") / f"{i}.png"
+            Image.fromarray(np.full((20, 16, 3), 40 * i, np.uint8)).save(path)
+            if captions:
+                path.with_suffix(".txt").write_text(f"caption {i}")
+        return root
+
+    return make
+
+
+def test_data_of_the_run():
+    found = Reference(config(samples=30), 4)
+    source = open_source(config().data)
+    assert found.count == len(source) == 22
+    captions = [found.caption(i) for i in range(30)]
+    assert sorted(captions[:22]) == sorted(source.captions(i).long for i in range(22))
+    assert captions[22:] == captions[:8]
+    picture = next(i for i in range(22) if source.captions(i).long == captions[3])
+    view = evaluation_view(source.image(picture), config().data, 4)
+    assert torch.equal(found.view(3), ((view + 1) * 127.5).round().to(torch.uint8))
+    assert found.size(3) == (16, 16)
+    assert Reference(config(caption="short"), 4).caption(3) == source.captions(picture).short
+
+
+def test_fewer_reference_pictures_are_those_with_the_captions():
+    some = Reference(config(reference_samples=5), 4)
+    assert some.count == 5
+    assert [some.caption(i) for i in range(5)] == [some.caption(i + 5) for i in range(5)]
+    every = Reference(config(samples=30), 4)
+    assert [some.caption(i) for i in range(5)] == [every.caption(i) for i in range(5)]
+    assert torch.equal(some.view(4), every.view(4))
+
+
+def test_folder_with_captions(folder):
+    found = Reference(config(reference=str(folder(True))), 4)
+    assert found.count == 6
+    for place in range(6):
+        number = int(found.caption(place).split()[1])
+        assert int(found.view(place)[0, 0, 0]) == 40 * number
+
+
+def test_folder_without_captions(folder):
+    found = Reference(config(reference=str(folder(False))), 4)
+    source = open_source(config().data)
+    assert found.count == 6
+    assert sorted(int(found.view(place)[0, 0, 0]) // 40 for place in range(6)) == list(range(6))
+    assert {found.caption(i) for i in range(22)} == {source.captions(i).long for i in range(22)}
+
+
+def test_folder_with_one_caption_missing(folder):
+    root = folder(True)
+    (root / "0.txt").unlink()
+    with pytest.raises(UserError, match=r"0\.png: has neither"):
+        Reference(config(reference=str(root)), 4)
+
+
+def test_mixed_aspects():
+    found = Reference(config(data={"aspect": "mixed", "resolution": 32}), 4)
+    assert all(found.view(i).shape[1:] == found.size(i) for i in range(8))
+    assert len({found.size(i) for i in range(8)}) > 1
+
+
+def test_identity(folder):
+    root = folder(False)
+    first = Reference(config(reference=str(root)), 4)
+    again = Reference(config(reference=str(root), seed=5, samples=9), 4)
+    assert first.identity() == again.identity()
+    assert first.identity() != Reference(config(reference=str(root), reference_samples=5), 4).identity()
+    assert first.identity() != Reference(config(reference=str(root), data={"resolution": 12}), 4).identity()
+    before = first.identity()
+    Image.fromarray(np.full((20, 16, 3), 7, np.uint8)).save(root / "0.png")
+    assert Reference(config(reference=str(root)), 4).identity() != before
+
+
+def test_levels_are_those_of_a_file():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(levels(every.float() / 127.5 - 1), every)
+    assert levels(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_refusals(tmp_path, folder):
+    with pytest.raises(UserError, match=r"no such folder; set evaluation\.reference"):
+        Reference(config(reference=str(tmp_path / "nowhere")), 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no pictures in this folder"):
+        Reference(config(reference=str(tmp_path / "empty")), 4)
+    root = folder(False)
+    (root / "0.png").write_text("no picture")
+    found = Reference(config(reference=str(root)), 4)
+    with pytest.raises(UserError, match=r"reference picture .*0\.png: .*; repair or remove it"):
+        [found.view(place) for place in range(6)]
+    large = Reference(config(reference=str(root), data={"resolution": 64}), 4)
+    with pytest.raises(UserError, match="its crop needs 64x64"):
+        [large.view(place) for place in range(6)]

@@ -1,0 +1,72 @@
+"""Statistics on disk come back bit for bit, or not at all."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from millrace.engine.evaluation import reference_statistics
+from millrace.engine.util.errors import UserError
+
+IDENTITY = {
+    "metric": "cmmd",
+    "network": "CLIP-4, weights 12",
+    "preprocessing": "none",
+    "pictures": "3 of them",
+}
+TENSORS = {"rows": torch.arange(12.0).view(3, 4), "within": torch.tensor(-1.5, dtype=torch.float64)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    found = reference_statistics.path_of(tmp_path / "cache", IDENTITY)
+    reference_statistics.write(found, IDENTITY, TENSORS)
+    return found
+
+
+def refusal(path, identity=IDENTITY):
+    with pytest.raises(UserError) as caught:
+        reference_statistics.read(path, identity)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_there_and_back(path):
+    found = reference_statistics.read(path, IDENTITY)
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.name.startswith("cmmd-")
+
+
+@pytest.mark.parametrize("name", ["network", "preprocessing", "pictures", "metric"])
+def test_another_identity(path, name):
+    other = IDENTITY | {name: "something else"}
+    assert reference_statistics.path_of(path.parent, other) != path
+    assert f"is of the {name} {IDENTITY[name]!r}, not of 'something else'; delete it" in refusal(path, other)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.999])
+def test_a_flipped_bit(path, place):
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    assert "is damaged" in refusal(path)
+
+
+def test_a_shortened_file(path):
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "is damaged" in refusal(path)
+
+
+def test_a_file_of_something_else(path):
+    save_file({"rows": torch.zeros(2)}, path)
+    assert "has format None, not 1" in refusal(path)
+    path.write_text("not safetensors")
+    assert "is damaged" in refusal(path)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        reference_statistics.write(tmp_path / "file" / "x.safetensors", IDENTITY, TENSORS)

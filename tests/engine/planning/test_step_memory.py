@@ -1,0 +1,72 @@
+"""Phases of a step against sums done by hand."""
+
+import pytest
+
+from millrace.engine.planning.activations import Traced
+from millrace.engine.planning.step_memory import (
+    Shape,
+    bucket_elements,
+    memory_of,
+    overlaps,
+    shape_of,
+)
+
+TRACED = Traced(kept=1, peak=10**9, peak_without_gradients=6 * 10**8, moved=0)
+NOTHING = Traced(0, 0, 0, 0)
+
+
+@pytest.fixture
+def config(runs, tmp_path):
+    return runs.config(tmp_path)
+
+
+@pytest.fixture
+def psi(config):
+    return 4 * shape_of(config).parameters
+
+
+def found(config, stage, ranks, traced=TRACED, **others):
+    return memory_of(config, stage, ranks, traced, shape_of(config), **others)
+
+
+def test_what_is_held(config, psi):
+    """Weights, master, two moments, EMA; and at stage 3 the bucket and the gradients' partitions."""
+    bucket = 4 * bucket_elements(config, psi // 4)
+    assert found(config, 0, 2).held == 5 * psi - psi  # weights serve as masters
+    assert found(config, 1, 2).held == psi + 4 * psi / 2
+    assert found(config, 2, 4).held == psi + 4 * psi / 4
+    assert found(config, 3, 4).held == 6 * psi / 4 + bucket  # as well weights and gradients
+    assert found(config, 0, 1, frozen=7.0).held == 4 * psi + 7
+
+
+def test_the_backward_pass_is_the_worst_where_activations_are_many(config, psi):
+    bucket = 4 * bucket_elements(config, psi // 4)
+    wanted = {0: TRACED.peak, 1: TRACED.peak + bucket, 2: TRACED.peak_without_gradients + bucket}
+    for stage, phase in wanted.items():
+        memory = found(config, stage, 2)
+        assert memory.worst == "backward"
+        assert memory.peak == memory.held + phase
+    # Everything is gathered at stage 3, by one fetch, as the model is smaller than what may live.
+    assert found(config, 3, 2).phases["backward"] == TRACED.peak_without_gradients + 2 * psi
+    assert found(config, 3, 1).phases["backward"] == TRACED.peak_without_gradients
+
+
+def test_reduction_and_update_without_activations(config, psi):
+    bucket = 4 * bucket_elements(config, psi // 4)
+    assert found(config, 0, 1, NOTHING).phases["reduction"] == 2 * psi  # gradients and their flat copy
+    assert found(config, 1, 2, NOTHING).phases["reduction"] == bucket + psi
+    assert found(config, 1, 1, NOTHING).phases["reduction"] == bucket + psi  # no flat copy, but what is owned
+    assert found(config, 2, 2, NOTHING).phases["update"] == psi
+    assert found(config, 2, 2, NOTHING, fused=False).phases["update"] == psi / 2 + 2 * psi / 2
+
+
+def test_two_buckets_where_reductions_run_beside(runs, tmp_path):
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
+    beside = runs.config(tmp_path, {"deepspeed": {"zero_optimization": zero}})
+    shape = Shape(10_000, 100, 10)
+    memory = memory_of(beside, 2, 2, NOTHING, shape)
+    assert overlaps(beside, 2)
+    assert memory.phases["backward"] == 2 * 4000 + 20_000  # the owned half comes in while backward runs
+    plain = runs.config(tmp_path)
+    assert not overlaps(plain, 2)
+    assert overlaps(plain, 3)

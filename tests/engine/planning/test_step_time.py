@@ -1,0 +1,112 @@
+"""Time of a step against sums done by hand."""
+
+import pytest
+
+from millrace.engine.planning.activations import Traced
+from millrace.engine.planning.devices import Device, Hierarchy, Link
+from millrace.engine.planning.step_memory import (
+    LIVE,
+    Shape,
+)
+from millrace.engine.planning.step_time import (
+    copy_passes,
+    fetches,
+    gathers,
+    muon_matrices,
+    step_of,
+    transfers,
+    update_bytes,
+)
+
+SHAPE = Shape(parameters=1000, largest=100, tensors=10)
+TRACED = Traced(kept=0, peak=0, peak_without_gradients=0, moved=500)
+DEVICE = Device(
+    "test", 100.0, 50.0, 1e9, Hierarchy(8, Link(1000.0, 0.0), Link(1.0, 0.0)), slack=2.0, overlaps=False
+)
+
+
+@pytest.fixture
+def config(runs, tmp_path):
+    return runs.config(tmp_path, {"ema": {"enabled": False}})
+
+
+def moved(config, stage, ranks, micro_batches=1, shape=SHAPE):
+    return {(t.kind, t.size) for t in transfers(config, stage, ranks, shape, micro_batches)}
+
+
+def test_what_each_stage_sends(config):
+    assert moved(config, 0, 1) == set()
+    assert moved(config, 0, 2, micro_batches=3) == {("all_reduce", 4000)}
+    assert moved(config, 1, 2, micro_batches=3) == {("all_reduce", 4000), ("all_gather", 4000)}
+    assert moved(config, 2, 2, micro_batches=3) == {("all_reduce", 12_000), ("all_gather", 4000)}
+    assert moved(config, 3, 2, micro_batches=3) == {("all_gather", 12_000), ("reduce_scatter", 12_000)}
+    large = Shape(LIVE, 100, 10)
+    assert gathers(large) == 2
+    assert ("all_gather", 8.0 * LIVE) in moved(config, 3, 2, shape=large)
+
+
+def test_reduction_in_bf16_moves_half(runs, tmp_path):
+    config = runs.config(tmp_path, {"precision": {"compute": "bfloat16", "reduce": "bfloat16"}})
+    assert moved(config, 1, 2) == {("all_reduce", 2000), ("all_gather", 4000)}
+
+
+def test_muon_brings_matrices_together(runs, tmp_path):
+    muon = runs.config(tmp_path, {"optimizer": {"kind": "muon"}})
+    size = 2 * sum(matrix.size for matrix in muon_matrices(muon))
+    assert size > 0
+    assert ("all_to_all", 2 * size) in moved(muon, 2, 2)
+    assert ("all_gather", size) in moved(muon, 0, 2)
+
+
+def test_weights_are_fetched_in_groups(runs, tmp_path):
+    few = runs.config(tmp_path, {"deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": 300}}})
+    assert fetches(few, SHAPE) == 4
+    assert fetches(runs.config(tmp_path), SHAPE) == 1
+    assert fetches(few, Shape(1000, 100, 2)) == 2
+
+
+def test_the_parts_of_a_step(config):
+    """8 samples in 4 micro-batches, one process: FLOPs, bytes, and passes over 4000 bytes of parameters."""
+    step = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0)
+    assert step.compute == pytest.approx(2.0 * (8 * 25 / 100 + 4 * 500 / 50))
+    assert step.copies == pytest.approx(9 * 4000 / 50)
+    assert step.update == pytest.approx(7 * 4000 / 50)
+    assert step.exposed == step.sent == 0
+    assert step.seconds == pytest.approx(step.compute + step.copies + step.update)
+
+
+def test_communication_of_two(config):
+    step = step_of(config, 1, 2, DEVICE, TRACED, SHAPE, flops=25.0)
+    assert step.sent == 4000 + 2000  # all-reduce: both halves twice; all-gather once
+    assert step.communication == pytest.approx(2 * 2 + 2)
+    assert step.hidden == 0
+
+
+def test_reductions_hide_behind_the_backward_pass(runs, tmp_path):
+    zero = {"overlap_comm": True, "reduce_bucket_size": 250}
+    config = runs.config(tmp_path, {"deepspeed": {"zero_optimization": zero}})
+    beside = Device("test", 1.0, 50.0, 1e9, DEVICE.network)
+    step = step_of(config, 1, 2, beside, TRACED, SHAPE, flops=25.0)
+    assert step.hidden == pytest.approx(4 * 3 / 4)  # of four buckets the last has nothing left
+    busy = Device("test", 1e9, 1e9, 1e9, DEVICE.network)
+    few = step_of(config, 1, 2, busy, TRACED, SHAPE, flops=25.0)
+    assert few.hidden == pytest.approx(few.compute * 2 / 3)  # no more than the backward pass is long
+
+
+def test_a_loader_that_starves(config):
+    step = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0, images_per_second=0.004)
+    assert step.seconds == pytest.approx(8 / 0.004)
+    assert step_of(config, 0, 1, DEVICE, TRACED, SHAPE, 25.0, images_per_second=1e9).starving == 0
+
+
+def test_the_update_is_shared(runs, tmp_path):
+    averaged = runs.config(tmp_path, {"ema": {"enabled": True, "every": 2}})
+    assert update_bytes(averaged, 0, 4, SHAPE, fused=True) == 4000 * (7 + 1.5)
+    assert update_bytes(averaged, 1, 4, SHAPE, fused=True) == 1000 * (7 + 1.5)
+    assert update_bytes(averaged, 1, 4, SHAPE, fused=False) > update_bytes(averaged, 1, 4, SHAPE, fused=True)
+
+
+def test_gradients_are_copied_less_by_more_processes():
+    for stage in (1, 2, 3):
+        passes = [copy_passes(stage, ranks) for ranks in (2, 4, 64)]
+        assert passes == sorted(passes, reverse=True)

@@ -1,0 +1,165 @@
+"""log.jsonl and the loss buffer."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from millrace.engine.run_log.logs import (
+    LossBuffer,
+    RunLog,
+    make_output,
+)
+from millrace.engine.util.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def record(step, loss=1.0, **more):
+    times = {"step_seconds": 0.1, "images_per_second": 10.0}
+    return {"step": step, "loss": loss, "grad_norm": 1.0} | times | more
+
+
+def lines(folder):
+    return (folder / "log.jsonl").read_text().splitlines()
+
+
+def test_losses_are_means_over_samples_and_by_time():
+    buffer = LossBuffer(2, CPU)
+    buffer.add({"flow": torch.tensor([1.0, 2.0])}, torch.tensor([0.1, 0.3]))
+    buffer.add({"flow": torch.tensor([4.0, 9.0])}, torch.tensor([0.2, 1.0]))
+    assert not buffer.end_step()
+    buffer.add({"flow": torch.tensor([0.5])}, torch.tensor([0.75]))
+    assert buffer.end_step()
+    first, second = buffer.flush()
+    assert first.loss == 4.0
+    assert first.by_time == [2.5, 2.0, None, 9.0]
+    assert (second.loss, second.by_time) == (0.5, [None, None, None, 0.5])
+
+
+def test_a_flush_starts_anew():
+    buffer = LossBuffer(3, CPU)
+    buffer.add({"flow": torch.tensor([1.0])}, torch.tensor([0.5]))
+    buffer.end_step()
+    assert [step.loss for step in buffer.flush()] == [1.0]
+    assert buffer.flush() == []
+    buffer.add({"flow": torch.tensor([3.0])}, torch.tensor([0.5]))
+    buffer.end_step()
+    assert [step.loss for step in buffer.flush()] == [3.0]
+
+
+def test_sums_are_kept_in_float64():
+    buffer = LossBuffer(1, CPU)
+    for _ in range(1000):
+        buffer.add({"flow": torch.tensor([1e-4, 1e4])}, torch.tensor([0.5, 0.5]))
+    buffer.end_step()
+    (step,) = buffer.flush()
+    tiny, large = (float(torch.tensor(value)) for value in (1e-4, 1e4))
+    assert step.loss == pytest.approx((tiny + large) / 2, rel=1e-12)  # FP32 sums err by 1e-8
+
+
+def test_nan_stays_in_its_step():
+    buffer = LossBuffer(2, CPU)
+    buffer.add({"flow": torch.tensor([math.nan])}, torch.tensor([0.5]))
+    buffer.end_step()
+    buffer.add({"flow": torch.tensor([1.0])}, torch.tensor([0.5]))
+    buffer.end_step()
+    first, second = buffer.flush()
+    assert math.isnan(first.loss)
+    assert second.loss == 1.0
+    buffer.add({"flow": torch.tensor([2.0])}, torch.tensor([0.5]))
+    buffer.end_step()
+    assert buffer.flush()[0].loss == 2.0
+
+
+def test_one_object_a_step_and_null_for_what_json_cannot_say(runs, tmp_path):
+    log = RunLog(runs.config(tmp_path), tmp_path, 0)
+    log.records([record(1, 0.1 + 0.2), record(2, math.nan, loss_by_time=[math.inf, None, 1.0, 2.0])])
+    log.records([])
+    log.records([record(3)])
+    log.close()
+    text = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [item["step"] for item in found] == [1, 2, 3]
+    assert found[0]["loss"] == 0.1 + 0.2  # every bit
+    assert found[1]["loss"] is None
+    assert found[1]["loss_by_time"] == [None, None, 1.0, 2.0]
+
+
+def test_records_are_on_disk_before_the_next_step(runs, tmp_path):
+    log = RunLog(runs.config(tmp_path), tmp_path, 0)
+    log.records([record(1)])
+    assert len(lines(tmp_path)) == 1
+    log.close()
+
+
+def test_resuming_drops_later_steps_and_a_line_cut_off(runs, tmp_path):
+    first = RunLog(runs.config(tmp_path), tmp_path, 0)
+    first.records([record(step, step / 7) for step in range(1, 6)])
+    first.close()
+    kept = lines(tmp_path)[:4]
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    second = RunLog(runs.config(tmp_path), tmp_path, 4)
+    assert lines(tmp_path) == kept
+    second.records([record(5, 0.5)])
+    second.close()
+    assert lines(tmp_path)[:4] == kept
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert json.loads(lines(tmp_path)[4])["loss"] == 0.5
+
+
+def test_a_line_cut_off_that_is_still_wanted_ends_cleanly(runs, tmp_path):
+    """The disk lost the end of the log: the lines before stay, and nothing is glued to the torn one."""
+    (tmp_path / "log.jsonl").write_text(json.dumps(record(1)) + "\n" + '{"step": 2, "loss": 0.')
+    log = RunLog(runs.config(tmp_path), tmp_path, 2)
+    log.records([record(3)])
+    log.close()
+    assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 3]
+
+
+def test_a_new_run_leaves_no_lines_of_an_older_one(runs, tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps(record(1)) + "\n")
+    RunLog(runs.config(tmp_path), tmp_path, 0).close()
+    assert lines(tmp_path) == []
+
+
+def test_tensorboard_has_every_step(runs, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(runs.config(tmp_path, {"logging": {"tensorboard": True}}), tmp_path, 0)
+    log.records([record(1, 0.5), record(2, 0.25)])
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_progress_says_step_loss_rate_and_time_left(runs, tmp_path, capsys):
+    log = RunLog(runs.config(tmp_path), tmp_path, 0)
+    log.records([record(3, 0.5, mfu=0.41)])
+    log.close()
+    shown = capsys.readouterr().err
+    for part in ("step 3/6", "loss 0.5000", "norm 1.000", "100 ms", "10.0 img/s", "MFU 41.0%", "left"):
+        assert part in shown
+
+
+def test_the_folder_of_a_run(tmp_path):
+    make_output(tmp_path / "a" / "b")
+    make_output(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(
+            UserError, match=rf"^{path}: cannot be written: .*; choose another run\.output_dir$"
+        ):
+            make_output(path)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        make_output(tmp_path)
