@@ -79,7 +79,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _has_cuda(names: list[str]) -> bool:
-    library = (KERNELS / "cuda_library.py").read_text()
+    library = (KERNELS / "support" / "cuda_library.py").read_text()
     return any(f"def {name.replace('_tokens', '_rows')}(" in library for name in names)
 
 
