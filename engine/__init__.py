@@ -1,0 +1,1 @@
+"""Training engine for text-to-image flow transformers."""

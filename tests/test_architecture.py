@@ -127,6 +127,16 @@ def test_finds_the_sources():
         assert any(is_within(name, part) for name in names), f"MAY_IMPORT names {part}, which has no file"
 
 
+def test_no_base_name_occurs_twice_in_the_engine():
+    """A reader who remembers `schedule.py` finds one."""
+    places: dict[str, list[str]] = {}
+    for path in (ROOT / "engine").rglob("*.py"):
+        if path.name != "__init__.py":
+            places.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert not twice
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_go_one_way(path):
     module = module_name(path)

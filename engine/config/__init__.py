@@ -1,4 +1,4 @@
-"""Everything a user can set: one file for each section, all of them exported here.
+"""Configuration: everything a user can set, one file for each section, all of them exported here.
 
 A run is one JSON file. `extends` names another file (relative to the first) whose values it starts from;
 `--set a.b=c` overrides single values; unknown keys are refused with the nearest valid name. The file
@@ -18,15 +18,9 @@ from millrace.engine.config.evaluation import Evaluation, FeaturePaths
 from millrace.engine.config.model import AttentionBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
-from millrace.engine.config.precision import (
-    Fp8,
-    check_fp8,
-)
-from millrace.engine.config.repa_e import (
-    AutoencoderTuning,
-    check_tuning,
-)
-from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Precision, Run
+from millrace.engine.config.precision import Fp8, Precision, check_fp8
+from millrace.engine.config.repa_e import AutoencoderTuning, check_tuning
+from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Run
 from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
 from millrace.engine.config.section import Section
 

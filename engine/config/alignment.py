@@ -1,4 +1,4 @@
-"""Alignment of the denoiser's features with those of a frozen vision network."""
+"""Alignment section: the denoiser's features follow those of a frozen vision network (REPA, iREPA, HASTE)."""
 
 from typing import Literal
 

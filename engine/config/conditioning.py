@@ -1,4 +1,4 @@
-"""The frozen networks around the denoiser."""
+"""Conditioning section: text encoder, autoencoder and caption dropout."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Pictures, captions, mixtures, crops and batches."""
+"""Data section: pictures, captions, mixtures, crops and batches."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,4 @@
-"""Metrics of the model's samples, during training and afterwards."""
+"""Evaluation section: metrics of the model's samples, during training and afterwards."""
 
 from typing import Literal
 

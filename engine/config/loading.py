@@ -1,4 +1,4 @@
-"""From configuration files to a validated `Config`: `extends`, `--set`, and errors in one line each."""
+"""Configuration loading: from files to a validated `Config` (`extends`, `--set`), errors in one line each."""
 
 import difflib
 import json

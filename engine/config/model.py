@@ -1,4 +1,4 @@
-"""The network and the routing of its training."""
+"""Model section: the denoiser, and the routing of its training."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""What the denoiser is trained to predict, and how that is scored."""
+"""Objective section: what the denoiser is trained to predict, and the terms of its loss."""
 
 import math
 from typing import Literal

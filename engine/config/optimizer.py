@@ -1,4 +1,4 @@
-"""The update of the weights: optimizer, learning rate over time, average."""
+"""Optimizer, learning-rate schedule and EMA sections."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""FP8 arithmetic of the blocks' matrix products."""
+"""Precision section: dtypes of arithmetic and storage, and FP8 products of the blocks' linear layers."""
 
 from typing import Literal
 
@@ -53,6 +53,18 @@ class Fp8(Section):
                 f"recipe {self.recipe} is none of the backend {self.chosen}, which has {', '.join(known)}"
             )
         return self
+
+
+class Precision(Section):
+    """What is computed and what is stored in which dtype."""
+
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of matrix products and attention; norms, softmax, RoPE and loss are FP32 in any case."""
+    master: Literal["float32", "bfloat16"] = "float32"
+    """Storage of weights, optimizer state and EMA. `bfloat16` is the post's bug, kept as an experiment."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the gradient reduction between processes."""
+    fp8: Fp8 = Fp8()
 
 
 def fp8_shapes(model: Model) -> dict[str, tuple[int, int]]:

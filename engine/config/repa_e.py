@@ -1,4 +1,4 @@
-"""End-to-end tuning of the autoencoder (REPA-E, arXiv 2504.10483).
+"""End-to-end tuning section of the autoencoder (REPA-E, arXiv 2504.10483).
 
 Defaults are those of the authors' code (End2End-Diffusion/REPA-E: the arguments of `train_repae.py`, the
 losses of `configs/l1_lpips_kl_gan.yaml`) where the text does not say otherwise.

@@ -1,10 +1,9 @@
-"""The run as a whole: where, how long, on what, in which precision, and what it leaves behind."""
+"""Run, checkpoint and logging sections: where and how long a run trains, and what it leaves behind."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from millrace.engine.config.precision import Fp8
 from millrace.engine.config.section import Section
 
 
@@ -37,18 +36,6 @@ class Run(Section):
     file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
     max_bad_steps: int = Field(10, ge=1)
     """Stop after this many steps in a row were skipped because a loss or gradient was not finite."""
-
-
-class Precision(Section):
-    """What is computed and what is stored in which dtype."""
-
-    compute: Literal["bfloat16", "float32"] = "bfloat16"
-    """Arithmetic of matrix products and attention; norms, softmax, RoPE and loss are FP32 in any case."""
-    master: Literal["float32", "bfloat16"] = "float32"
-    """Storage of weights, optimizer state and EMA. `bfloat16` is the post's bug, kept as an experiment."""
-    reduce: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the gradient reduction between processes."""
-    fp8: Fp8 = Fp8()
 
 
 class Checkpoint(Section):

@@ -1,4 +1,4 @@
-"""Pictures made during training and afterwards."""
+"""Sampling section: pictures made during training and afterwards."""
 
 from typing import Literal
 

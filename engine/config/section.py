@@ -1,4 +1,4 @@
-"""What every part of the configuration has in common."""
+"""Base class of all sections of the configuration."""
 
 from typing import Annotated
 

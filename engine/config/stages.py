@@ -1,4 +1,4 @@
-"""A run as a list of stages: what holds from which step on.
+"""Stages of a run: what holds from which step on.
 
     "stages": [
         {"name": "burn-in", "at": 0, "alignment": {"kind": "repa"}},

@@ -1,4 +1,4 @@
-"""What one process trains on in one forward pass, and what its pixels mean."""
+"""Batch: what collate makes of the samples of one micro-batch, and the range of its pixels."""
 
 from dataclasses import dataclass, field
 

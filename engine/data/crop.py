@@ -1,4 +1,4 @@
-"""From a picture of any size to a tensor whose edges are multiples of the patch.
+"""Crop and resize: from a picture of any size to a tensor whose edges are multiples of the patch.
 
 `square` gives resolution x resolution. `mixed` gives the bucket nearest to the picture's own shape: buckets
 are all (h, w) in whole patches with an area close to resolution^2 and an aspect between 1:2 and 2:1. A crop

@@ -1,4 +1,4 @@
-"""JPEG files decoded by NVIDIA DALI: on the CPU, or on the GPU where there is one.
+"""NVIDIA DALI decoder of JPEG files: on the CPU, or on the GPU where there is one.
 
     reading threads   file, header ──▶ is it for DALI? ──▶ box, size, flip (`Choices`)
     DALI              decodes the files of a micro-batch

@@ -1,4 +1,4 @@
-"""How the pixels of samples are made: by Pillow in threads, or by NVIDIA DALI (`dali.py`).
+"""Picture decoding in the data loader: by Pillow in threads, or by NVIDIA DALI (`dali.py`).
 
     start   in a reading thread, one sample: its pixels, or its file and what is to be seen of it
     finish  a micro-batch of files at once: their pixels

@@ -1,4 +1,4 @@
-"""The order in which the pictures of one source are visited.
+"""Sampling order: which picture of one source comes when (shuffled epochs, runs of aspect-ratio buckets).
 
     place ──▶ epoch place // N, its permutation ──▶ picture                               `Epochs`
     place ──▶ run place // R ──▶ bucket, run of the bucket ──▶ place in it ──▶ picture    `BucketRuns`

@@ -1,4 +1,4 @@
-"""Why an input is not among the samples: a fixed set of names, for counting, and one line for people."""
+"""Reject reasons: why an input is not among the samples, as fixed names to count and a line for people."""
 
 from enum import StrEnum
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a sample is, apart from its pixels: each random choice is drawn from (seed, sample, purpose)."""
+"""Random choices about a sample: caption, caption dropout, crop, flip; each from (seed, sample, purpose)."""
 
 from collections.abc import Callable
 from typing import NamedTuple

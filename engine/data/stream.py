@@ -1,4 +1,4 @@
-"""The endless stream of training samples.
+"""Data loader: the endless, deterministic stream of training samples.
 
     global sample i ──▶ place i - origin ──▶ picture (`mixture.py`, `order.py`)
                     ──▶ caption, crop, flip (`sample_choices.py`) ──▶ pixels (`decoding.py`) ──▶ Batch

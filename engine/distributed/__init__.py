@@ -1,0 +1,1 @@
+"""Distributed training: DeepSpeed, processes, ZeRO shards, precision audit, signals."""

@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration, made from ours, and its engine."""
+"""DeepSpeed configuration, made from ours, its engine, and gradient clipping."""
 
 import difflib
 import math

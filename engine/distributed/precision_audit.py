@@ -1,4 +1,4 @@
-"""The precision audit: what is stored in which dtype, shown at start, refused where masters are not FP32."""
+"""Precision audit: what is stored in which dtype, shown at start, refused where masters are not FP32."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Processes and devices: the launcher's variables, process groups, and small agreements between ranks."""
+"""Process group and devices: the launcher's variables, and small agreements between ranks."""
 
 import os
 import socket

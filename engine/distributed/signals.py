@@ -1,4 +1,4 @@
-"""Stopping a run from outside: signals, a lost launcher, and the files `save` and `stop` in the run's folder.
+"""Stop requests from outside: signals, a lost launcher, and the files `save` and `stop` in the run's folder.
 
 A signal handler must not save by itself: it would interrupt a collective in one rank and not in others. It
 sets a flag; the trainer asks every step, and what one rank was told all ranks obey at the same step boundary.

@@ -1,4 +1,4 @@
-"""Where this rank's master weights lie, at any ZeRO stage.
+"""ZeRO shards: where this rank's FP32 master weights lie, at any stage.
 
 DeepSpeed keeps FP32 masters in flat tensors whose layout depends on the stage. A `Shard` says which elements
 of which named parameter lie where in which of them. Checkpoints, EMA, the precision audit and sampling

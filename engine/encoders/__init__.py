@@ -1,1 +1,1 @@
-"""The frozen networks around the denoiser: text towers (`text`) and autoencoders (`autoencoder`)."""
+"""Encoders: the frozen networks around the denoiser, and how a batch is encoded ahead of the step."""

@@ -1,0 +1,1 @@
+"""Evaluation: FID, CMMD, DINO-MMD, and what they need."""

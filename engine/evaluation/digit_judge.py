@@ -1,5 +1,4 @@
-"""A judge of small labelled pictures: does a picture show what its caption says, and do pictures vary as
-real ones do?
+"""Classifier accuracy and diversity of sampled digits: a judge of small labelled pictures.
 
 The judge is a `SmallClassifier` trained on the training pictures, in seconds on one core. Where another one
 is the teacher of an alignment, that one must not judge: train the two from different seeds.

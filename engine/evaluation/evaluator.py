@@ -1,4 +1,4 @@
-"""Metrics of a model's samples against reference pictures.
+"""Evaluation: metrics (FID, CMMD, DINO-MMD) of a model's samples against reference pictures.
 
     captions ──sampler, in parts──▶ uint8 pictures ──feature networks──▶ statistics ──together──▶ metrics
     reference pictures ───────────────────────────────────────────────▶ statistics ──disk────────────┘

@@ -1,5 +1,4 @@
-"""Frozen networks that turn pictures into features, each with the preprocessing that its metric is defined
-with.
+"""Feature networks of the metrics, each with the preprocessing that its metric is defined with.
 
     uint8 pictures (B, 3, h, w) ──resize, normalise──▶ network, FP32 ──▶ features (B, D)
 

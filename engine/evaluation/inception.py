@@ -1,4 +1,4 @@
-"""The Inception-v3 of FID: TensorFlow's network of 2015-12-05, as PyTorch reads it.
+"""Inception-v3 of FID: TensorFlow's network of 2015-12-05, as PyTorch reads it.
 
     uint8 pictures ──299 x 299 as TensorFlow 1 resizes──▶ (x - 128) / 128 ──▶ convolutions ──mean──▶ (B, 2048)
 

@@ -1,4 +1,4 @@
-"""Nearest training picture of a generated one: does a caption bring back its own picture?"""
+"""Recall: the nearest training picture of a generated one; does a caption bring back its own picture?"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The pictures that samples are compared with, and the captions that samples are made for."""
+"""Reference set: pictures that samples are compared with, and captions that samples are made for."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Statistics of reference pictures on disk: one safetensors file for each metric, data set and network.
+"""Reference statistics on disk: one safetensors file for each metric, data set and network.
 
 The file's header holds an identity (metric, network, preprocessing, pictures) and the SHA-256 of the tensors,
 in order of their names. What does not match either is refused and named; nothing is repaired or made anew

@@ -1,5 +1,4 @@
-"""What is kept of pictures: sums of their features for FID, the features themselves for MMD, never the
-pictures.
+"""Feature statistics: sums of the features for FID, the features themselves for MMD, never the pictures.
 
 Every process adds the features of its pictures; `together` brings the processes' statistics together, once.
 The result is that of one process, up to the order in which float64 numbers are added.

@@ -1,0 +1,1 @@
+"""Training loss: flow matching and the terms that a configuration adds."""

@@ -1,0 +1,1 @@
+"""Model: the PRX denoiser on packed tokens."""

@@ -1,4 +1,4 @@
-"""AdamW, able to sit out a step."""
+"""AdamW that can skip a step."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Which parameter gets which optimizer, and at which learning rate."""
+"""Parameter groups: which parameter gets which optimizer, and at which learning rate."""
 
 import fnmatch
 from collections import Counter

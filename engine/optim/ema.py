@@ -1,4 +1,4 @@
-"""Exponential moving averages of the master weights, sharded exactly as the optimizer shards them."""
+"""Exponential moving average (EMA) of the master weights, sharded exactly as the optimizer shards them."""
 
 import functools
 from collections.abc import Callable

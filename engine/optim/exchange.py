@@ -1,4 +1,4 @@
-"""Whole matrices out of shards: each is brought together on one process, and its update taken back.
+"""Matrix exchange for ZeRO: whole matrices are brought together from shards, and their updates taken back.
 
 ZeRO cuts the flattened weights where a rank's share ends, in the middle of a matrix. A `Round` moves the
 pieces of some matrices to the ranks that own them and the results back, in two collectives of flat tensors:

@@ -1,4 +1,4 @@
-"""The matrices that the denoiser's weights stand for, for an optimizer that works on whole matrices.
+"""Matrices inside the denoiser's fused weights, for an optimizer that works on whole matrices (Muon).
 
 Photoroom/PRX gives Muon every 2-D weight inside its blocks. Ours are the same weights, some of them stored
 together, row after row:

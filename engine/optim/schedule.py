@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that resuming needs no state."""
+"""Learning-rate schedule: a pure function of the step, so that resuming needs no state."""
 
 import math
 

@@ -1,0 +1,1 @@
+"""REPA-E: end-to-end tuning of the autoencoder; an ordinary run imports nothing of it."""

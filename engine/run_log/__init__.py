@@ -1,0 +1,1 @@
+"""Run log: what a run writes for people and programs."""

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, log.jsonl with every step, TensorBoard, and Weights & Biases on request.
+"""Run log: the progress line, log.jsonl, TensorBoard, and Weights & Biases on request.
 
 Losses stay on the device until a flush, so that logging does not make the host wait in every step.
 """

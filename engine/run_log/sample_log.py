@@ -1,4 +1,4 @@
-"""What a run tells of its samples: the unreadable pictures, and on request the keys of all it consumed."""
+"""Sample log: the unreadable pictures of a run, and on request the keys of all samples it consumed."""
 
 import fcntl
 import json

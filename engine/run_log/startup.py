@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""Start-up text: what a run prints before its first step (stage, model, data, job, precision)."""
 
 import torch
 

@@ -1,0 +1,1 @@
+"""Sampling: solver, guidance, trained models, grids."""

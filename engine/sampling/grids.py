@@ -1,4 +1,4 @@
-"""Samples during training: grids of pictures for people, and metrics against reference pictures."""
+"""Sample grids and metrics during training."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Guided predictions: evaluate the branches of the guidance, batched where they share a layout, and combine.
+"""Classifier-free guidance and its relatives: evaluate the branches, batched where they can be, and combine.
 
     output ──velocity──▶ v ──mean target──▶ v of strong and weak ──▶ weak + s (strong - weak)    s = guidance
 

@@ -1,4 +1,4 @@
-"""Pictures from captions: integrate the learned velocity from noise (t = 1) to data (t = 0)."""
+"""ODE sampler (Euler, Heun): integrates the learned velocity from noise (t = 1) to data (t = 0)."""
 
 from pathlib import Path
 

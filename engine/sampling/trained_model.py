@@ -1,4 +1,4 @@
-"""A trained model on disk, opened for sampling: what `sample.py` and `evaluate.py` have in common."""
+"""Trained model on disk, opened for sampling and evaluation."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one error type that commands turn into a single line and exit code 2."""
+"""User error: the one exception that commands turn into a single line and exit code 2."""
 
 
 class UserError(Exception):

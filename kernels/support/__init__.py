@@ -1,0 +1,1 @@
+"""Support of the operations: registration, checks, choice, compilation, rows, packing, Philox."""

@@ -1,4 +1,4 @@
-"""Shards of MosaicML's streaming library: their indexes, and the columns of one sample as they are stored.
+"""MDS shard files (MosaicML streaming): their indexes, and the columns of one sample as they are stored.
 
 The library's own readers are used, one for each shard. They read where the file lies: no copy, no shared
 memory, no other process.

@@ -1,4 +1,4 @@
-"""What a folder of shards says of itself: manifest.json, and one index a shard.
+"""Shard manifest and indexes: manifest.json of a data set of shards, and one index a shard.
 
     DATASET/manifest.json         the shards in the order that numbers the samples, counts, checksums
     DATASET/768x1344/00000.tar    pictures 768 high and 1344 wide or larger: 000000123.jpg 000000123.json ...

@@ -1,4 +1,4 @@
-"""Writing a folder of shards: the same samples give the same bytes, and a file is there whole or not at all.
+"""Shard writer: the same samples give the same bytes, and a file is there whole or not at all.
 
 A shard's tar appears last, after its two indexes, and manifest.json after all shards; so what has a manifest
 is complete.

@@ -1,1 +1,1 @@
-"""Making a data set of shards from folders, tars and Parquet files."""
+"""Preparation of a data set: shards out of folders, tars and Parquet files."""

@@ -1,4 +1,4 @@
-"""Captions out of bytes that may be anything."""
+"""Caption text out of bytes that may be anything."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Samples of a folder of pictures with a caption file beside each, as `FolderSource` reads it.
+"""Folder input: samples of a folder of pictures with a caption file beside each, as `FolderSource` reads it.
 
 What that source refuses in one line is here one reject among many, and reading goes on.
 """

@@ -1,4 +1,4 @@
-"""What there is to read, cut into parts that are read one by one and in any order.
+"""Input listing: what there is to read, cut into parts that are read one by one and in any order.
 
 The parts of an input and the order in which they are numbered depend on names alone; samples follow the order
 of their parts.

@@ -1,4 +1,4 @@
-"""Samples of Parquet files as the Hugging Face hub stores them: a column of pictures, one or two of captions.
+"""Parquet input, as the Hugging Face hub stores it: a column of pictures, one or two of captions.
 
 A picture is a struct {bytes, path} or plain binary. Needs pyarrow.
 """

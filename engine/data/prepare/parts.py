@@ -1,4 +1,4 @@
-"""One part of the input, converted and put aside until it is known which shards its samples go to.
+"""Converted parts: one part of the input, put aside until it is known which shards its samples go to.
 
 000012.data     pictures and JSON records, one after another
 000012.npy      a row of PART_ROW a sample

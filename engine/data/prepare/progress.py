@@ -1,4 +1,4 @@
-"""A bar on a terminal, a line now and then elsewhere: how far, images/s, rejects, time left."""
+"""Progress of preparation: a bar on a terminal, a line now and then elsewhere."""
 
 import sys
 import time

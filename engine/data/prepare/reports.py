@@ -1,4 +1,4 @@
-"""Two pictures for people: a few samples of each bucket, and how long the captions are."""
+"""Report pictures of a data set: a few samples of each bucket, and how long the captions are."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `prepare.py` is asked for, and the sizes that pictures are sorted into."""
+"""Settings of preparation, and the buckets that pictures are sorted into."""
 
 import math
 import re

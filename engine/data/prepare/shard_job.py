@@ -1,4 +1,4 @@
-"""From an input to a data set of shards; after a kill at any moment the same call goes on where it was.
+"""Preparation job: from an input to a data set of shards, continued by the same call after a kill.
 
     find_inputs ──▶ parts, each converted and put aside ──▶ plan_shards ──▶ shards ──▶ manifest ──▶ pictures
 

@@ -1,4 +1,4 @@
-"""Which sample goes to which shard, and making the shards.
+"""Shard packing: which sample goes to which shard, and making the shards.
 
 Within a bucket samples keep the order of the input; a shard is full when the next sample would bring it
 above the wanted size. Numbers of samples count through the buckets in order. All of it follows from the parts

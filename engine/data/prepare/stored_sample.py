@@ -1,4 +1,4 @@
-"""From the bytes of an input to what a shard stores of it.
+"""Sample conversion: from the bytes of an input to what a shard stores of it.
 
 RawSample ──▶ complete decode ──▶ bucket ──▶ the same JPEG bytes where they will do, else a new JPEG
 """

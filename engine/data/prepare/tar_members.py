@@ -1,4 +1,4 @@
-"""The members of a tar file one after another, whatever the file is made of.
+"""Tar reader that survives damage: the members of a tar file one after another.
 
 Python's tarfile takes a header that is damaged for the end of the archive and says nothing; here damage is an
 item of its own and reading goes on at the next header that is whole. Nothing is ever extracted. Headers of

@@ -1,4 +1,4 @@
-"""Samples of a WebDataset tar: members that follow each other and share a name up to the suffix.
+"""WebDataset input: members of a tar that follow each other and share a name up to the suffix.
 
     000012.jpg 000012.txt          or .jpeg .png .webp, and .json as beside the pictures of a folder
 

@@ -1,4 +1,4 @@
-"""Checking a data set of shards against its manifest: every byte of every file, and every record."""
+"""Verification of a data set of shards: every byte of every file against the manifest, and every record."""
 
 import hashlib
 import zlib

@@ -1,4 +1,4 @@
-"""Processes that do independent tasks, and never outlive the one that started them."""
+"""Worker processes for independent tasks, which never outlive the one that started them."""
 
 import multiprocessing
 import os

@@ -1,0 +1,1 @@
+"""Data sources: where pictures and captions come from, one kind a file."""

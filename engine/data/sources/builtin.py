@@ -1,4 +1,4 @@
-"""The built-in pictures: files of the installed scikit-image and scikit-learn, captioned for this project.
+"""Built-in pictures: files of the installed scikit-image and scikit-learn, captioned for this project.
 
 They need no network and no folder of one's own, so every configuration can be tried on a fresh machine.
 `builtin_captions.json` pins each picture by package and file name; the files are opened directly, because

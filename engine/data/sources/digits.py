@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn as captioned pictures: 1,797 scans of 8 x 8 pixels.
+"""Handwritten digits of scikit-learn as captioned pictures: 1,797 scans of 8 x 8 pixels.
 
 They are real data with a measurable content, small enough to train on without a GPU: a classifier says
 whether a sample shows the digit that was asked for, and moments say whether it leans as the caption says. The

@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its caption in a file of the same name beside it.
+"""Folder source: pictures in a folder, each with its caption in a file of the same name beside it.
 
     cats/0001.jpg   cats/0001.txt     one caption, used as long and short
     cats/0002.webp  cats/0002.json    {"long": "...", "short": "..."} or {"caption": "..."}

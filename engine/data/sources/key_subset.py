@@ -1,4 +1,4 @@
-"""A chosen part of a source: the pictures that a list of keys names.
+"""Key subset: the pictures of a source that a list of keys names.
 
 The list is a text file with one key a line, as `keys` of batches and messages of the engine write them. It is
 how a curated set is trained on without copying pictures.

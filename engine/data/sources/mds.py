@@ -1,4 +1,4 @@
-"""MDS data sets, the format of MosaicML's streaming library, as PRX and others write them.
+"""MDS source: data sets in the format of MosaicML's streaming library, as PRX and others write them.
 
     DATASET/index.json  shard.00000.mds ...            one folder
     DATASET/768x1344/index.json  shard.00000.mds ...   or a folder of folders, one for each aspect ratio

@@ -1,4 +1,4 @@
-"""Several sources as one, and which picture of which of them a place in the stream is.
+"""Mixture of sources, and which picture of which of them a place in the stream is.
 
     place ──▶ step place // G, slot (place % G) // R ──▶ part of the slot ──▶ its next R pictures ──▶ picture
 

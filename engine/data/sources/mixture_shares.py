@@ -1,4 +1,4 @@
-"""How many samples of each step come from each part of a mixture.
+"""Mixture weights: how many samples of each step come from each part of a mixture.
 
 With s_p(k) the normalised weight of part p at step k and G the samples of a step, part p is owed
 

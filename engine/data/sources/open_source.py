@@ -1,4 +1,4 @@
-"""The source of pictures that a configuration names."""
+"""Choice of the data source that a configuration names."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Pictures with captions, and the one way from a file to RGB pixels.
+"""Source protocol (pictures with captions), and the one way from a file to RGB pixels.
 
 A file that does not decode completely is never half used: Pillow's tolerance for truncated files is off,
 PNG checksums are compared, and everything that goes wrong becomes one UnreadablePicture, which the stream

@@ -1,4 +1,4 @@
-"""A folder of shards as a source: any sample at any time, from any thread, by reading its bytes alone.
+"""Shard source: any sample of a folder of shards, from any thread, by reading its bytes alone.
 
 `prepare.py` makes such folders; `shard_index.py` has their layout. Nothing is kept of what was read except a
 few open files.
