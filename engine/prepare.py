@@ -21,8 +21,8 @@ import argparse
 import os
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.data.caches.cache_format import cache_problems
 from millrace.engine.data.formats.shard_index import Manifest
+from millrace.engine.data.latent_cache import cache_problems
 from millrace.engine.data.prepare.settings import (
     Settings,
     parse_bytes,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from millrace.engine.data.caches.cache_format import CachedText
+from millrace.engine.data.latent_cache import CachedText
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def run_cache_command(options: argparse.Namespace) -> int:
     import torch
 
     from millrace.engine.config.loading import load_config
-    from millrace.engine.encoders.cache_writer import (
+    from millrace.engine.encoders.latent_cache_writer import (
         cache_kinds,
         write_caches,
     )

@@ -20,19 +20,19 @@ from typing import NamedTuple
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.data.formats.shard_writer import (
+    replacing,
+    write_manifest,
+    write_whole,
+)
+from millrace.engine.data.latent_cache import (
     CacheFile,
     CacheRecord,
     Kind,
     TensorFile,
     cache_path,
     common_path,
-)
-from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.data.formats.shard_writer import (
-    replacing,
-    write_manifest,
-    write_whole,
 )
 from millrace.engine.data.sources.shards import (
     ShardsSource,

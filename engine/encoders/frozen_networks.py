@@ -12,11 +12,11 @@ import torch
 
 from millrace.engine.config import Config
 from millrace.engine.data import Source
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data.latent_cache import (
     Cache,
     remake,
 )
-from millrace.engine.data.caches.cache_lookup import Caches
+from millrace.engine.data.latent_cache_lookup import Caches
 from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,

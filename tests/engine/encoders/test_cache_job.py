@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.data.latent_cache import (
     TextCache,
     cache_path,
     cache_problems,
 )
-from millrace.engine.data.formats.shard_index import read_manifest
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.encoders.cache_job import (
     PARTIAL,

@@ -7,7 +7,7 @@ has no cache has None here, and the frozen networks do its work.
 import numpy as np
 from torch import Tensor
 
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data.latent_cache import (
     Cache,
     CachedText,
     Kind,

@@ -13,20 +13,20 @@ from millrace.engine.config.loading import (
     parse_config,
 )
 from millrace.engine.data import SampleStream, open_source
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.data.latent_cache import (
     LatentCache,
     TextCache,
     cache_path,
 )
-from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.encoders import cache_writer
+from millrace.engine.encoders import latent_cache_writer
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import Preparation
-from millrace.engine.encoders.cache_writer import (
+from millrace.engine.encoders.frozen_networks import open_frozen
+from millrace.engine.encoders.latent_cache_writer import (
     cache_kinds,
     write_caches,
 )
-from millrace.engine.encoders.frozen_networks import open_frozen
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.encoders.tiny_networks import (
     tiny_autoencoder,
@@ -312,8 +312,8 @@ def test_equal_captions_are_computed_and_stored_once(runs, networks, dataset, mo
         return tower
 
     same = SimpleNamespace(long="One  caption", short="one caption")
-    monkeypatch.setattr(cache_writer.ShardsSource, "captions", lambda self, i: same)
-    monkeypatch.setattr(cache_writer, "open_text_tower", open_counting)
+    monkeypatch.setattr(latent_cache_writer.ShardsSource, "captions", lambda self, i: same)
+    monkeypatch.setattr(latent_cache_writer, "open_text_tower", open_counting)
     write_caches(dataset, configured(runs, networks, dataset), ("text",), say=list)
     manifest = read_manifest(dataset)
     assert asked == ["", *["one caption"] * len(manifest.shards)]
@@ -347,7 +347,7 @@ def test_pictures_with_cached_latents_are_not_decoded(runs, networks, dataset, m
     def refuse(*_arguments):
         raise AssertionError("a picture was decoded")
 
-    monkeypatch.setattr(cache_writer.ShardsSource, "image", refuse)
+    monkeypatch.setattr(latent_cache_writer.ShardsSource, "image", refuse)
     monkeypatch.setattr(Image, "open", refuse)
     found = prepared(with_caches(config, "latents"), batches=3)
     assert len(found.batches) == 3
@@ -357,7 +357,7 @@ def test_rows_that_are_not_finite_are_not_quantised(runs, networks, dataset, mon
     tower = SimpleNamespace(
         clean=str, rows=lambda captions: [(torch.full((1, DIM), np.inf), False) for _ in captions]
     )
-    monkeypatch.setattr(cache_writer, "open_text_tower", lambda *_: tower)
+    monkeypatch.setattr(latent_cache_writer, "open_text_tower", lambda *_: tower)
     with pytest.raises(UserError, match=r"not finite.*--text-dtype bf16"):
         write_caches(dataset, configured(runs, networks, dataset), ("text",), text_dtype="int8", say=list)
     assert not list(dataset.glob("*/*.text.safetensors*"))

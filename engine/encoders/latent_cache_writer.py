@@ -3,7 +3,7 @@
     captions ──clean, unique in the shard──▶ text tower ──▶ valid rows, bf16 or int8 with a scale
     pictures ──evaluation view of the bucket──▶ autoencoder ──▶ mean and log-variance
 
-`cache_job.py` divides the shards over processes and resumes; `engine/data/caches/cache_format.py` has the
+`cache_job.py` divides the shards over processes and resumes; `engine/data/latent_cache.py` has the
 format.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from millrace.engine.config import Config
 from millrace.engine.data import UnreadablePicture, signed_unit
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data.crop import crop_box, cut
+from millrace.engine.data.latent_cache import (
     Kind,
     TensorFile,
     quantise,
 )
-from millrace.engine.data.crop import crop_box, cut
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.distributed.process_group import choose_device

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from millrace.engine.data.caches import cache_format as module
-from millrace.engine.data.caches.cache_format import (
+from millrace.engine.data import latent_cache as module
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.data.formats.shard_writer import write_manifest
+from millrace.engine.data.latent_cache import (
     CacheFile,
     CacheRecord,
     LatentCache,
@@ -20,8 +22,6 @@ from millrace.engine.data.caches.cache_format import (
     common_path,
     quantise,
 )
-from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.data.formats.shard_writer import write_manifest
 from millrace.engine.data.sources.shards import sha256_of
 from millrace.engine.util.errors import UserError
 

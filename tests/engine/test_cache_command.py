@@ -20,7 +20,7 @@ from millrace.engine.util.errors import UserError
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-PREPARE = Path(__file__).resolve().parents[3] / "engine" / "prepare.py"
+PREPARE = Path(__file__).resolve().parents[2] / "engine" / "prepare.py"
 
 
 def prepare(runs, *arguments, **environment):
@@ -128,12 +128,14 @@ def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
     from millrace.engine.config import loading
     from millrace.engine.encoders import (
         cache_command,
-        cache_writer,
+        latent_cache_writer,
     )
 
     before = torch.get_num_threads()
     seen = []
-    monkeypatch.setattr(cache_writer, "write_caches", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(
+        latent_cache_writer, "write_caches", lambda *_, **__: seen.append(torch.get_num_threads())
+    )
     monkeypatch.setattr(loading, "load_config", lambda *_: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "64"), ("LOCAL_SIZE", "64")):

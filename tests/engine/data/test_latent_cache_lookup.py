@@ -7,14 +7,14 @@ from millrace.engine.config import Data, TextTower
 from millrace.engine.config.data import Part
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import open_source
-from millrace.engine.data.caches.cache_lookup import Caches
+from millrace.engine.data.latent_cache_lookup import Caches
 from millrace.engine.data.sources.key_subset import (
     keep_listed,
     write_keys,
 )
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.shards import ShardsSource
-from millrace.engine.encoders.cache_writer import write_caches
+from millrace.engine.encoders.latent_cache_writer import write_caches
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.util.errors import UserError
 
