@@ -19,27 +19,24 @@ if __name__ == "__main__":
 
 import argparse
 import os
+from typing import get_args
 
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.data.formats.shard_index import Manifest
-from millrace.engine.data.latent_cache import cache_problems
+from millrace.engine.data.latent_cache import Kind, cache_problems
 from millrace.engine.data.prepare.settings import (
     Settings,
     parse_bytes,
 )
 from millrace.engine.data.prepare.shard_job import prepare
 from millrace.engine.data.prepare.verify import verify
-from millrace.engine.encoders.cache_command import (
-    add_cache_arguments,
-    run_cache_command,
-)
 from millrace.engine.util.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     if options.cache is not None:
-        return run_cache_command(options)
+        return write_caches_command(options)
     if options.verify is not None:
         problems = verify(Path(options.verify), options.workers) + cache_problems(Path(options.verify))
         if problems:
@@ -112,8 +109,68 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture-column", metavar="NAME", help="of Parquet files")
     parser.add_argument("--caption-column", metavar="NAME[,NAME]", help="of Parquet files; two: long,short")
     parser.add_argument("--verify", metavar="DATASET", help="compare a data set with its manifest instead")
-    add_cache_arguments(parser)
+    _add_cache_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def write_caches_command(options: argparse.Namespace) -> int:
+    """Write the caches that the options ask for. Raises UserError."""
+    for name in ("dataset", "config"):
+        if getattr(options, name) is None:
+            raise UserError(f"--cache needs --{name}; prepare.py --help has examples")
+    kinds = cache_kinds(options.cache)
+    # Imported here because the networks' packages take seconds, and no other mode needs them.
+    import torch
+
+    from millrace.engine.config.loading import load_config
+    from millrace.engine.encoders.latent_cache_writer import write_caches
+
+    config = load_config(options.config, options.overrides)
+    rank, world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # DeepSpeed's launcher leaves all cores to every process.
+        here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    write_caches(
+        options.dataset,
+        config,
+        kinds,
+        rank,
+        world_size,
+        text_dtype=options.text_dtype,
+        replace=options.replace,
+    )
+    return 0
+
+
+def cache_kinds(text: str) -> tuple[Kind, ...]:
+    """The kinds in `text,latents`, as given on the command line. Raises UserError."""
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [kind for kind in kinds if kind not in get_args(Kind)]
+    if unknown or not kinds:
+        wrong = (unknown or ["nothing"])[0]
+        raise UserError(f"--cache {text}: {wrong!r} is no cache; give text, latents or both")
+    return kinds
+
+
+def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("caches, on any number of processes (deepspeed, torchrun)")
+    group.add_argument("--cache", metavar="text,latents", help="write these caches of a data set of shards")
+    group.add_argument("--dataset", metavar="DATASET", help="the data set")
+    group.add_argument("--config", metavar="FILE", help="configuration whose conditioning names the networks")
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="override one value of it",
+    )
+    group.add_argument(
+        "--text-dtype", choices=("bf16", "int8"), default="bf16", help="of the stored rows (default bf16)"
+    )
+    group.add_argument("--replace", action="store_true", help="make caches of another network again")
+    group.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def _whole(text: str) -> int:

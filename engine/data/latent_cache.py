@@ -1,4 +1,4 @@
-"""What frozen networks made of the samples of shards, beside them.
+"""Latent cache and text cache: outputs of the frozen encoders, stored beside the shards of a data set.
 
     DATASET/768x1344/00000.text.safetensors       rows of the captions of the shard's samples
         rows     (S, E) bf16, or int8: row i is then scale[i] * rows[i]; captions end to end, without padding
@@ -17,13 +17,13 @@ The manifest has, under `caches`, the identity of the network, and size and SHA-
 mapped into memory: what is read of them are the pages of one sample, from any thread, and nothing is copied.
 """
 
-import json
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -34,7 +34,16 @@ from millrace.engine.data.formats.shard_index import (
     Shard,
     read_manifest,
 )
-from millrace.engine.data.sources.shards import sha256_of
+from millrace.engine.data.sources.key_subset import KeptSource
+from millrace.engine.data.sources.mixture import MixtureSource
+from millrace.engine.data.sources.pictures import (
+    Source,
+    WhichCaption,
+)
+from millrace.engine.data.sources.shards import (
+    ShardsSource,
+    sha256_of,
+)
 from millrace.engine.util.errors import UserError
 
 Kind = Literal["text", "latents"]
@@ -42,15 +51,6 @@ VERSION = 1
 MAPPED_FILES = 512
 """Files of one cache that are mapped at a time."""
 _PAGE = 4096
-_NAMES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.int64: "I64",
-}
 
 
 class CachedText(NamedTuple):
@@ -301,62 +301,75 @@ def touch(tensor: Tensor) -> None:
     tensor.flatten().view(torch.uint8)[::_PAGE].sum()
 
 
-def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, E) int8 and (n,) FP32 scale of floating rows (n, E): scale = absmax / 127 of the row.
+class Caches:
+    """The caches of all shards in a source. Any thread may read.
 
-    scale * int8 is within scale / 2 = absmax / 254 of the row.
-    """
-    rows = rows.float()
-    scale = rows.abs().amax(1) / 127
-    steps = (rows / torch.where(scale > 0, scale, 1.0)[:, None]).round_()
-    return steps.clamp_(-127, 127).to(torch.int8), scale
+    Args:
+        source: of the training stream.
+        kinds: those to use, as `data.cached`.
+        verify: compare the checksum of each file when it is first touched.
 
-
-class TensorFile:
-    """A safetensors file whose first tensor is written in parts, in memory that does not grow with it.
-
-    The header gets a fixed room that is filled at the end (safetensors allows blanks after the JSON).
+    In a mixture a part without a cache is left to the networks. Raises UserError where no part has one, and
+    for caches that do not fit their shards.
     """
 
-    def __init__(self, file: BinaryIO, name: str, metadata: dict[str, str]) -> None:
-        self._file, self._name, self._metadata = file, name, metadata
-        self._room = -(-(len(json.dumps(metadata)) + 2048) // _PAGE) * _PAGE
-        self._rows, self._shape, self._dtype = 0, (), None
-        file.seek(self._room)
+    def __init__(self, source: Source, kinds: tuple[Kind, ...], verify: bool = False) -> None:
+        self._source = source
+        self._text: dict[int, TextCache] = {}
+        self._latents: dict[int, LatentCache] = {}
+        held = list(_leaves(source))
+        folders = {id(leaf): leaf for leaf in held if isinstance(leaf, ShardsSource)}
+        self._complete: dict[str, bool] = {}
+        for kind in kinds:
+            caches = self._text if kind == "text" else self._latents
+            made = TextCache if kind == "text" else LatentCache
+            for key, leaf in folders.items():
+                if kind in leaf.manifest.caches or len(held) == 1:
+                    caches[key] = made(leaf.root, leaf.manifest, verify)
+            if not caches:
+                roots = ", ".join(str(leaf.root) for leaf in folders.values()) or "no shards"
+                raise UserError(
+                    f"data.cached has {kind}, but no part of the data has such a cache ({roots}); make it "
+                    f"with prepare.py --cache {kind}, or take {kind} out of data.cached"
+                )
+            self._complete[kind] = all(id(leaf) in caches for leaf in held)
 
-    def append(self, part: Tensor) -> None:
-        """More of the first tensor, along its first dimension; at least once."""
-        self._rows += len(part)
-        self._shape, self._dtype = tuple(part.shape[1:]), part.dtype
-        self._write(part)
+    def of(self, kind: Kind) -> list[Cache]:
+        """The caches of one kind."""
+        return list((self._text if kind == "text" else self._latents).values())
 
-    def finish(self, others: dict[str, Tensor]) -> None:
-        """Write the other tensors and the header."""
-        shape = (self._rows, *self._shape)
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        header[self._name] = self._entry(self._dtype, shape, self._room)
-        start = self._file.tell()
-        if start % 8:  # so that what follows can be mapped at its own alignment
-            padding = torch.zeros(8 - start % 8, dtype=torch.uint8)
-            others = {"padding": padding, **others}
-        ordered = sorted(others.items(), key=lambda item: (item[0] != "padding", -item[1].element_size()))
-        for name, tensor in ordered:
-            start = self._file.tell()
-            self._write(tensor)
-            header[name] = self._entry(tensor.dtype, tensor.shape, start)
-        text = json.dumps(header).encode()
-        if len(text) > self._room - 8:
-            raise ValueError(f"the header has {len(text)} bytes, there is room for {self._room - 8}")
-        self._file.seek(0)
-        self._file.write((self._room - 8).to_bytes(8, "little") + text.ljust(self._room - 8))
+    def complete(self, kind: Kind) -> bool:
+        """Whether every picture lies in a part that has this kind."""
+        return self._complete.get(kind, False)
 
-    def _entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-        return {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start - self._room, end - self._room],
-        }
+    def text(self, picture: int, which: WhichCaption) -> CachedText | None:
+        """Rows of a caption of a picture, or of the empty caption."""
+        leaf, index = _find(self._source, picture)
+        cache = self._text.get(id(leaf))
+        if cache is None:
+            return None
+        return cache.empty if which == "empty" else cache.rows(leaf.place(index), which)
 
-    def _write(self, tensor: Tensor) -> None:
-        self._file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    def moments(self, picture: int) -> Tensor | None:
+        """What the autoencoder made of a picture, (2 or 1, C, h, w)."""
+        leaf, index = _find(self._source, picture)
+        cache = self._latents.get(id(leaf))
+        return None if cache is None else cache.moments(leaf.place(index))
+
+
+def _leaves(source: Source) -> list[Source]:
+    if isinstance(source, MixtureSource):
+        return [leaf for part in source.sources for leaf in _leaves(part)]
+    return _leaves(source.whole) if isinstance(source, KeptSource) else [source]
+
+
+def _find(source: Source, index: int) -> tuple[Source, int]:
+    """The source of the files, and the index in it, of picture `index`."""
+    while True:
+        if isinstance(source, MixtureSource):
+            part = int(np.searchsorted(source.offsets, index, side="right")) - 1
+            source, index = source.sources[part], index - int(source.offsets[part])
+        elif isinstance(source, KeptSource):
+            source, index = source.whole, source.kept[index]
+        else:
+            return source, index

@@ -20,8 +20,7 @@ from millrace.engine.config import Data
 from millrace.engine.data.batch import Batch
 from millrace.engine.data.crop import check_bucket, check_resolution
 from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder, parts
-from millrace.engine.data.latent_cache import CachedText
-from millrace.engine.data.latent_cache_lookup import Caches
+from millrace.engine.data.latent_cache import CachedText, Caches
 from millrace.engine.data.order import Pool
 from millrace.engine.data.sample_choices import Choices
 from millrace.engine.data.sources.mixture import order_of

@@ -14,9 +14,9 @@ from millrace.engine.config import Config
 from millrace.engine.data import Source
 from millrace.engine.data.latent_cache import (
     Cache,
+    Caches,
     remake,
 )
-from millrace.engine.data.latent_cache_lookup import Caches
 from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,

@@ -1,40 +1,60 @@
-"""Caches of a data set of shards: what the frozen networks make of its samples, written once for all runs.
+"""Writing the latent cache and the text cache: the frozen encoders run once over the shards of a data set.
 
-    captions ──clean, unique in the shard──▶ text tower ──▶ valid rows, bf16 or int8 with a scale
+    captions ──clean, unique in the shard──▶ text encoder ──▶ valid rows, bf16 or int8 with a scale
     pictures ──evaluation view of the bucket──▶ autoencoder ──▶ mean and log-variance
 
-`cache_job.py` divides the shards over processes and resumes; `engine/data/latent_cache.py` has the
-format.
+    rank r makes those of shards r, r + world_size, ...: each appears whole or not at all, then
+    DATASET/caches.partial/text/00000012.json says what it is
+    all there ──▶ manifest, by whichever process finds the last one
+
+Processes do not talk to each other, so none waits for another. A job that was interrupted goes on with the
+shards that have no file yet, on any number of processes. The format is that of `engine/data/latent_cache.py`.
 """
 
-from collections.abc import Callable, Sequence
+import fcntl
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from millrace.engine.config import Config
 from millrace.engine.data import UnreadablePicture, signed_unit
 from millrace.engine.data.crop import crop_box, cut
-from millrace.engine.data.latent_cache import (
-    Kind,
-    TensorFile,
-    quantise,
+from millrace.engine.data.formats.shard_index import read_manifest
+from millrace.engine.data.formats.shard_writer import (
+    replacing,
+    write_manifest,
+    write_whole,
 )
-from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.data.latent_cache import (
+    CacheFile,
+    CacheRecord,
+    Kind,
+    cache_path,
+    common_path,
+)
+from millrace.engine.data.sources.shards import (
+    ShardsSource,
+    sha256_of,
+)
 from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.cache_job import (
-    CacheJob,
-    Maker,
-)
 from millrace.engine.encoders.frozen_networks import constants_tensors
 from millrace.engine.encoders.identity import (
+    Identity,
     autoencoder_identity,
+    differing,
     text_identity,
 )
 from millrace.engine.encoders.text_encoder import open_text_tower
@@ -42,20 +62,24 @@ from millrace.engine.util.errors import UserError
 from millrace.kernels.support.packed import to_device
 
 TextDtype = Literal["bf16", "int8"]
-KINDS: tuple[Kind, ...] = ("text", "latents")
 _STORED = {"bf16": "bfloat16", "int8": "int8"}
 _CAPTIONS = 64
 """Captions in one pass of the text tower."""
 
-
-def cache_kinds(text: str) -> tuple[Kind, ...]:
-    """The kinds in `text,latents`, as given on the command line. Raises UserError."""
-    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        wrong = (unknown or ["nothing"])[0]
-        raise UserError(f"--cache {text}: {wrong!r} is no cache; give text, latents or both")
-    return kinds
+_CODES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+_PAGE = 4096
+COMMON = -1
+"""In place of a shard's number: the file of what is stored once."""
+PARTIAL = "caches.partial"
+"""Folder in the data set of what is known of caches that are not complete."""
 
 
 def write_caches(
@@ -85,15 +109,90 @@ def write_caches(
     """
     source = ShardsSource(dataset)
     device = choose_device(config.run.device)
-    for kind in kinds:
-        if kind == "text":
-            maker: Maker = _Text(source, config, device, text_dtype)
-        else:
-            maker = _Latents(source, config, device)
-        CacheJob(source, maker, rank, world_size, replace, say).run()
+    makers: dict[Kind, Callable[[], Maker]] = {
+        "text": lambda: _TextMaker(source, config, device, text_dtype),
+        "latents": lambda: _LatentMaker(source, config, device),
+    }
+    # All are made before the first runs: what a configuration cannot have is refused before hours of work.
+    jobs = [CacheJob(source, makers[kind](), rank, world_size, replace, say) for kind in kinds]
+    for job in jobs:
+        job.run()
 
 
-class _Text(Maker):
+class TensorFile:
+    """A safetensors file whose first tensor is written in parts, in memory that does not grow with it.
+
+    The header gets a fixed room that is filled at the end (safetensors allows blanks after the JSON).
+    """
+
+    def __init__(self, file: BinaryIO, name: str, metadata: dict[str, str]) -> None:
+        self._file, self._name, self._metadata = file, name, metadata
+        self._room = -(-(len(json.dumps(metadata)) + 2048) // _PAGE) * _PAGE
+        self._rows, self._shape, self._dtype = 0, (), None
+        file.seek(self._room)
+
+    def append(self, part: Tensor) -> None:
+        """More of the first tensor, along its first dimension; at least once."""
+        self._rows += len(part)
+        self._shape, self._dtype = tuple(part.shape[1:]), part.dtype
+        self._write(part)
+
+    def finish(self, others: dict[str, Tensor]) -> None:
+        """Write the other tensors and the header."""
+        shape = (self._rows, *self._shape)
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        header[self._name] = self._entry(self._dtype, shape, self._room)
+        start = self._file.tell()
+        if start % 8:  # so that what follows can be mapped at its own alignment
+            padding = torch.zeros(8 - start % 8, dtype=torch.uint8)
+            others = {"padding": padding, **others}
+        ordered = sorted(others.items(), key=lambda item: (item[0] != "padding", -item[1].element_size()))
+        for name, tensor in ordered:
+            start = self._file.tell()
+            self._write(tensor)
+            header[name] = self._entry(tensor.dtype, tensor.shape, start)
+        text = json.dumps(header).encode()
+        if len(text) > self._room - 8:
+            raise ValueError(f"the header has {len(text)} bytes, there is room for {self._room - 8}")
+        self._file.seek(0)
+        self._file.write((self._room - 8).to_bytes(8, "little") + text.ljust(self._room - 8))
+
+    def _entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        return {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start - self._room, end - self._room],
+        }
+
+    def _write(self, tensor: Tensor) -> None:
+        self._file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+class Maker(ABC):
+    """Makes the contents of one kind of cache. The network is loaded when the first file is made."""
+
+    kind: Kind
+    first: str
+    """Name of the tensor that is written in parts."""
+    dtype: str
+    """Of the stored numbers."""
+
+    def __init__(self, source: ShardsSource, network: Identity) -> None:
+        self.source, self.network = source, network
+        self.unreadable: list[str] = []
+        """Samples that could not be read; training meets them as it would without a cache."""
+
+    @abstractmethod
+    def common(self) -> bytes:
+        """The file of what is stored once."""
+
+    @abstractmethod
+    def shard(self, samples: range, bucket: tuple[int, int], file: TensorFile) -> None:
+        """Write what the network makes of these samples, the whole of one shard."""
+
+
+class _TextMaker(Maker):
     kind: Kind = "text"
     first = "rows"
 
@@ -153,7 +252,7 @@ class _Text(Maker):
         file.finish(tensors)
 
 
-class _Latents(Maker):
+class _LatentMaker(Maker):
     kind: Kind = "latents"
     first = "moments"
 
@@ -213,3 +312,180 @@ class _Later:
         if self._made is None:
             self._made = self._make()
         return self._made
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, E) int8 and (n,) FP32 scale of floating rows (n, E): scale = absmax / 127 of the row.
+
+    scale * int8 is within scale / 2 = absmax / 254 of the row.
+    """
+    rows = rows.float()
+    scale = rows.abs().amax(1) / 127
+    steps = (rows / torch.where(scale > 0, scale, 1.0)[:, None]).round_()
+    return steps.clamp_(-127, 127).to(torch.int8), scale
+
+
+class _Known(NamedTuple):
+    """A file that was finished."""
+
+    network: Identity
+    dtype: str
+    file: CacheFile
+
+
+class CacheJob:
+    """This process's part of one kind of cache.
+
+    Args:
+        source: the data set.
+        maker: of the contents.
+        rank, world_size: this process takes the shards rank, rank + world_size, ...
+        replace: make those again that another network made, or that are stored in another dtype.
+        say: prints a line.
+
+    Raises UserError where there are such files and `replace` is off.
+    """
+
+    def __init__(
+        self,
+        source: ShardsSource,
+        maker: Maker,
+        rank: int,
+        world_size: int,
+        replace: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.root, self.shards, self.maker, self.say = source.root, source.manifest.shards, maker, say
+        self.rank, self.mine = rank, list(range(rank, len(self.shards), world_size))
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + shard.samples)
+        self.folder = self.root / PARTIAL / maker.kind
+        known = self._known()
+        if not replace:
+            for one in known.values():
+                self._require_same(one)
+        wanted = ([COMMON] if rank == 0 else []) + self.mine
+        self.todo = [number for number in wanted if not self._finished(number, known)]
+
+    def run(self) -> None:
+        """Make the files of this process that are not there, and the manifest if then none is missing."""
+        kind, maker = self.maker.kind, self.maker
+        for number in tqdm(self.todo, f"{kind} cache", unit="file", disable=self.rank != 0):
+            self._make(number)
+        if maker.unreadable:
+            names = ", ".join(maker.unreadable[:3])
+            self.say(f"{kind}: {len(maker.unreadable)} samples could not be read and have none: {names}")
+        missing = self._publish()
+        made = sum(number != COMMON for number in self.todo)
+        done = f"process {self.rank} made {made} of its {len(self.mine)} shards"
+        state = f"{missing} files are missing until other processes are done" if missing else "complete"
+        self.say(f"{kind} cache of {self.root}: {done}; {state}")
+
+    def _make(self, number: int) -> None:
+        path = self.root / self._file(number)
+        try:
+            with replacing(path) as file:
+                if number == COMMON:
+                    file.write(self.maker.common())
+                else:
+                    shard = self.shards[number]
+                    metadata = {"network": json.dumps(self.maker.network), "of": shard.sha256}
+                    samples = range(self.starts[number], self.starts[number + 1])
+                    self.maker.shard(samples, shard.bucket, TensorFile(file, self.maker.first, metadata))
+            found = CacheFile(
+                file=self._file(number),
+                bytes=path.stat().st_size,
+                sha256=sha256_of(path),
+                of=self._origin(number),
+            )
+            values = {"network": self.maker.network, "dtype": self.maker.dtype, "file": found.model_dump()}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._record(number), json.dumps(values).encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def _publish(self) -> int:
+        """Put the cache into the manifest once all its files are there; how many are missing."""
+        with self._alone():
+            known = self._known()
+            wanted = range(COMMON, len(self.shards))
+            missing = sum(not self._finished(number, known) for number in wanted)
+            if not missing and self.folder.exists():
+                record = CacheRecord(
+                    network=self.maker.network,
+                    dtype=self.maker.dtype,
+                    common=known[COMMON].file,
+                    files=tuple(known[number].file for number in range(len(self.shards))),
+                )
+                manifest = read_manifest(self.root)
+                caches = manifest.caches | {self.maker.kind: record.model_dump(mode="json")}
+                write_manifest(self.root, manifest.model_copy(update={"caches": caches}))
+                shutil.rmtree(self.folder)
+                with suppress(OSError):  # another kind is not complete
+                    self.folder.parent.rmdir()
+        return missing
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the manifest meanwhile."""
+        with (self.root / ".caches.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _known(self) -> dict[int, _Known]:
+        """All files that were finished, by number: those of the manifest, and of jobs since."""
+        found: dict[int, _Known] = {}
+        values = read_manifest(self.root).caches.get(self.maker.kind)
+        if values is not None:
+            record = self._read(self.root / "manifest.json", CacheRecord, values)
+            numbers = {self._file(number): number for number in range(COMMON, len(self.shards))}
+            for file in (record.common, *record.files):
+                if file.file in numbers:
+                    found[numbers[file.file]] = _Known(record.network, record.dtype, file)
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                values = json.loads(path.read_bytes())
+                number, one = int(path.stem), _Known(values["network"], values["dtype"], values["file"])
+            except FileNotFoundError:
+                continue  # another process has just put it into the manifest
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: not what prepare.py writes; remove it") from None
+            found[number] = one._replace(file=self._read(path, CacheFile, one.file))
+        return found
+
+    @staticmethod
+    def _read(path: Path, model: type, values: object) -> object:
+        try:
+            return model.model_validate(values)
+        except ValidationError:
+            raise UserError(f"{path}: its caches are not what prepare.py writes; remove them there") from None
+
+    def _finished(self, number: int, known: dict[int, _Known]) -> bool:
+        """Whether the file is there, whole, of this network and this shard."""
+        one = known.get(number)
+        if one is None or self._differs(one) or one.file.of != self._origin(number):
+            return False
+        path = self.root / one.file.file
+        return path.is_file() and path.stat().st_size == one.file.bytes
+
+    def _differs(self, one: _Known) -> list[str]:
+        words, dtype = differing(one.network, self.maker.network), self.maker.dtype
+        return words + ([] if one.dtype == dtype else [f"stored as {one.dtype}, not {dtype}"])
+
+    def _require_same(self, one: _Known) -> None:
+        if words := self._differs(one):
+            raise UserError(
+                f"{self.root / one.file.file}: there is a {self.maker.kind} cache of another network: "
+                f"{'; '.join(words)}; make it again with --replace, or copy the data set"
+            )
+
+    def _origin(self, number: int) -> str:
+        return "" if number == COMMON else self.shards[number].sha256
+
+    def _file(self, number: int) -> str:
+        kind = self.maker.kind
+        return common_path(kind) if number == COMMON else cache_path(self.shards[number], kind)
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.json"

@@ -1,5 +1,6 @@
 """The real commands: prepare.py --cache on two processes, then training from the caches."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -82,7 +83,7 @@ def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world
     assert runs.here(root / "live", changes).error is None
     assert runs.here(root / "cached", changes, {"data": {"cached": ["text", "latents"]}}).error is None
     # Other processes wrote the caches, perhaps with other numbers of threads: BF16 may round otherwise.
-    # That nothing else differs is shown to the bit within one process, in test_caching.py.
+    # That nothing else differs is shown to the bit within one process, in test_latent_cache_writer.py.
     cached, live = (losses(root / name) for name in ("cached", "live"))
     assert len(live) == 6
     assert cached == pytest.approx(live, rel=1e-3)
@@ -126,10 +127,7 @@ def test_what_is_missing_is_said_in_one_line(world, arguments, words):
 
 def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
     from millrace.engine.config import loading
-    from millrace.engine.encoders import (
-        cache_command,
-        latent_cache_writer,
-    )
+    from millrace.engine.encoders import latent_cache_writer
 
     before = torch.get_num_threads()
     seen = []
@@ -140,11 +138,19 @@ def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "64"), ("LOCAL_SIZE", "64")):
         monkeypatch.setenv(name, value)
-    options = cache_command.argparse.Namespace(
+    options = argparse.Namespace(
         dataset="x", config="y", cache="text", overrides=[], text_dtype="bf16", replace=False
     )
     try:
-        assert cache_command.run_cache_command(options) == 0
+        assert prepare_command.write_caches_command(options) == 0
         assert seen == [max(1, len(os.sched_getaffinity(0)) // 64)]
     finally:
         torch.set_num_threads(before)
+
+
+def test_kinds_on_the_command_line():
+    assert prepare_command.cache_kinds("text,latents") == ("text", "latents")
+    assert prepare_command.cache_kinds(" latents ") == ("latents",)
+    for wrong in ("", "txt", "text,pixels"):
+        with pytest.raises(UserError, match="--cache"):
+            prepare_command.cache_kinds(wrong)

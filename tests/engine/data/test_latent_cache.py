@@ -15,14 +15,16 @@ from millrace.engine.data.latent_cache import (
     CacheFile,
     CacheRecord,
     LatentCache,
-    TensorFile,
     TextCache,
     cache_path,
     cache_problems,
     common_path,
-    quantise,
 )
 from millrace.engine.data.sources.shards import sha256_of
+from millrace.engine.encoders.latent_cache_writer import (
+    TensorFile,
+    quantise,
+)
 from millrace.engine.util.errors import UserError
 
 COUNTS = {(16, 32): 6, (32, 16): 3}

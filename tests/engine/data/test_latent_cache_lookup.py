@@ -7,7 +7,7 @@ from millrace.engine.config import Data, TextTower
 from millrace.engine.config.data import Part
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import open_source
-from millrace.engine.data.latent_cache_lookup import Caches
+from millrace.engine.data.latent_cache import Caches
 from millrace.engine.data.sources.key_subset import (
     keep_listed,
     write_keys,

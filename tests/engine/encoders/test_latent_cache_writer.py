@@ -23,10 +23,7 @@ from millrace.engine.encoders import latent_cache_writer
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import Preparation
 from millrace.engine.encoders.frozen_networks import open_frozen
-from millrace.engine.encoders.latent_cache_writer import (
-    cache_kinds,
-    write_caches,
-)
+from millrace.engine.encoders.latent_cache_writer import write_caches
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.encoders.tiny_networks import (
     tiny_autoencoder,
@@ -373,12 +370,14 @@ def test_no_latents_of_an_autoencoder_that_has_or_keeps_none(runs, networks, dat
         write_caches(dataset, config, ("latents",), say=list)
 
 
-def test_kinds_on_the_command_line():
-    assert cache_kinds("text,latents") == ("text", "latents")
-    assert cache_kinds(" latents ") == ("latents",)
-    for wrong in ("", "txt", "text,pixels"):
-        with pytest.raises(UserError, match="--cache"):
-            cache_kinds(wrong)
+def test_all_kinds_are_checked_before_the_first_is_made(runs, dataset):
+    """Text of a large data set takes hours; that there can be no latents is said before."""
+    pixels = parse_config(runs.values(dataset / "run"), "test")
+    assert pixels.conditioning.autoencoder.kind == "pixels"
+    with pytest.raises(UserError, match=r"--cache latents: conditioning\.autoencoder: pixels has no latents"):
+        write_caches(dataset, pixels, ("text", "latents"), say=list)
+    assert not list(dataset.rglob("*.safetensors"))
+    assert not (dataset / latent_cache_writer.PARTIAL).exists()
 
 
 def test_files_say_what_they_are(runs, networks, dataset):

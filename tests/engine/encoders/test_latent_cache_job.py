@@ -16,7 +16,7 @@ from millrace.engine.data.latent_cache import (
     cache_problems,
 )
 from millrace.engine.data.sources.shards import ShardsSource
-from millrace.engine.encoders.cache_job import (
+from millrace.engine.encoders.latent_cache_writer import (
     PARTIAL,
     CacheJob,
     Maker,
