@@ -26,7 +26,6 @@ from millrace.engine.config.loading import parse_config
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.data.sources.digits import DigitsSource
 from millrace.engine.distributed import process_group
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
@@ -171,7 +170,7 @@ def prompts(source: Any, data: Data) -> list[str]:
 def build_sampler(config: Config, weights: dict[str, Tensor]) -> Sampler:
     """The trained denoiser with the frozen networks of its run."""
     device = process_group.choose_device(config.run.device)
-    compute = DTYPES[config.precision.compute]
+    compute = getattr(torch, config.precision.compute)
     denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)
     autoencoder = open_autoencoder(config.conditioning.autoencoder, device)

@@ -46,7 +46,6 @@ from millrace.engine.data.sources.digits import (
     NAMES,
     DigitsSource,
 )
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_tower
@@ -155,7 +154,7 @@ def open_sampler(folder: Path, device: torch.device) -> tuple[Sampler, Config]:
     denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)
     autoencoder = open_autoencoder(config.conditioning.autoencoder, device)
-    compute = DTYPES[config.precision.compute]
+    compute = getattr(torch, config.precision.compute)
     sampler = Sampler(
         denoiser.to(device).eval().requires_grad_(False),
         FlowMatching(config.objective, config.run.seed, config.model.patch_size * autoencoder.factor),

@@ -30,7 +30,6 @@ from millrace.engine.distributed import (
     process_group,
 )
 from millrace.engine.distributed.precision_audit import (
-    DTYPES,
     audit,
     require_masters,
 )
@@ -161,7 +160,7 @@ class Trainer:
             messages += train_state.load_weights(self.model, reader, str(reader.folder), begins)
         elif config.run.init_from:
             messages += start_from(denoiser, config.run.init_from)
-        self.model.to(self.device, DTYPES[config.precision.master])
+        self.model.to(self.device, getattr(torch, config.precision.master))
         use_fp8(denoiser, config.precision.fp8, self.device)
         denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.zero_stage == 3)
         if config.run.compile:

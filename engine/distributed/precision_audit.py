@@ -14,9 +14,6 @@ from millrace.engine.distributed.zero_shards import (
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.util.errors import UserError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""Of the settings in `precision`."""
-
 AuditRow = tuple[str, str]
 
 

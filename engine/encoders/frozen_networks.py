@@ -17,7 +17,6 @@ from millrace.engine.data.latent_cache import (
     Caches,
     remake,
 )
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,
     Constants,
@@ -50,7 +49,7 @@ def open_caches(source: Source, config: Config) -> Caches | None:
     if "latents" in data.cached:
         _refuse_pictures(config)
     caches = Caches(source, data.cached, data.verify)
-    dtype = DTYPES[config.precision.compute]
+    dtype = getattr(torch, config.precision.compute)
     for cache in caches.of("text"):
         _require(cache, text_identity(conditioning.text, config.model.context_dim, dtype))
     for cache in caches.of("latents"):
@@ -82,7 +81,7 @@ def open_frozen(
     needs of them; the two functions load them. Raises UserError as `open_caches` and they do."""
     caches = open_caches(source, config)
     section, dim = config.conditioning, config.model.context_dim
-    dtype = DTYPES[config.precision.compute]
+    dtype = getattr(torch, config.precision.compute)
 
     def open_text() -> TextEncoder:
         return open_text_tower(section.text, dim, device, dtype)

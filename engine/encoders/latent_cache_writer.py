@@ -47,7 +47,6 @@ from millrace.engine.data.sources.shards import (
     ShardsSource,
     sha256_of,
 )
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.frozen_networks import constants_tensors
@@ -198,7 +197,7 @@ class _TextMaker(Maker):
 
     def __init__(self, source: ShardsSource, config: Config, device: torch.device, dtype: TextDtype) -> None:
         text, dim = config.conditioning.text, config.model.context_dim
-        compute = DTYPES[config.precision.compute]
+        compute = getattr(torch, config.precision.compute)
         super().__init__(source, text_identity(text, dim, compute))
         self.dtype = _STORED[dtype]
         self._tower = _Later(lambda: open_text_tower(text, dim, device, compute))

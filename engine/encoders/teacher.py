@@ -42,7 +42,6 @@ Grid = tuple[int, int]
 QueriesKeys = tuple[Tensor, Tensor]
 
 _KEY = "alignment.teacher.path"
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CACHE_FORMAT = 1
 
 
@@ -194,12 +193,12 @@ class ClassifierTeacher(Teacher):
                 f"alignment.teacher.kind classifier has no published weights; set {_KEY} to a folder written "
                 "by save_classifier"
             )
-        self.network = load_classifier(config.path, _KEY, device, _DTYPES[config.dtype])
+        self.network = load_classifier(config.path, _KEY, device, getattr(torch, config.dtype))
         super().__init__(config, PATCH, self.network.dim, self.network, f"classifier {config.path}", device)
 
     def _compute(self, pictures: Tensor) -> tuple[Tensor, list[QueriesKeys]]:
         with torch.autocast(pictures.device.type, enabled=False):
-            maps = self.network.features(pictures.to(_DTYPES[self.config.dtype]))
+            maps = self.network.features(pictures.to(getattr(torch, self.config.dtype)))
         return maps.flatten(2).transpose(1, 2), []
 
 
@@ -221,7 +220,7 @@ def open_teacher(
     if config.kind == "classifier":
         teacher: Teacher = ClassifierTeacher(config, device)
     else:
-        default, dtype = PUBLISHED[config.kind], _DTYPES[config.dtype]
+        default, dtype = PUBLISHED[config.kind], getattr(torch, config.dtype)
         dino = load_dino(config.kind, config.path, _KEY, device, dtype, default)
         teacher = DinoTeacher(config, dino, device, attention)
     teacher.keep_features(data)

@@ -28,7 +28,6 @@ from millrace.kernels.ops.newton_schulz import newton_schulz
 
 ROUND_ELEMENTS = 2**27
 """Elements that a process orthogonalises before it exchanges the next: bounds the memory that this takes."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def update_scale(kind: str, rows: int, columns: int) -> float:
@@ -116,7 +115,7 @@ class Muon(SkippableAdamW):
         updates = self._momentum(masters)
         local = [shard.of(updates[id(shard.master)]) for shard in plan.shards]
         for exchange in plan.rounds:
-            flat = exchange.bring(local, DTYPES[self.config.dtype])
+            flat = exchange.bring(local, getattr(torch, self.config.dtype))
             self._orthogonalise(flat, exchange.mine)
             self._apply(plan, exchange, flat, group)
 

@@ -32,7 +32,6 @@ from millrace.engine.config import Config
 from millrace.engine.data import Batch, SampleStream
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.autoencoder import Latents
 from millrace.engine.encoders.batch_encoder import (
     Preparation,
@@ -116,7 +115,7 @@ class EndToEnd(Feed):
         self.aligned = config.alignment.model_copy(update={"weight": weight, "attention": none})
         tuning, device = self.tuning, prepare.device
         self.latents: Latents = prepare.autoencoder
-        self.compute = DTYPES[config.conditioning.autoencoder.dtype]
+        self.compute = getattr(torch, config.conditioning.autoencoder.dtype)
         self.autoencoder = Replicated(self.latents.network.train(), device)
         if tuning.activation_checkpointing:
             self.latents.network.enable_gradient_checkpointing()
@@ -258,7 +257,7 @@ class EndToEnd(Feed):
             noisy, _ = self.flow.noisy(clean, batch.sample_index, t, layout)
         path = rows_from_samples(1 - t, layout.cu_seqlens, len(clean), layout.max_seqlen)[:, None]
         noisy = noisy + path * (clean - clean.detach())  # adds nothing but the derivative of the path
-        compute = DTYPES[self.config.precision.compute]
+        compute = getattr(torch, self.config.precision.compute)
         with torch.autocast(self.device.type, compute, enabled=compute != torch.float32):
             _, features = self.model.denoiser(noisy, t, batch.text, layout, None, taps=(head.block,))
             projected = head(features, layout, None)

@@ -13,7 +13,6 @@ from millrace.engine.distributed import (
     process_group,
 )
 from millrace.engine.distributed.precision_audit import (
-    DTYPES,
     AuditRow,
 )
 from millrace.engine.encoders.batch_encoder import Preparation
@@ -60,4 +59,4 @@ def _attention(config: Config, device: torch.device) -> str:
     """The backend that the blocks use."""
     if config.model.attention_backend != "auto":
         return config.model.attention_backend
-    return describe_choice(device, DTYPES[config.precision.compute])
+    return describe_choice(device, getattr(torch, config.precision.compute))

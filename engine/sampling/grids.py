@@ -9,7 +9,6 @@ from torch import Tensor
 from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.batch_encoder import Preparation
 from millrace.engine.evaluation.evaluator import (
     Evaluation,
@@ -98,7 +97,7 @@ class RunSamples:
             self.prepare.autoencoder,
             self.prepare.text_tower,
             device,
-            DTYPES[config.precision.compute],
+            getattr(torch, config.precision.compute),
         )
 
     def _grid(self, step: int, sampler: Sampler) -> None:

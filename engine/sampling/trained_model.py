@@ -19,7 +19,6 @@ from millrace.engine.config.loading import (
     parse_config,
 )
 from millrace.engine.config.sampling import SELF_ONLY
-from millrace.engine.distributed.precision_audit import DTYPES
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.losses.flow_matching import FlowMatching
@@ -105,7 +104,7 @@ def open_sampler(
 ) -> Sampler:
     """A sampler with `weights` and the frozen networks of the configuration; of a run that tuned its
     autoencoder, with that of `checkpoint`."""
-    compute = DTYPES[config.precision.compute]
+    compute = getattr(torch, config.precision.compute)
     expect_state(weights, config.model, config.routing, f"weights of {checkpoint}")
     denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)
