@@ -38,9 +38,9 @@ from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import patchify
 from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.sampling.grids import save_grid
 from millrace.engine.sampling.sampler import (
     Sampler,
-    save_grid,
 )
 from millrace.engine.trainer import train
 from millrace.engine.util.errors import UserError

@@ -30,9 +30,9 @@ from millrace.engine.losses.contrastive import mean_target
 from millrace.engine.model.flops import sampling_flops
 from millrace.engine.model.guidance_branches import describe
 from millrace.engine.repa_e.tuned_autoencoder import open_trained
+from millrace.engine.sampling.grids import save_grid
 from millrace.engine.sampling.sampler import (
     Sampler,
-    save_grid,
 )
 from millrace.engine.sampling.trained_model import (
     add_model_arguments,

@@ -47,6 +47,7 @@ from millrace.engine.encoders.frozen_networks import open_frozen
 from millrace.engine.encoders.perceptual_networks import open_perceptual
 from millrace.engine.encoders.teacher import teacher_of
 from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.evaluation.run_samples import RunSamples
 from millrace.engine.export import start_from
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
@@ -72,7 +73,6 @@ from millrace.engine.run_log.logs import (
 )
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
-from millrace.engine.sampling.grids import RunSamples
 from millrace.engine.util.errors import UserError
 
 
@@ -218,7 +218,8 @@ class Trainer:
         self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
         if process_group.rank() == 0:
             replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
-        rows = audit(self.model, self.shards, self.optimizer.state, self.ema, config.precision)
+        averages = [] if self.ema is None else self.ema.tensors
+        rows = audit(self.model, self.shards, self.optimizer.state, averages, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
         messages += describe_optimizer(self.named_shapes, self.optimizer)
         messages += [f"loader: {self.stream.loader}", *frozen.lines, *self.tuning.describe()]

@@ -10,7 +10,6 @@ from torch import nn
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.process_group import world_size
-from millrace.engine.optim.adamw import SkippableAdamW
 from millrace.engine.util.errors import UserError
 
 # Keys that follow from our configuration, and where they are set there.
@@ -145,7 +144,7 @@ def _hint(key: str) -> str:
     return f"did you mean {near[0]!r}?"
 
 
-def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdamW) -> tuple[Any, Any]:
+def initialize_engine(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Wrap model and optimizer: (DeepSpeed engine, DeepSpeed's optimizer, which at stage 0 is ours)."""
     import deepspeed
     from deepspeed.utils import logger
@@ -165,11 +164,12 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: SkippableAdam
 
 
 def apply_gradients(
-    engine: Any, model: nn.Module, optimizer: SkippableAdamW, config: Config
+    engine: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
 ) -> tuple[float, bool]:
     """Clip and apply the reduced gradients, unless they are not finite: (their norm, whether applied).
 
-    ZeRO 1 to 3 do this themselves. At stage 0 DeepSpeed would apply NaN, so the norm is taken here.
+    ZeRO 1 to 3 do this themselves. At stage 0 DeepSpeed would apply NaN, so the norm is taken here, and the
+    optimizer (`SkippableAdamW`, `Muon`) is told to `skip`.
     """
     if zero_stage(config) > 0:
         engine.step()

@@ -11,7 +11,6 @@ from millrace.engine.distributed.zero_shards import (
     Shard,
     masters,
 )
-from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.util.errors import UserError
 
 AuditRow = tuple[str, str]
@@ -21,7 +20,7 @@ def audit(
     module: nn.Module,
     shards: list[Shard],
     state: dict[Tensor, dict],
-    ema: EmaWeights | None,
+    averages: list[Tensor],
     precision: Precision,
 ) -> list[AuditRow]:
     """What is stored how on this rank: rows of (what, dtypes with element counts).
@@ -30,7 +29,7 @@ def audit(
         module: the denoiser as DeepSpeed holds it.
         shards: of this rank.
         state: the optimizer's state by master tensor.
-        ema: the average, if the run has one.
+        averages: all tensors of the EMA, none if the run has none.
     """
     flats = masters(shards)
     moments = [value for flat in flats for value in state.get(flat, {}).values() if _is_moment(value)]
@@ -45,8 +44,7 @@ def audit(
     if precision.fp8.active:
         fp8 = precision.fp8
         rows.insert(4, ("FP8 matrix products", f"{', '.join(fp8.layers)} ({fp8.chosen}, {fp8.recipe})"))
-    if ema is not None:
-        averages = (ema.of(flat, name) for name in ema.names for flat in flats)
+    if averages:
         rows.insert(3, ("EMA (this rank)", _dtypes(averages)))
     return rows
 

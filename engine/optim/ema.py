@@ -39,6 +39,11 @@ class EmaWeights:
         """The average of one master tensor, same shape."""
         return self._averages[name][self._place[id(master)]]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All averages of this rank, each FP32 and of its master's shape."""
+        return [average for averages in self._averages.values() for average in averages]
+
     def source(self, weights: str) -> Callable[[Tensor], Tensor]:
         """From a master tensor to what `sampling.weights` asks for: itself, or an average."""
         if weights == "model":

@@ -1,124 +1,41 @@
-"""Sample grids and metrics during training."""
+"""Sample grids: pictures of prompts as one PNG for people."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
-from millrace.engine.distributed import process_group
-from millrace.engine.encoders.batch_encoder import Preparation
-from millrace.engine.evaluation.evaluator import (
-    Evaluation,
-    untouched_randomness,
-)
-from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.run_log.logs import (
-    RunLog,
-    replace_text,
-)
-from millrace.engine.sampling.sampler import (
-    Sampler,
-    save_grid,
-)
+from millrace.engine.run_log.logs import replace_text
+from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
 
 
-class RunSamples:
-    """What a run makes of its weights as they are, every `sampling.every_steps` and `evaluation.every_steps`.
+def draw_grid(sampler: Sampler, config: Config, source: Source, path: Path) -> None:
+    """Sample `sampling.prompts`, or where there are none the first long captions of the data, as one PNG.
 
-    Args:
-        config: of the stage.
-        flow, prepare, source: of the training; none of their state that training depends on changes.
-        output: folder of the run.
-        log: gets the grids and the metrics.
-
-    Raises UserError for networks or reference pictures that cannot be used; the statistics of reference
-    pictures are made now, before the first step. Collective.
+    The prompts go into `prompts.txt` beside it, in the order of the pictures.
     """
+    prompts = list(config.sampling.prompts) or [
+        source.captions(i).long for i in range(min(config.sampling.count, len(source)))
+    ]
+    size = (config.data.resolution, config.data.resolution)
+    save_grid(sampler(prompts, size, config.sampling, config.run.seed), path)
+    replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
 
-    def __init__(
-        self,
-        config: Config,
-        flow: FlowMatching,
-        prepare: Preparation,
-        source: Source,
-        output: Path,
-        log: RunLog,
-    ) -> None:
-        self.config, self.flow, self.prepare, self.source = config, flow, prepare, source
-        self.output, self.log = output, log
-        self._evaluation: Evaluation | None = None
-        if config.evaluation.every_steps:
-            edge = config.model.patch_size * prepare.autoencoder.factor
-            self._evaluation = Evaluation(config, edge, prepare.device, source)
-            for line in self._evaluation.describe():
-                log.say(line)
-            self._evaluation.prepare(log.say)
 
-    def due(self, step: int) -> bool:
-        """Whether anything is to be made after this many steps; the run's last step counts too."""
-        return any(self._due(step))
-
-    def make(self, step: int, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Make what is due, of whole weights by name. Collective: rank 0 draws a grid, all share an
-        evaluation."""
-        grid, evaluation = self._due(step)
-        draws = evaluation or process_group.rank() == 0
-        # The iterator gathers from all ranks, so each must come to its end.
-        whole = {name: weight for name, weight in weights if draws}
-        if not draws:
-            return
-        sampler = self._sampler(whole)
-        if grid and process_group.rank() == 0:
-            self._grid(step, sampler)
-        if evaluation:
-            self._evaluate(step, sampler)
-
-    def _due(self, step: int) -> tuple[bool, bool]:
-        last = step == self.config.run.steps
-        every = self.config.sampling.every_steps, self.config.evaluation.every_steps
-        grid, evaluation = (n > 0 and (last or step % n == 0) for n in every)
-        return grid, evaluation
-
-    def _sampler(self, weights: dict[str, Tensor]) -> Sampler:
-        """With a denoiser of its own, which has those of `weights` (and of its buffers) that it needs."""
-        config, device = self.config, self.prepare.device
-        with untouched_randomness(device), torch.device(device):
-            copy = Denoiser(config.model, config.routing)
-        held = copy.state_dict()
-        copy.load_state_dict({name: weight for name, weight in weights.items() if name in held})
-        return Sampler(
-            copy.eval().requires_grad_(False),
-            self.flow,
-            self.prepare.autoencoder,
-            self.prepare.text_tower,
-            device,
-            getattr(torch, config.precision.compute),
-        )
-
-    def _grid(self, step: int, sampler: Sampler) -> None:
-        """Pictures of `sampling.prompts`, or where there are none of the first long captions of the data."""
-        config = self.config
-        prompts = list(config.sampling.prompts) or [
-            self.source.captions(i).long for i in range(min(config.sampling.count, len(self.source)))
-        ]
-        size = (config.data.resolution, config.data.resolution)
-        pictures = sampler(prompts, size, config.sampling, config.run.seed)
-        path = self.output / "samples" / f"step-{step:08d}.png"
-        save_grid(pictures, path)
-        replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
-        self.log.grid(path, step)
-
-    def _evaluate(self, step: int, sampler: Sampler) -> None:
-        assert self._evaluation is not None
-        try:
-            scores = self._evaluation(sampler)
-        except UserError as error:  # the same on all ranks; training goes on
-            self.log.say(f"warning: step {step} has no evaluation: {error}")
-            return
-        self.log.evaluation(step, scores.record())
-        self.log.say(f"step {step}: {scores.line()}")
+def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write pictures (N, 3, h, w) in [-1, 1] as one PNG, row by row; as square as possible by default."""
+    count, _, height, width = pictures.shape
+    columns = columns or min(count, max(1, round((count * height / width) ** 0.5)))
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
+    levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    for i, picture in enumerate(levels):
+        sheet.paste(Image.fromarray(picture), ((i % columns) * width, (i // columns) * height))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

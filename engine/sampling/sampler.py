@@ -1,9 +1,6 @@
 """ODE sampler (Euler, Heun): integrates the learned velocity from noise (t = 1) to data (t = 0)."""
 
-from pathlib import Path
-
 import torch
-from PIL import Image
 from torch import Tensor
 
 from millrace.engine.config import Sampling
@@ -159,18 +156,3 @@ def _by_shape(shapes: list[Shape]) -> dict[Shape, list[int]]:
     for i, shape in enumerate(shapes):
         members.setdefault(shape, []).append(i)
     return members
-
-
-def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write pictures (N, 3, h, w) in [-1, 1] as one PNG, row by row; as square as possible by default."""
-    count, _, height, width = pictures.shape
-    columns = columns or min(count, max(1, round((count * height / width) ** 0.5)))
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
-    levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    for i, picture in enumerate(levels):
-        sheet.paste(Image.fromarray(picture), ((i % columns) * width, (i // columns) * height))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

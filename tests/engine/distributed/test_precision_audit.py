@@ -98,7 +98,7 @@ def test_moments_are_audited_too(runs, tmp_path):
 def test_audit_counts_what_is_stored(runs, tmp_path):
     config, engine, optimizer, shards = engine_of(runs, tmp_path, "float32", torch.nn.Linear(3, 5))
     ema = EmaWeights(config.ema, shards)
-    rows = dict(audit(engine.module, shards, optimizer.state, ema, config.precision))
+    rows = dict(audit(engine.module, shards, optimizer.state, ema.tensors, config.precision))
     assert rows["weights used in forward"] == "float32 (20)"
     assert rows["master weights (this rank)"] == "float32 (20)"
     assert rows["optimizer state (this rank)"] == "as the masters, at the first step"
@@ -107,8 +107,8 @@ def test_audit_counts_what_is_stored(runs, tmp_path):
     assert rows["gradient reduction"] == "float32"
     engine.backward(engine(torch.ones(1, 3)).sum())
     engine.step()
-    rows = dict(audit(engine.module, shards, optimizer.state, ema, config.precision))
+    rows = dict(audit(engine.module, shards, optimizer.state, ema.tensors, config.precision))
     assert rows["optimizer state (this rank)"] == "float32 (40)"
     two = EmaWeights(config.ema.model_copy(update={"second_decay": 0.5}), shards)
-    rows = dict(audit(engine.module, shards, optimizer.state, two, config.precision))
+    rows = dict(audit(engine.module, shards, optimizer.state, two.tensors, config.precision))
     assert rows["EMA (this rank)"] == "float32 (40)"

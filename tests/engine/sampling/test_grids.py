@@ -1,99 +1,28 @@
-"""Evaluation during training: it tells, and training does not notice."""
+"""Grids of pictures."""
 
-import json
-
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from millrace.engine.evaluation.tiny_metric_networks import (
-    tiny_features,
-    tiny_networks,
-)
-
-pytestmark = pytest.mark.slow
+from millrace.engine.sampling.grids import save_grid
 
 
-@pytest.fixture(scope="module")
-def evaluation(tmp_path_factory):
-    """Changes that evaluate every second step, after a random number in between was drawn from torch."""
-    folder = tmp_path_factory.mktemp("features")
-    section = {"every_steps": 2, "samples": 5, "cache": str(folder / "cache")}
-    return {"evaluation": section | {"features": tiny_features(tiny_networks(folder))}}
+@pytest.mark.parametrize(("count", "columns"), [(5, 3), (4, None), (1, None)])
+def test_grid_is_row_by_row(tmp_path, count, columns):
+    """Pictures of 2 x 4 pixels, each of one grey; what no picture fills stays black."""
+    greys = torch.linspace(-1, 1, 5)[:count]
+    save_grid(greys[:, None, None, None].expand(count, 3, 2, 4), tmp_path / "a" / "grid.png", columns)
+    found = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    across = columns or 1  # one column of four flat pictures is as square as two
+    rows = -(-count // across)
+    assert found.shape == (2 * rows, 4 * across, 3)
+    levels = [round((float(grey) + 1) * 127.5) for grey in greys] + [0] * (rows * across - count)
+    for i, level in enumerate(levels):
+        top, left = 2 * (i // across), 4 * (i % across)
+        assert np.unique(found[top : top + 2, left : left + 4]).tolist() == [level]
 
 
-def assert_same_weights(runs, first, second):
-    (counters, tensors), (wanted_counters, wanted) = runs.state_of(first), runs.state_of(second)
-    assert counters == wanted_counters
-    assert tensors.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(tensors[name], wanted[name])] == []
-
-
-def lines(run):
-    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in found if "evaluation" not in line], [x for x in found if "evaluation" in x]
-
-
-CHANGES = {"run": {"steps": 5}, "sampling": {"steps": 2}, "logging": {"every_steps": 3}}
-
-
-def test_same_bits_with_and_without(runs, tmp_path, evaluation):
-    on, off = tmp_path / "on", tmp_path / "off"
-    with_board = {"logging": {"tensorboard": True}}
-    assert runs.here(on, CHANGES, evaluation, with_board).error is None
-    assert runs.here(off, CHANGES).error is None
-    assert_same_weights(runs, on, off)
-    steps, evaluated = lines(on)
-    without, none = lines(off)
-    assert none == []
-    assert [line["loss"] for line in steps] == [line["loss"] for line in without]
-    assert [line["step"] for line in evaluated] == [2, 4, 5]
-    assert all({"fid", "cmmd", "dino_mmd"} <= line["evaluation"].keys() for line in evaluated)
-    assert len({line["evaluation"]["cmmd"] for line in evaluated}) == 3
-    written = [json.loads(line)["step"] for line in (on / "log.jsonl").read_text().splitlines()]
-    assert written == sorted(written)
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(on / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("evaluation/fid")] == [2, 4, 5]
-    found = [event.value for event in events.Scalars("evaluation/cmmd")]
-    assert found == pytest.approx([line["evaluation"]["cmmd"] for line in evaluated])
-
-
-def test_a_resumed_run_has_each_evaluation_once(runs, tmp_path, evaluation):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    often = {"checkpoint": {"every_steps": 2}}
-    assert runs.here(whole, CHANGES, evaluation, often).error is None
-    assert runs.here(run, CHANGES, evaluation, often).error is None
-    before = lines(run)[1]
-    assert runs.here(run, CHANGES, evaluation, often, resume="2").error is None
-    assert [line["step"] for line in lines(run)[1]] == [2, 4, 5]
-    metrics = ("fid", "cmmd", "dino_mmd")
-    for old, new in zip(before, lines(run)[1], strict=True):
-        assert all(old["evaluation"][name] == new["evaluation"][name] for name in metrics)
-    assert_same_weights(runs, run, whole)
-
-
-def test_two_processes_and_zero(runs, tmp_path, evaluation):
-    """Weights as without evaluation, at stage 3; metrics of two processes as of one, up to their weights."""
-    zero = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}}
-    many = {"evaluation": {"samples": 40}}
-    jobs = [
-        runs.jobs.Job("on", runs.values(tmp_path / "on", CHANGES, evaluation, many, zero)),
-        runs.jobs.Job("off", runs.values(tmp_path / "off", CHANGES, zero)),
-    ]
-    results = runs.elsewhere(tmp_path / "results", jobs, ranks=2)
-    assert [result.error for name in results for result in results[name]] == [None] * 4
-    assert_same_weights(runs, tmp_path / "on", tmp_path / "off")
-    assert runs.here(tmp_path / "one", CHANGES, evaluation, many).error is None
-    one, two = (lines(tmp_path / name)[1] for name in ("one", "on"))
-    for ours, theirs in zip(one, two, strict=True):
-        for metric in ("fid", "cmmd", "dino_mmd"):
-            assert theirs["evaluation"][metric] == pytest.approx(ours["evaluation"][metric], rel=0.02)
-
-
-def test_what_cannot_be_opened_ends_the_run_before_its_first_step(runs, tmp_path, evaluation):
-    wrong = {"evaluation": {"features": {"cmmd": str(tmp_path / "nowhere")}}}
-    error = runs.here(tmp_path / "run", CHANGES, evaluation, wrong).error
-    assert "set evaluation.features.cmmd to" in error
-    assert lines(tmp_path / "run")[0] == []
+def test_grid_cuts_off_what_a_pixel_cannot_show(tmp_path):
+    save_grid(torch.tensor([-7.0, 7.0])[:, None, None, None].expand(2, 3, 1, 1), tmp_path / "g.png", 2)
+    assert np.asarray(Image.open(tmp_path / "g.png"))[0, :, 0].tolist() == [0, 255]
