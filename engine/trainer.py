@@ -65,12 +65,8 @@ from millrace.engine.optim.build_optimizer import (
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.repa_e.tuner import open_end_to_end
-from millrace.engine.run_log.logs import (
-    LossBuffer,
-    RunLog,
-    make_output,
-    replace_text,
-)
+from millrace.engine.run_log.logs import RunLog, make_output, replace_text
+from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
 from millrace.engine.util.errors import UserError

@@ -56,7 +56,7 @@ from millrace.engine.repa_e.tuning_losses import (
     kl_divergence,
     reconstruction_loss,
 )
-from millrace.engine.run_log.logs import LossBuffer
+from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.util.errors import UserError
 from millrace.kernels.support.packed import (
     rows_from_samples,

@@ -6,11 +6,8 @@ import math
 import pytest
 import torch
 
-from millrace.engine.run_log.logs import (
-    LossBuffer,
-    RunLog,
-    make_output,
-)
+from millrace.engine.run_log.logs import RunLog, make_output
+from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")
