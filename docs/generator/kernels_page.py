@@ -8,6 +8,8 @@ from typing import Any
 
 import charts
 
+from millrace.kernels import OPERATIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 
@@ -27,16 +29,8 @@ This page is made from the docstrings in `kernels/` and from `benchmarks/results
 
 
 def operations() -> dict[str, str]:
-    """Public operations of `kernels/__init__.py` in its order, with their modules."""
-    tree = ast.parse((KERNELS / "__init__.py").read_text())
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if alias.name[0].islower():
-                    found[alias.name] = node.module.removeprefix("millrace.kernels.").replace(".", "/")
-    found["sample_route"] = "ops/sample_route"  # routing.py passes it on
-    return found
+    """Public operations in the order of `kernels/__init__.py`, with their modules."""
+    return {name: module.replace(".", "/") for name, module in OPERATIONS.items()}
 
 
 def page() -> str:

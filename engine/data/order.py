@@ -13,6 +13,7 @@ import numpy as np
 
 from millrace.engine.config.data import Points
 from millrace.engine.util.randomness import (
+    Purpose,
     epoch_order,
     host_generator,
 )
@@ -104,7 +105,7 @@ class BucketRuns:
         long_caption: float | Points,
     ) -> None:
         self._name, self._run, self._seed = name, run, seed
-        self._purpose = f"runs of {name}" if name else "runs"
+        self._purpose = Purpose.RUNS.of(name) if name else Purpose.RUNS
         counts = np.bincount(bucket_of, minlength=len(buckets))
         # A list of keys may leave nothing of a bucket.
         filled = [b for b in range(len(buckets)) if counts[b]]
@@ -115,7 +116,7 @@ class BucketRuns:
             members = start + np.flatnonzero(bucket_of == b)
             pool = Pool(name, len(bucket_of), members, long_caption, buckets[b])
             # By part and size, so that buckets with as many pictures do not go through them in step.
-            purpose = f"order of {name} {buckets[b][0]}x{buckets[b][1]}"
+            purpose = Purpose.ORDER.of(f"{name} {buckets[b][0]}x{buckets[b][1]}")
             self._buckets.append(Epochs(pool, seed, purpose))
         self._first = self._end = 0
         self._bucket_of_run = self._run_in_bucket = np.empty(0, np.int64)

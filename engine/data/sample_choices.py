@@ -10,7 +10,7 @@ from millrace.engine.config.data import value_at
 from millrace.engine.data.crop import Box, crop_box, output_size
 from millrace.engine.data.order import Pool, Size
 from millrace.engine.data.sources.pictures import WhichCaption
-from millrace.engine.util.randomness import passing_generator
+from millrace.engine.util.randomness import Purpose, passing_generator
 
 
 class View(NamedTuple):
@@ -42,9 +42,9 @@ class Choices:
         def view(width: int, height: int) -> View:
             config = self._config
             size = pool.size or output_size(width, height, config, self._patch)
-            rng = self._generator(i, "crop") if config.crop == "random" else None
+            rng = self._generator(i, Purpose.CROP) if config.crop == "random" else None
             box = crop_box(width, height, size, config, rng, key)
-            return View(size, box, self._chance(i, "flip", config.flip))
+            return View(size, box, self._chance(i, Purpose.FLIP, config.flip))
 
         return view
 
@@ -52,11 +52,11 @@ class Choices:
         """The caption of sample `i`; the empty one where it is dropped."""
         step = self._origin_step + (i - self._origin_sample) // self._config.global_batch
         share = value_at(pool.long_caption, step)
-        which: WhichCaption = "long" if self._chance(i, "caption", share) else "short"
-        return "empty" if self._chance(i, "caption drop", self._caption_drop) else which
+        which: WhichCaption = "long" if self._chance(i, Purpose.CAPTION, share) else "short"
+        return "empty" if self._chance(i, Purpose.CAPTION_DROP, self._caption_drop) else which
 
-    def _generator(self, i: int, purpose: str) -> np.random.Generator:
+    def _generator(self, i: int, purpose: Purpose) -> np.random.Generator:
         return passing_generator(self._seed, i, purpose)
 
-    def _chance(self, i: int, purpose: str, share: float) -> bool:
+    def _chance(self, i: int, purpose: Purpose, share: float) -> bool:
         return self._generator(i, purpose).random() < share

@@ -21,6 +21,7 @@ from millrace.engine.model.layout import (
     LayoutCache,
     patchify,
 )
+from millrace.engine.util.randomness import Purpose
 from millrace.kernels.support.packed import (
     joined,
     to_device,
@@ -154,7 +155,7 @@ class Preparation:
         samples, channels, height, width = shape
         rows = channels * height
         offsets = torch.arange(samples + 1, dtype=torch.int32, device=self.device) * rows
-        keys = sample_keys(self.seed, to_device(sample_index, self.device), "posterior")
+        keys = sample_keys(self.seed, to_device(sample_index, self.device), Purpose.POSTERIOR)
         return normal(keys, offsets, samples * rows, width, rows).view(shape)
 
 

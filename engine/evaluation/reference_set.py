@@ -20,7 +20,7 @@ from millrace.engine.data.sources.pictures import (
     read_picture,
 )
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.randomness import epoch_order
+from millrace.engine.util.randomness import Purpose, epoch_order
 
 _ORDER_SEED = 0
 """Reference pictures are the same for runs of any seed, so that their statistics can be shared."""
@@ -74,8 +74,8 @@ class Reference:
                 self._pictures, self._captioned = Pictures(root), source or open_source(config.data)
         self._own_captions = self._pictures is self._captioned
         self.count = min(section.reference_samples or section.samples, len(self._pictures))
-        self._order = epoch_order(_ORDER_SEED, 0, len(self._pictures))
-        self._caption_order = epoch_order(_ORDER_SEED, 0, len(self._captioned))
+        self._order = epoch_order(_ORDER_SEED, 0, len(self._pictures), Purpose.ORDER)
+        self._caption_order = epoch_order(_ORDER_SEED, 0, len(self._captioned), Purpose.ORDER)
 
     def view(self, place: int) -> Tensor:
         """Reference picture `place` < `count`, as training sees it without chance: uint8 (3, h, w).

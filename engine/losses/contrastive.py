@@ -26,6 +26,7 @@ from millrace.engine.model.layout import (
     patchify,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.randomness import Purpose
 from millrace.kernels.support.philox import (
     sample_keys,
     uniform,
@@ -44,7 +45,7 @@ def random_negatives(seed: int, sample_index: Tensor, eligible: Tensor | None = 
         sample_index: (B,) int64.
         eligible: (B,) bool, samples that take part; the others get -1 and are nobody's negative.
     """
-    draw = uniform(sample_keys(seed, sample_index, "negative"))[:, 0].double()
+    draw = uniform(sample_keys(seed, sample_index, Purpose.NEGATIVE))[:, 0].double()
     if eligible is None:
         eligible = torch.ones_like(sample_index, dtype=torch.bool)
     # Those that take part stand in a circle; the draw says how many places on.

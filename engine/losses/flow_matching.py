@@ -9,6 +9,7 @@ from millrace.engine.model.layout import (
     Grid,
     Layout,
 )
+from millrace.engine.util.randomness import Purpose
 from millrace.kernels import add_noise, flow_loss
 from millrace.kernels.support.packed import (
     rows_from_samples,
@@ -54,7 +55,7 @@ class FlowMatching:
         1 - sigmoid(z) = sigmoid(-z), hence sigmoid(N(0.8, 0.8^2)).
         """
         config = self.config
-        draws = uniform(sample_keys(self.seed, sample_index, "time"), 3).double()
+        draws = uniform(sample_keys(self.seed, sample_index, Purpose.TIME), 3).double()
         place = torch.special.ndtri(self._tail + (1 - self._tail) * draws[:, 0])
         t = shift_time(torch.sigmoid(config.time_mean + config.time_std * place), config.time_shift)
         floor = config.time_floor
@@ -70,7 +71,7 @@ class FlowMatching:
 
     def noisy(self, clean: Tensor, sample_index: Tensor, t: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """x_t (T, P) of each sample at its time (B,), and the noise (T, P) FP32 that is in it."""
-        keys = sample_keys(self.seed, sample_index, "noise")
+        keys = sample_keys(self.seed, sample_index, Purpose.NOISE)
         where = layout.cu_seqlens, layout.max_seqlen
         scales = [self.noise_scale(grid) for grid in layout.grids]
         if len(set(scales)) == 1:

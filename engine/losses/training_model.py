@@ -11,7 +11,8 @@ from millrace.engine.losses.repa import AlignmentHead
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import Layout
 from millrace.engine.model.routing import RoutedSpan
-from millrace.kernels.support.philox import stream_key
+from millrace.engine.util.randomness import Purpose
+from millrace.kernels.support.keys import stream_key
 
 _OWN = "denoiser."
 
@@ -65,7 +66,7 @@ class TrainingModel(nn.Module):
         """Fill all parameters from `seed`."""
         self.denoiser.init_weights(seed)
         if self.alignment is not None:
-            self.alignment.init_weights(torch.Generator().manual_seed(stream_key(seed, "alignment")))
+            self.alignment.init_weights(torch.Generator().manual_seed(stream_key(seed, Purpose.ALIGNMENT)))
 
     def forward(
         self, tokens: Tensor, t: Tensor, text: Tensor, layout: Layout, span: RoutedSpan | None

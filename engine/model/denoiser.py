@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import millrace.kernels.ops.fp8_linear  # noqa: F401 - registers an operator that is named here
 from millrace.engine.config import ActivationCheckpointing, Model, Routing
 from millrace.engine.model.blocks import (
     TIME_FEATURES,

@@ -22,6 +22,7 @@ from millrace.engine.config import Config, Routing, route_end
 from millrace.engine.model.guidance_branches import Branch
 from millrace.engine.model.layout import Layout
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.randomness import Purpose
 from millrace.kernels import Route, sample_route
 from millrace.kernels.support.philox import (
     sample_keys,
@@ -109,7 +110,7 @@ class Sprint:
             every_row = torch.arange(sum(layout.lengths), device=layout.cu_seqlens.device)
             route = Route(every_row, layout.cu_seqlens, layout.max_seqlen)
         if self.path_drop:
-            dropped = uniform(sample_keys(seed, sample_index, "path drop"))[:, 0] < self.path_drop
+            dropped = uniform(sample_keys(seed, sample_index, Purpose.PATH_DROP))[:, 0] < self.path_drop
         return RoutedSpan(route, self.start, self.end, dropped)
 
 

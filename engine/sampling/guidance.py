@@ -31,7 +31,8 @@ from millrace.engine.model.layout import (
     Layout,
 )
 from millrace.engine.model.routing import branch_span
-from millrace.kernels.support.philox import stream_key
+from millrace.engine.util.randomness import Purpose
+from millrace.kernels.support.keys import stream_key
 
 
 class Guidance:
@@ -108,9 +109,9 @@ class Guidance:
     def _route_seed(self, branch: Branch, step: int) -> int:
         """Of the routes of a branch: another in each step, as CompVis/tread's sampler draws, or one for all,
         as PRX's. Strong and weak branch have their own. Both evaluations of a step of Heun's share one."""
-        which = "strong" if branch.drop == self.config.strong_drop else "weak"
-        moment = "" if self.config.weak_route == "fixed" else f" {step}"
-        return stream_key(self._seed, f"{which} route{moment}")
+        strong = branch.drop == self.config.strong_drop
+        purpose = Purpose.STRONG_ROUTE if strong else Purpose.WEAK_ROUTE
+        return stream_key(self._seed, purpose if self.config.weak_route == "fixed" else purpose.at(step))
 
     def _layout(self, captioned: tuple[bool, ...]) -> tuple[Tensor, Layout]:
         """Text (S, E) and layout of one batch of branches."""

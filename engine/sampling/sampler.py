@@ -16,6 +16,7 @@ from millrace.engine.model.layout import (
 )
 from millrace.engine.sampling.guidance import Guidance
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.randomness import Purpose
 from millrace.kernels.support.philox import (
     normal,
     sample_keys,
@@ -145,7 +146,8 @@ class Sampler:
         for (channels, height, width), members in _by_shape(shapes).items():
             count, rows = len(members), channels * height
             offsets = torch.arange(count + 1, dtype=torch.int32, device=self.device) * rows
-            noise = normal(sample_keys(seed, index[members], "picture"), offsets, count * rows, width, rows)
+            keys = sample_keys(seed, index[members], Purpose.PICTURE)
+            noise = normal(keys, offsets, count * rows, width, rows)
             for i, each in zip(members, noise.view(count, channels, height, width), strict=True):
                 found[i] = each
         return found

@@ -1,21 +1,67 @@
-"""Randomness that belongs to the sample, host side.
+"""Random keys of samples, host side: purposes of draws, and NumPy generators for them.
 
 Every random choice about a sample (crop, caption, time, noise, route) is a pure function of
 (seed, global sample index, purpose). A run therefore does not depend on how many processes it has,
 on micro-batching, or on where it was interrupted. Host choices draw from NumPy's Philox, device choices
-from `millrace.kernels.support.philox`; both take their keys from the same hash.
+from `millrace.kernels.support.philox`; both take their keys from `millrace.kernels.support.keys`.
 """
 
 import threading
+from enum import StrEnum, unique
 
 import numpy as np
 
-from millrace.kernels.support.philox import (
-    hash_key,
-    stream_key,
-)
+from millrace.kernels.support.keys import hash_key, stream_key
 
 _of_thread = threading.local()
+
+
+@unique
+class Purpose(StrEnum):
+    """What a draw is for. Two draws of one purpose about one sample are the same numbers: each has its own.
+
+    The values are hashed into the keys: another value is another run.
+    """
+
+    ORDER = "order"
+    """Permutation of an epoch, keyed by epoch. In a mixture or with buckets: `of` the part and the size."""
+    RUNS = "runs"
+    """Order of the runs of aspect-ratio buckets in an epoch, keyed by epoch; in a mixture `of` the part."""
+    MIXTURE = "mixture"
+    """Which slot of a step goes to which part of a mixture, keyed by step."""
+    CROP = "crop"
+    FLIP = "flip"
+    CAPTION = "caption"
+    """Long or short caption."""
+    CAPTION_DROP = "caption drop"
+    POSTERIOR = "posterior"
+    """The autoencoder's noise."""
+    TIME = "time"
+    """Timestep of the flow."""
+    NOISE = "noise"
+    """Noise of the flow."""
+    NEGATIVE = "negative"
+    """How many places on the negative of the contrastive term stands."""
+    ROUTE = "route"
+    """Which tokens run through the routed blocks; drawn by `millrace.kernels.sample_route`."""
+    PATH_DROP = "path drop"
+    """Which samples SPRINT trains without the routed blocks."""
+    ALIGNMENT = "alignment"
+    """Initial weights of an alignment's projector; keyed by the seed alone."""
+    PICTURE = "picture"
+    """Noise that sampling starts from, keyed by the number of the picture."""
+    STRONG_ROUTE = "strong route"
+    """Routes of guidance's strong branch; PRX's are drawn once, TREAD's `at` each step."""
+    WEAK_ROUTE = "weak route"
+    """Routes of guidance's weak branch, likewise."""
+
+    def of(self, owner: str) -> str:
+        """This purpose for one of several owners of a stream."""
+        return f"{self} of {owner}"
+
+    def at(self, step: int) -> str:
+        """This purpose in one step of several."""
+        return f"{self} {step}"
 
 
 def host_generator(seed: int, index: int, purpose: str) -> np.random.Generator:
@@ -35,6 +81,6 @@ def passing_generator(seed: int, index: int, purpose: str) -> np.random.Generato
     return _of_thread.generator
 
 
-def epoch_order(seed: int, epoch: int, size: int, purpose: str = "order") -> np.ndarray:
+def epoch_order(seed: int, epoch: int, size: int, purpose: str) -> np.ndarray:
     """Permutation (size,) int64 in which epoch `epoch` visits a data set of `size` samples."""
     return host_generator(seed, epoch, purpose).permutation(size)

@@ -7,7 +7,6 @@ The conversions to float are those of `triton.language.randn4x`, so that a Trito
 """
 
 import math
-import zlib
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from millrace.kernels.support.checks import (
     expect_offsets,
     expect_shape,
 )
+from millrace.kernels.support.keys import GOLDEN, MIX, stream_key
 from millrace.kernels.support.packed import rows_from_samples
 from millrace.kernels.support.registration import HAS_TRITON
 
@@ -27,30 +27,14 @@ _MASK = 0xFFFFFFFF
 _KEYS = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_MASK64 = (1 << 64) - 1
-
-
-def hash_key(value: int) -> int:
-    """SplitMix64 (Steele et al., OOPSLA 2014) of a 64-bit integer."""
-    z = (value + _GOLDEN) & _MASK64
-    z = ((z ^ (z >> 30)) * _MIX[0]) & _MASK64
-    z = ((z ^ (z >> 27)) * _MIX[1]) & _MASK64
-    return z ^ (z >> 31)
-
-
-@torch.compiler.assume_constant_result
-def stream_key(seed: int, purpose: str) -> int:
-    """64-bit key of one purpose ("noise", "time", ...) of one run."""
-    return hash_key(hash_key(seed & _MASK64) ^ zlib.crc32(purpose.encode()))
+torch.compiler.assume_constant_result(stream_key)  # hashes a string, which dynamo would trace into
 
 
 def sample_keys(seed: int, sample_index: Tensor, purpose: str) -> Tensor:
     """Keys (B,) int64 of samples `sample_index` (B,) int64: `hash_key(stream_key(seed, purpose) ^ index)`."""
-    z = (sample_index ^ _signed(stream_key(seed, purpose))) + _signed(_GOLDEN)
-    z = (z ^ _shift(z, 30)) * _signed(_MIX[0])
-    z = (z ^ _shift(z, 27)) * _signed(_MIX[1])
+    z = (sample_index ^ _signed(stream_key(seed, purpose))) + _signed(GOLDEN)
+    z = (z ^ _shift(z, 30)) * _signed(MIX[0])
+    z = (z ^ _shift(z, 27)) * _signed(MIX[1])
     return z ^ _shift(z, 31)
 
 

@@ -24,7 +24,7 @@ from millrace.engine.data.sources.pictures import (
     stored_size,
 )
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.randomness import host_generator
+from millrace.engine.util.randomness import Purpose, host_generator
 
 
 class MixtureSource:
@@ -109,7 +109,8 @@ class Mixture:
             return
         before = self._plan.given(step)
         counts = self._plan.given(step + 1) - before
-        shuffle = host_generator(self._seed, self._first_step + step, "mixture").permutation(self._slots)
+        generator = host_generator(self._seed, self._first_step + step, Purpose.MIXTURE)
+        shuffle = generator.permutation(self._slots)
         self._part_of_slot, self._number_in_part = deal(counts, before, shuffle)
         self._step = step
 
@@ -138,4 +139,4 @@ def _of_part(source: Source, config: Data, seed: int, part: Part | None, start: 
         return BucketRuns(name, start, buckets, source.bucket_of, config.bucket_run, seed, share)
     pool = Pool(name, len(source), range(start, start + len(source)), share)
     # By name, so that parts of one size do not go through their pictures in step.
-    return Epochs(pool, seed, f"order of {name}" if name else "order")
+    return Epochs(pool, seed, Purpose.ORDER.of(name) if name else Purpose.ORDER)

@@ -89,7 +89,7 @@ def test_samples_are_what_their_index_says(reference):
     source, config = Memory(), Data(resolution=16)
     assert sorted(reference) == list(range(48))
     for i, (image, caption, key) in reference.items():
-        picture = int(epoch_order(3, i // 7, 7)[i % 7])
+        picture = int(epoch_order(3, i // 7, 7, "order")[i % 7])
         box = crop_box(40, 30, (16, 16), config, host_generator(3, i, "crop"), "")
         expected = cut(source.image(picture), box, (16, 16))
         if host_generator(3, i, "flip").random() < 0.5:

@@ -38,12 +38,8 @@ from millrace.engine.model.layout import (
 )
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
-from millrace.kernels.support.philox import (
-    normal,
-    sample_keys,
-    stream_key,
-    uniform,
-)
+from millrace.kernels.support.keys import stream_key
+from millrace.kernels.support.philox import normal, sample_keys, uniform
 
 CPU = torch.device("cpu")
 MODEL = Model(

@@ -1,12 +1,20 @@
 """Host choices: a pure function of (seed, index, purpose), with the same keys as on the device."""
 
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from millrace.engine.util.randomness import (
+    Purpose,
     epoch_order,
     host_generator,
     passing_generator,
@@ -45,21 +53,21 @@ def test_the_key_is_that_of_the_device(seed, index):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 1000])
 def test_an_epoch_visits_every_sample_once(size):
-    order = epoch_order(3, 7, size)
+    order = epoch_order(3, 7, size, "order")
     assert order.dtype == np.int64
     assert np.array_equal(np.sort(order), np.arange(size))
 
 
 def test_epochs_and_seeds_have_their_own_order():
-    assert np.array_equal(epoch_order(0, 0, 100), epoch_order(0, 0, 100))
-    orders = {tuple(epoch_order(seed, epoch, 100)) for seed in range(3) for epoch in range(3)}
+    assert np.array_equal(epoch_order(0, 0, 100, "order"), epoch_order(0, 0, 100, "order"))
+    orders = {tuple(epoch_order(seed, epoch, 100, "order")) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
 def test_every_place_of_an_epoch_is_as_likely():
     """Where sample 0 comes in 4000 epochs of 8, within five standard deviations per place."""
     epochs, size = 4000, 8
-    places = np.bincount([epoch_order(0, e, size).argmin() for e in range(epochs)], minlength=size)
+    places = np.bincount([epoch_order(0, e, size, "order").argmin() for e in range(epochs)], minlength=size)
     share = 1 / size
     assert np.abs(places - epochs * share).max() < 5 * np.sqrt(epochs * share * (1 - share))
 
@@ -79,3 +87,110 @@ def test_passing_generators_draw_what_lasting_ones_do():
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(same, range(400)))
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+USED_TWICE = {
+    Purpose.ORDER: "streams of epochs of different owners: `of` a part, `of` a bucket, or a reference set",
+}
+"""Purposes that stand in several places, each with the reason why no draw is repeated."""
+
+
+@cache
+def sources():
+    """(path below the repository, syntax tree) of every file of the engine and of the kernels."""
+    paths = [path for folder in ("engine", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in paths]
+
+
+def takers():
+    """Place of the parameter `purpose` in every function that has one, by the name it is called by."""
+    found = {}
+    for _, tree in sources():
+        for outer in ast.walk(tree):
+            for node in ast.iter_child_nodes(outer):
+                if isinstance(node, ast.FunctionDef):
+                    names = [a.arg for a in node.args.args if a.arg not in ("self", "cls")]
+                    if "purpose" in names:
+                        called = outer.name if node.name == "__init__" else node.name
+                        found[called] = names.index("purpose")
+    return found
+
+
+def purposes_given():
+    """(file, expression) of every purpose that a call in the engine or the kernels gives."""
+    place_of = takers()
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name in place_of:
+                by_name = [k.value for k in node.keywords if k.arg == "purpose"]
+                yield path, (by_name or node.args[place_of[name] :])[0]
+
+
+def places():
+    """(file, line of the statement) of every place of a purpose; in the kernels they are plain strings."""
+    found = defaultdict(set)
+
+    def visit(node, path, line):
+        line = node.lineno if isinstance(node, ast.stmt) else line
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "Purpose"
+        ):
+            found[Purpose[node.attr]].add((path, line))
+        for child in ast.iter_child_nodes(node):
+            visit(child, path, line)
+
+    for path, tree in sources():
+        visit(tree, path, 0)
+    for path, expression in purposes_given():
+        if path.startswith("kernels/") and isinstance(expression, ast.Constant):
+            found[Purpose(expression.value)].add((path, expression.lineno))
+    return found
+
+
+def test_the_reader_finds_who_takes_a_purpose():
+    assert {
+        "host_generator",
+        "passing_generator",
+        "epoch_order",
+        "stream_key",
+        "sample_keys",
+        "Epochs",
+    } <= set(takers())
+
+
+def test_every_purpose_has_one_place():
+    """Two draws of one purpose about one sample are the same numbers: a dependence that nobody would see."""
+    found = places()
+    assert set(found) == set(Purpose)
+    assert {purpose: where for purpose, where in found.items() if len(where) > 1}.keys() == USED_TWICE.keys()
+
+
+def test_no_purpose_is_a_plain_string():
+    for path, expression in purposes_given():
+        literal = isinstance(expression, ast.Constant | ast.JoinedStr)
+        assert not literal or path.startswith("kernels/"), (
+            f"{path}:{expression.lineno}: use a member of Purpose"
+        )
+
+
+def test_the_documentation_lists_the_purposes_and_their_places():
+    section = (ROOT / "docs" / "step.md").read_text().partition("## What belongs to the sample")[2]
+    listed = {}
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \|", section.partition("## ")[0], flags=re.MULTILINE):
+        for purpose in re.findall(r"`(.*?)`", row[0]):
+            listed[purpose] = set(re.findall(r"`(.*?)`", row[1]))
+    assert listed == {str(purpose): {path for path, _ in where} for purpose, where in places().items()}
+
+
+def test_keys_need_no_torch():
+    """Preparing data and reading a command line derive keys, or import what does."""
+    code = "import sys, millrace.engine.util.randomness; print({'torch', 'triton'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

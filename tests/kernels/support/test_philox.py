@@ -5,14 +5,8 @@ import math
 import pytest
 import torch
 
-from millrace.kernels.support.philox import (
-    hash_key,
-    normal,
-    philox,
-    sample_keys,
-    stream_key,
-    uniform,
-)
+from millrace.kernels.support.keys import hash_key, stream_key
+from millrace.kernels.support.philox import normal, philox, sample_keys, uniform
 
 WORD = 0xFFFFFFFF
 

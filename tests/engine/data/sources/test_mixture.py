@@ -252,7 +252,7 @@ class TestOrigin:
             first_sample=100,
             origin=(100, 12),
         )
-        order = epoch_order(3, 0, len(source))
+        order = epoch_order(3, 0, len(source), "order")
         for i, (key, caption) in taken(late, 4).items():
             picture = int(order[i - 100])
             assert key == source.key(picture)
@@ -265,7 +265,7 @@ class TestOrigin:
         resumed = taken(stream(first_sample=40, **options), 8)
         assert resumed == {i: found[i] for i in range(40, 72)}
         keys = [found[i][0] for i in range(24, 31)]
-        assert keys == [str(place) for place in epoch_order(3, 0, 7)]
+        assert keys == [str(place) for place in epoch_order(3, 0, 7, "order")]
 
     def test_schedules_are_read_at_the_step_of_the_run(self):
         config = self.config(long_caption=[[50, 1], [51, 0]])
