@@ -13,7 +13,6 @@ results.
 """
 
 import argparse
-import hashlib
 import inspect
 import json
 import os
@@ -49,6 +48,7 @@ from millrace.engine.config.loading import (
     parse_config,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256_json
 
 ROWS = (
     "latent_256",
@@ -94,7 +94,7 @@ class Job(NamedTuple):
         usual = flat(Config().model_dump(mode="json"))
         values = flat(self.config.model_dump(mode="json", exclude={"source": True, "run": {"output_dir"}}))
         values = {key: value for key, value in values.items() if usual.get(key) != value}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return sha256_json(values)[:16]
 
 
 def parse() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,11 +53,9 @@ def default_path(benchmark: str, device: torch.device) -> Path:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write JSON; the file is complete or not there. Raises UserError where that is impossible."""
-    fresh = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(content, indent=2) + "\n")
-        fresh.replace(path)
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; choose another --output") from None
 

@@ -44,7 +44,6 @@ from millrace.engine.evaluation.tiny_metric_networks import (
     tiny_networks,
 )
 from millrace.engine.model.guidance_branches import describe
-from millrace.engine.run_log.logs import replace_text
 from millrace.engine.sampling.trained_model import (
     add_model_arguments,
     load_model,
@@ -52,6 +51,7 @@ from millrace.engine.sampling.trained_model import (
     run_of,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 SMOKE_SAMPLES = 32
 
@@ -120,7 +120,7 @@ def main() -> int:
         report = _report(arguments, config, evaluation, scores, device)
         print(_table(report))
         if arguments.output:
-            replace_text(arguments.output, json.dumps(report, indent=2) + "\n")
+            write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
             say(f"written to {arguments.output}")
     process_group.wait_for_all()
     return 0

@@ -52,6 +52,7 @@ from millrace.engine.model.conversion import (
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 if TYPE_CHECKING:
     from diffusers import PRXTransformer2DModel
@@ -297,7 +298,7 @@ def _write_tensors(state: State, names: Iterable[str], dtype: torch.dtype, path:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        write_atomically(path, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
 

@@ -65,11 +65,12 @@ from millrace.engine.optim.build_optimizer import (
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.repa_e.tuner import open_end_to_end
-from millrace.engine.run_log.logs import RunLog, make_output, replace_text
+from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 
 def train(
@@ -213,7 +214,7 @@ class Trainer:
         self.log = RunLog(config, self.output, self.step)
         self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
         if process_group.rank() == 0:
-            replace_text(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
+            write_atomically(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
         averages = [] if self.ema is None else self.ema.tensors
         rows = audit(self.model, self.shards, self.optimizer.state, averages, config.precision)
         messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)

@@ -33,7 +33,6 @@ from millrace.engine.checkpoint.manifest import (
     ShardIndex,
     merge,
     shard_name,
-    sync_folder,
     write_file,
     write_manifest,
 )
@@ -43,6 +42,7 @@ from millrace.engine.checkpoint.tensor_file import (
     write_shard,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sync_folder
 
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _TMP = ".tmp-step-"
@@ -159,7 +159,6 @@ def _seal(staging: Path, step: int, world_size: int, meta: dict[str, Any]) -> No
         files[shard.name] = index.file
         indices.append(index)
     write_manifest(staging, Manifest(step, world_size, files, merge(indices)))
-    sync_folder(staging)
 
 
 def _index_path(shard: Path) -> Path:

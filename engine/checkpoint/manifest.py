@@ -16,7 +16,6 @@ with one `[shard, first element, elements, byte offset in the shard]` for each c
 flattened tensor. Ranges, not ranks: a reader at any world size takes the elements it wants.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import HashingFile, atomic_file, sha256, sha256_file
 
 FORMAT = 1
 MANIFEST, SEAL, META = "manifest.json", "manifest.sha256", "meta.json"
@@ -165,28 +165,12 @@ def merge(indices: list[ShardIndex]) -> dict[str, TensorRecord]:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write byte chunks to a new file (fsync included), hashing them on the way.
-
-    Raises OSError, also if the file exists.
-    """
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
+    """Write byte chunks to a file, on disk when this returns, hashing them on the way. Raises OSError."""
+    with atomic_file(path) as file:
+        hashed = HashingFile(file)
         for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(size, digest.hexdigest())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` (files created, removed, renamed) survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            hashed.write(chunk)
+    return FileRecord(hashed.bytes, hashed.sha256())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -202,7 +186,7 @@ def _seal(sha256: str) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """Raises DamagedCheckpoint if the manifest does not match its seal, UserError for another format."""
     data, seal = _read(folder, MANIFEST), _read(folder, SEAL)
-    found = hashlib.sha256(data).hexdigest()
+    found = sha256(data)
     if seal != _seal(found):
         raise DamagedCheckpoint(folder, MANIFEST, f"has sha256 {found}, which {SEAL} does not confirm")
     values = json.loads(data)
@@ -226,11 +210,10 @@ def _read(folder: Path, name: str) -> bytes:
 def verify_file(folder: Path, name: str, record: FileRecord) -> None:
     """Read a file once. Raises DamagedCheckpoint with expected and found if its size or sha256 is wrong."""
     try:
-        with open(folder / name, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record.bytes:
-                raise DamagedCheckpoint(folder, name, f"has {size} bytes, expected {record.bytes}")
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.path.getsize(folder / name)
+        if size != record.bytes:
+            raise DamagedCheckpoint(folder, name, f"has {size} bytes, expected {record.bytes}")
+        found = sha256_file(folder / name)
     except OSError as error:
         raise DamagedCheckpoint(folder, name, f"cannot be read: {error.strerror}") from None
     if found != record.sha256:

@@ -42,9 +42,9 @@ from millrace.engine.data.sources.pictures import (
 )
 from millrace.engine.data.sources.shards import (
     ShardsSource,
-    sha256_of,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256_file
 
 Kind = Literal["text", "latents"]
 VERSION = 1
@@ -282,12 +282,12 @@ def _compare(root: Path, file: CacheFile, kind: Kind, verify: bool) -> Path:
     path = root / file.file
     try:
         size = path.stat().st_size
+        if size != file.bytes:
+            raise _damaged(path, kind, f"has {size} bytes, the manifest says {file.bytes}")
+        if verify and sha256_file(path) != file.sha256:
+            raise _damaged(path, kind, "its SHA-256 is not that of the manifest")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; {remake(kind)}") from None
-    if size != file.bytes:
-        raise _damaged(path, kind, f"has {size} bytes, the manifest says {file.bytes}")
-    if verify and sha256_of(path) != file.sha256:
-        raise _damaged(path, kind, "its SHA-256 is not that of the manifest")
     return path
 
 

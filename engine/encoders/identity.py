@@ -11,7 +11,6 @@ wherever the folder lies:
   start was thought too dear for that.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from millrace.engine.encoders.text_encoder import CLEANING
 from millrace.engine.encoders.text_hf import source_of
 from millrace.engine.repa_e.latent_norm import STATISTICS_FILE
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256, sha256_file
 
 Identity = dict[str, Any]
 
@@ -79,14 +79,13 @@ def autoencoder_identity(config: settings.Autoencoder) -> Identity:
 
 def digest_of(files: Iterable[Path]) -> str:
     """SHA-256 over names and contents of files, weights by samples of them. Raises UserError."""
-    digest = hashlib.sha256()
+    described: list[bytes] = []
     for path in sorted(files, key=lambda path: path.name):
         try:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            digest.update(_content(path))
+            described += [f"{path.name} {path.stat().st_size}\n".encode(), bytes.fromhex(_content(path))]
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; correct or replace it") from None
-    return digest.hexdigest()
+    return sha256(described)
 
 
 def differing(found: Identity, wanted: Identity) -> list[str]:
@@ -114,17 +113,17 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in (*_READ_WHOLE, *_WEIGHTS) and path.is_file()]
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path) -> str:
+    """SHA-256 of a file, or where it is large of blocks of it."""
     size = path.stat().st_size
-    digest = hashlib.sha256()
+    if path.suffix in _READ_WHOLE or size <= _BLOCK * _BLOCKS:
+        return sha256_file(path)
+    blocks = []
     with path.open("rb") as file:
-        if path.suffix in _READ_WHOLE or size <= _BLOCK * _BLOCKS:
-            digest = hashlib.file_digest(file, "sha256")
-        else:
-            for i in range(_BLOCKS):
-                file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.digest()
+        for i in range(_BLOCKS):
+            file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+            blocks.append(file.read(_BLOCK))
+    return sha256(blocks)
 
 
 def _looked_up(revision: Callable[[], str | None]) -> str | None:

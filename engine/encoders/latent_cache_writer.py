@@ -31,11 +31,7 @@ from millrace.engine.config import Config
 from millrace.engine.data import UnreadablePicture, signed_unit
 from millrace.engine.data.crop import crop_box, cut
 from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.data.formats.shard_writer import (
-    replacing,
-    write_manifest,
-    write_whole,
-)
+from millrace.engine.data.formats.shard_writer import write_manifest
 from millrace.engine.data.latent_cache import (
     CacheFile,
     CacheRecord,
@@ -45,7 +41,6 @@ from millrace.engine.data.latent_cache import (
 )
 from millrace.engine.data.sources.shards import (
     ShardsSource,
-    sha256_of,
 )
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import open_autoencoder
@@ -58,6 +53,7 @@ from millrace.engine.encoders.identity import (
 )
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import atomic_file, sha256_file, write_atomically
 from millrace.kernels.support.packed import to_device
 
 TextDtype = Literal["bf16", "int8"]
@@ -384,7 +380,7 @@ class CacheJob:
     def _make(self, number: int) -> None:
         path = self.root / self._file(number)
         try:
-            with replacing(path) as file:
+            with atomic_file(path) as file:
                 if number == COMMON:
                     file.write(self.maker.common())
                 else:
@@ -395,12 +391,12 @@ class CacheJob:
             found = CacheFile(
                 file=self._file(number),
                 bytes=path.stat().st_size,
-                sha256=sha256_of(path),
+                sha256=sha256_file(path),
                 of=self._origin(number),
             )
             values = {"network": self.maker.network, "dtype": self.maker.dtype, "file": found.model_dump()}
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._record(number), json.dumps(values).encode())
+            write_atomically(self._record(number), json.dumps(values))
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 

@@ -2,13 +2,13 @@
 
 import importlib
 from collections.abc import Callable
-from hashlib import sha256
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256
 
 
 def import_class(package: str, name: str, key: str) -> Any:
@@ -70,7 +70,5 @@ def load_network(
 
 def weights_digest(network: torch.nn.Module) -> str:
     """Of the first values of every weight: other weights under the same name are another network."""
-    digest = sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    first = {name: value.flatten()[:64].float().cpu() for name, value in network.state_dict().items()}
+    return sha256(name.encode() + value.numpy().tobytes() for name, value in first.items())[:16]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 KIND = "classifier"
 PATCH = 4
@@ -72,7 +73,7 @@ def save_classifier(classifier: SmallClassifier, folder: Path | str) -> Path:
         "classes": classifier.classes,
         "width": classifier.width,
     }
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     state = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     return folder

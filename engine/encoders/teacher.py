@@ -5,17 +5,14 @@ pixel patches sees a picture of 256 pixels and 16 x 16 tokens as it is, one of 1
 """
 
 import json
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from millrace.engine.config import Alignment, AttentionAlignment
@@ -35,6 +32,7 @@ from millrace.engine.encoders.small_classifier import (
     load_classifier,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256_json, write_atomically
 from millrace.kernels.support.packed import to_device
 
 Grid = tuple[int, int]
@@ -242,7 +240,7 @@ class _Cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                _replace(path, json.dumps(header, indent=2).encode())
+                write_atomically(path, json.dumps(header, indent=2))
             found = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(
@@ -257,7 +255,7 @@ class _Cache:
                 )
 
     def _path(self, key: str, grid: Grid, shape: torch.Size) -> Path:
-        name = sha256(json.dumps([key, *grid, *shape[1:]]).encode()).hexdigest()
+        name = sha256_json([key, *grid, *shape[1:]])
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def get(self, key: str, grid: Grid, shape: torch.Size) -> Tensor | None:
@@ -275,16 +273,13 @@ class _Cache:
     def put(self, key: str, grid: Grid, shape: torch.Size, tokens: Tensor) -> None:
         """Keep tokens (n, D). Waits for the device: the cost of a picture's first visit."""
         path = self._path(key, grid, shape)
-        path.parent.mkdir(exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        os.close(handle)
-        save_file({"tokens": tokens.cpu().contiguous()}, name)
-        os.replace(name, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file that other processes see whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(name, path)
+        content = save({"tokens": tokens.cpu().contiguous()})
+        try:
+            path.parent.mkdir(exist_ok=True)
+            # Without fsync: one file a picture, in the training step, of what can be made again.
+            write_atomically(path, content, sync=False)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to alignment.teacher.cache: {path}: {error.strerror}; free space or grant "
+                "access there, or name another folder"
+            ) from None

@@ -8,7 +8,6 @@ which publish the same file (`PUBLISHED`). torch-fidelity itself needs torchvisi
 network is spelled out here, as a table; the tests compare it with theirs where it is installed.
 """
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256_file
 
 SIZE = 299
 """Edge in pixels of what the network sees."""
@@ -245,8 +245,7 @@ def load_inception(path: str, key: str, device: torch.device) -> tuple[Inception
     """
     file = _file(Path(path), key)
     try:
-        with open(file, "rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256_file(file)
         if file.suffix == ".safetensors":
             state = load_file(file)
         else:

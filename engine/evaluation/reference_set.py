@@ -1,7 +1,7 @@
 """Reference set: pictures that samples are compared with, and captions that samples are made for."""
 
-import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from millrace.engine.data.sources.pictures import (
     read_picture,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256
 from millrace.engine.util.randomness import Purpose, epoch_order
 
 _ORDER_SEED = 0
@@ -101,13 +102,15 @@ class Reference:
 
     def identity(self) -> str:
         """What the reference pictures are: their names in order, how they are cut, and pixels of some."""
-        data, digest = self._data, hashlib.sha256()
+        digest, data = sha256(self._description()), self._data
+        return f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}"
+
+    def _description(self) -> Iterator[bytes]:
         for place in range(self.count):
-            digest.update(self._pictures.key(int(self._order[place])).encode() + b"\0")
+            yield self._pictures.key(int(self._order[place])).encode() + b"\0"
         for place in sorted({i * self.count // _LOOKED_AT for i in range(_LOOKED_AT)}):
             view = self.view(place)
-            digest.update(str(tuple(view.shape)).encode() + view.numpy().tobytes())
-        return f"{self.count} pictures {digest.hexdigest()[:32]}, {data.aspect} {data.resolution}"
+            yield str(tuple(view.shape)).encode() + view.numpy().tobytes()
 
     def _captioned_picture(self, sample: int) -> int:
         # Captions of the reference pictures go with those that are compared with; others are all used.

@@ -5,10 +5,8 @@ in order of their names. What does not match either is refused and named; nothin
 silently.
 """
 
-import hashlib
 import json
-import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256, sha256_json, write_atomically
 
 FORMAT = "1"
 
@@ -25,8 +24,7 @@ Identity = dict[str, str]
 
 def path_of(folder: Path, identity: Identity) -> Path:
     """Where statistics of this identity lie."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return folder / f"{identity['metric']}-{digest[:16]}.safetensors"
+    return folder / f"{identity['metric']}-{sha256_json(identity)[:16]}.safetensors"
 
 
 def read(path: Path, identity: Identity) -> dict[str, Tensor]:
@@ -57,21 +55,19 @@ def write(path: Path, identity: Identity, tensors: dict[str, Tensor]) -> None:
     header = {"format": FORMAT, "sha256": checksum(tensors, identity), **identity}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(save({key: value.contiguous() for key, value in tensors.items()}, header))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        write_atomically(path, save({key: value.contiguous() for key, value in tensors.items()}, header))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
 
 
 def checksum(tensors: dict[str, Tensor], identity: Identity) -> str:
     """SHA-256 of the identity and of the tensors' bytes in order of their names."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).numpy().tobytes())
-    return digest.hexdigest()
+
+    def described() -> Iterator[bytes]:
+        yield json.dumps(identity, sort_keys=True).encode()
+        for name in sorted(tensors):
+            value = tensors[name].contiguous()
+            yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+            yield value.reshape(-1).numpy().tobytes()
+
+    return sha256(described())

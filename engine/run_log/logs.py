@@ -18,6 +18,7 @@ from millrace.engine.distributed.process_group import (
     rank,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 
 class RunLog:
@@ -150,13 +151,6 @@ def make_output(path: Path) -> None:
         ) from None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text)
-    fresh.replace(path)
-
-
 def open_until(path: Path, step: int) -> Any:
     """A file of records for appending, without those after `step` and a last line that was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +163,7 @@ def open_until(path: Path, step: int) -> Any:
                 break
             if record["step"] <= step:
                 kept.append(line + "\n")
-    replace_text(path, "".join(kept))
+    write_atomically(path, "".join(kept))
     return path.open("a")
 
 

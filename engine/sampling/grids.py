@@ -8,9 +8,9 @@ from torch import Tensor
 
 from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
-from millrace.engine.run_log.logs import replace_text
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 
 def draw_grid(sampler: Sampler, config: Config, source: Source, path: Path) -> None:
@@ -23,7 +23,7 @@ def draw_grid(sampler: Sampler, config: Config, source: Source, path: Path) -> N
     ]
     size = (config.data.resolution, config.data.resolution)
     save_grid(sampler(prompts, size, config.sampling, config.run.seed), path)
-    replace_text(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
+    write_atomically(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:

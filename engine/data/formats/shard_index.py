@@ -8,7 +8,6 @@
 Both are checked completely when they are read, so nothing that comes later meets an offset outside a file.
 """
 
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256
 
 FORMAT = "millrace shards"
 VERSION = 1
@@ -115,7 +115,7 @@ class Manifest(BaseModel):
         """SHA-256 over the checksums of all shards in order: which samples the data set has, and their
         numbers. Caches do not change it."""
         lines = [f"{shard.file} {shard.samples} {shard.sha256}\n" for shard in self.shards]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return sha256("".join(lines).encode())
 
 
 def bucket_name(bucket: tuple[int, int]) -> str:
@@ -160,7 +160,7 @@ def read_index(root: str | Path, shard: Shard) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+    if sha256(data) != shard.index_sha256:
         raise refuse("its SHA-256 is not that of the manifest")
     return parse_index(data, shard, refuse)
 

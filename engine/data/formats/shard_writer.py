@@ -4,16 +4,13 @@ A shard's tar appears last, after its two indexes, and manifest.json after all s
 is complete.
 """
 
-import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +23,7 @@ from millrace.engine.data.formats.shard_index import (
     padded,
 )
 from millrace.engine.data.sources.pictures import Captions
+from millrace.engine.util.files import HashingFile, atomic_file, sha256, write_atomically
 
 INDEX_VERSION = "v1.2"
 """Of the format of .idx files, which DALI's tool wds2idx writes."""
@@ -67,27 +65,22 @@ def write_shard(
     tar = root / bucket_name(bucket) / f"{number:05d}.tar"
     tar.parent.mkdir(parents=True, exist_ok=True)
     rows, lines = [], []
-    digest, offset = hashlib.sha256(), 0
-    with replacing(tar) as file:
+    with atomic_file(tar) as opened:
+        file = HashingFile(opened)
 
-        def put(data: bytes) -> None:
-            nonlocal offset
-            digest.update(data)
+        def put(name: str, data: bytes) -> int:
+            """Add a member; where its data begin."""
+            file.write(_header(name, len(data)))
+            start = file.bytes
             file.write(data)
-            offset += len(data)
-
-        def put_file(name: str, data: bytes) -> int:
-            put(_header(name, len(data)))
-            start = offset
-            put(data)
-            put(bytes(padded(len(data)) - len(data)))
+            file.write(bytes(padded(len(data)) - len(data)))
             return start
 
         for place, sample in enumerate(samples):
             name = f"{first + place:09d}"
             crc = zlib.crc32(sample.record, zlib.crc32(sample.picture))
-            at = put_file(f"{name}.jpg", sample.picture)
-            json_at = put_file(f"{name}.json", sample.record)
+            at = put(f"{name}.jpg", sample.picture)
+            json_at = put(f"{name}.json", sample.record)
             rows.append(
                 (at, len(sample.picture), json_at, len(sample.record), sample.width, sample.height, crc)
             )
@@ -96,46 +89,25 @@ def write_shard(
             )
         if not rows:
             raise ValueError(f"{tar}: a shard without samples")
-        put(END)
+        file.write(END)
         index = io.BytesIO()
         np.lib.format.write_array(index, np.array(rows, ROW), version=(1, 0), allow_pickle=False)
-        write_whole(tar.with_suffix(".npy"), index.getvalue())
-        write_whole(tar.with_suffix(".idx"), f"{INDEX_VERSION} {len(rows)}\n{''.join(lines)}".encode())
+        write_atomically(tar.with_suffix(".npy"), index.getvalue())
+        write_atomically(tar.with_suffix(".idx"), f"{INDEX_VERSION} {len(rows)}\n{''.join(lines)}")
     return Shard(
         file=f"{tar.parent.name}/{tar.name}",
         bucket=bucket,
         samples=len(rows),
-        bytes=offset,
-        sha256=digest.hexdigest(),
-        index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
+        bytes=file.bytes,
+        sha256=file.sha256(),
+        index_sha256=sha256(index.getvalue()),
     )
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write manifest.json, replacing the one that is there."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    write_whole(root / "manifest.json", text.encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    with replacing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends well, on disk before it does."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with fresh.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    write_atomically(root / "manifest.json", text)
 
 
 def _header(name: str, size: int) -> bytes:

@@ -4,7 +4,6 @@ The parts of an input and the order in which they are numbered depend on names a
 of their parts.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from millrace.engine.data.sources.folder import (
     PICTURES,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256
 
 PART_PICTURES = 256
 """Pictures of a part of a folder: what is read again after a kill."""
@@ -154,7 +154,7 @@ def _lines(root: Path, files: list[Path]) -> list[str]:
 
 
 def _digest(lines: list[str]) -> str:
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    return sha256(f"{line}\n".encode() for line in lines)
 
 
 def _by_suffix(root: Path) -> dict[str, list[Path]]:

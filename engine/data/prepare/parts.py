@@ -15,11 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_writer import (
-    StoredSample,
-    replacing,
-    write_whole,
-)
+from millrace.engine.data.formats.shard_writer import StoredSample
 from millrace.engine.data.prepare.inputs import (
     Part,
     read_part,
@@ -34,6 +30,7 @@ from millrace.engine.data.reject_reasons import (
     Reject,
     Rejected,
 )
+from millrace.engine.util.files import atomic_file, write_atomically
 
 PART_ROW = np.dtype(
     [
@@ -82,7 +79,7 @@ def do_part(
     rows: list[tuple[object, ...]] = []
     rejects: list[Reject] = []
     offset = 0
-    with replacing(_path(folder, number, "data")) as file, warnings.catch_warnings():
+    with atomic_file(_path(folder, number, "data")) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about odd files: what is bad becomes a reject
         for item in read_part(part):
             outcome = _outcome(item, settings)
@@ -99,8 +96,8 @@ def do_part(
     array = io.BytesIO()
     done = DonePart(np.array(rows, PART_ROW), rejects)
     np.lib.format.write_array(array, done.rows, version=(1, 0), allow_pickle=False)
-    write_whole(_path(folder, number, "npy"), array.getvalue())
-    write_whole(_path(folder, number, "json"), json.dumps(rejects).encode())
+    write_atomically(_path(folder, number, "npy"), array.getvalue())
+    write_atomically(_path(folder, number, "json"), json.dumps(rejects))
     return done
 
 

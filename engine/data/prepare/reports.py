@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from millrace.engine.data.formats.shard_index import bucket_name
-from millrace.engine.data.formats.shard_writer import write_whole
 from millrace.engine.data.sources.pictures import UnreadablePicture
 from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.util.files import write_atomically
 
 THUMBNAIL = 128
 """Height in pixels of a picture on the contact sheet."""
@@ -84,4 +84,4 @@ def draw_caption_lengths(long: np.ndarray, short: np.ndarray, path: Path) -> Non
 def _save(sheet: Image.Image, path: Path) -> None:
     file = io.BytesIO()
     sheet.save(file, "PNG")
-    write_whole(path, file.getvalue())
+    write_atomically(path, file.getvalue())

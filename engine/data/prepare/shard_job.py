@@ -9,7 +9,6 @@ beforehand.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -26,10 +25,7 @@ from millrace.engine.data.formats.shard_index import (
     bucket_name,
     read_manifest,
 )
-from millrace.engine.data.formats.shard_writer import (
-    write_manifest,
-    write_whole,
-)
+from millrace.engine.data.formats.shard_writer import write_manifest
 from millrace.engine.data.prepare.inputs import (
     Inputs,
     find_inputs,
@@ -55,6 +51,7 @@ from millrace.engine.data.prepare.workers import Workers
 from millrace.engine.data.reject_reasons import Reject
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import TEMPORARY, sha256, write_atomically
 
 WORK, OVER = ".preparing", ".preparing.over"
 EARLY = 1000
@@ -72,7 +69,7 @@ def prepare(
     `max_bad_share` of bad input.
     """
     inputs = find_inputs(source, settings)
-    identity = hashlib.sha256(f"{inputs.digest} {json.dumps(settings.described())}".encode()).hexdigest()
+    identity = sha256(f"{inputs.digest} {json.dumps(settings.described())}".encode())
     try:
         with _workspace(output, identity) as work:
             if work is None:
@@ -208,7 +205,7 @@ def _by_reason(rejects: list[Reject]) -> str:
 
 def _write_rejects(output: Path, rejects: list[Reject]) -> None:
     lines = [json.dumps(reject._asdict(), ensure_ascii=False) + "\n" for reject in rejects]
-    write_whole(output / "rejects.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
+    write_atomically(output / "rejects.jsonl", "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def _manifest(
@@ -276,8 +273,8 @@ def _workspace(output: Path, identity: str) -> Iterator[Path | None]:
                 f"{output}: was begun with other input, settings or libraries; go on with those, or remove "
                 "it and begin again"
             )
-        write_whole(begun, identity.encode())
-        for left in output.rglob("*.tmp"):  # of processes that were killed
+        write_atomically(begun, identity)
+        for left in output.rglob(f"*{TEMPORARY}"):  # of processes that were killed
             left.unlink(missing_ok=True)
         yield work
         os.replace(work, output / OVER)  # so that a kill while it is removed leaves no half of it

@@ -18,12 +18,7 @@ from millrace.engine.data.formats.shard_index import (
     bucket_name,
     padded,
 )
-from millrace.engine.data.formats.shard_writer import (
-    END,
-    StoredSample,
-    write_shard,
-    write_whole,
-)
+from millrace.engine.data.formats.shard_writer import END, StoredSample, write_shard
 from millrace.engine.data.prepare.parts import (
     DonePart,
     open_data,
@@ -33,6 +28,7 @@ from millrace.engine.data.reject_reasons import (
     Reason,
     Reject,
 )
+from millrace.engine.util.files import write_atomically
 
 
 class PlannedShard(NamedTuple):
@@ -117,7 +113,7 @@ def make_shard(
                 file.close()
 
     shard = write_shard(root, plan.bucket, plan.number, samples(), plan.first)
-    write_whole(done_path(plan, done), shard.model_dump_json().encode())
+    write_atomically(done_path(plan, done), shard.model_dump_json())
     return shard
 
 

@@ -1,6 +1,5 @@
 """Verification of a data set of shards: every byte of every file against the manifest, and every record."""
 
-import hashlib
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from millrace.engine.data.formats.shard_index import (
 from millrace.engine.data.formats.shard_writer import INDEX_VERSION
 from millrace.engine.data.prepare.progress import Progress
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import HashingFile
 
 
 def verify(root: Path, threads: int) -> list[str]:
@@ -62,27 +62,21 @@ def _problems(root: Path, shard: Shard) -> list[str]:
 
 def _read_shard(path: Path, rows: np.ndarray) -> tuple[str, list[int], list[str]]:
     """SHA-256 of a tar, rows whose record does not have its CRC-32, and names of the samples."""
-    digest, damaged, names = hashlib.sha256(), [], []
-    with path.open("rb") as file:
-
-        def take(size: int) -> bytes:
-            data = file.read(size)
-            digest.update(data)
-            return data
-
-        at = 0
+    damaged, names = [], []
+    with path.open("rb") as opened:
+        file, at = HashingFile(opened), 0
         for number, row in enumerate(rows):
-            header = take(int(row["picture_offset"]) - at)[-BLOCK:]
+            header = file.read(int(row["picture_offset"]) - at)[-BLOCK:]
             names.append(header[:100].rstrip(b"\0").decode("ascii", "replace").removesuffix(".jpg"))
-            picture = take(int(row["picture_bytes"]))
-            take(int(row["json_offset"] - row["picture_offset"] - row["picture_bytes"]))
-            record = take(int(row["json_bytes"]))
+            picture = file.read(int(row["picture_bytes"]))
+            file.read(int(row["json_offset"] - row["picture_offset"] - row["picture_bytes"]))
+            record = file.read(int(row["json_bytes"]))
             at = int(row["json_offset"] + row["json_bytes"])
             if zlib.crc32(record, zlib.crc32(picture)) != int(row["crc32"]):
                 damaged.append(number)
-        while take(1 << 20):
+        while file.read(1 << 20):
             pass
-    return digest.hexdigest(), damaged, names
+    return file.sha256(), damaged, names
 
 
 def _dali_index(rows: np.ndarray, names: list[str]) -> str:

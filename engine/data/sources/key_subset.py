@@ -17,6 +17,7 @@ from millrace.engine.data.sources.pictures import (
     stored_size,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 
 class KeptSource:
@@ -82,7 +83,7 @@ def keep_listed(source: Source, path: str | Path) -> KeptSource:
 
 def write_keys(path: str | Path, keys: Iterable[str]) -> None:
     """Write the file that `keep_listed` reads."""
-    Path(path).write_text("".join(f"{key}\n" for key in keys), encoding="utf-8")
+    write_atomically(path, "".join(f"{key}\n" for key in keys))
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,6 @@
 Which columns are read is `data.columns`; the others are passed over.
 """
 
-import hashlib
 import io
 import json
 import re
@@ -35,6 +34,7 @@ from millrace.engine.data.sources.pictures import (
     decode_picture,
     to_rgb,
 )
+from millrace.engine.util.files import sha256
 
 GRID = 32
 """Edges of a bucket are multiples of it, as PRX's are, unless the folder is named for its size."""
@@ -70,17 +70,17 @@ class MdsSource:
         self._indexes = indexes_below(self._root)
         self._shards: list[Shard] = []
         index_of: list[int] = []
-        digest = hashlib.sha256()
+        described: list[str] = []
         for number, path in enumerate(self._indexes):
             shards, content = open_index(path, columns, self._library)
             self._shards += shards
             index_of += [number] * len(shards)
-            digest.update(json.dumps([path.relative_to(self._root).as_posix(), content]).encode())
-        digest.update(columns.model_dump_json().encode())
+            described.append(json.dumps([path.relative_to(self._root).as_posix(), content]))
+        described.append(columns.model_dump_json())
         self._index_of_shard = np.array(index_of)
         self._samples = np.array([shard.reader.samples for shard in self._shards])
         self._ends = np.cumsum(self._samples)
-        self.digest = digest.hexdigest()
+        self.digest = sha256("".join(described).encode())
         """SHA-256 of all indexes (with the hashes, or else the sizes, of the shards) and of the columns."""
         self._hashes = Hashes(self._library) if verify else None
         self._recent = threading.local()

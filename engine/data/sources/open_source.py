@@ -1,7 +1,7 @@
 """Choice of the data source that a configuration names."""
 
-import hashlib
 import json
+from collections.abc import Iterator
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
@@ -16,6 +16,7 @@ from millrace.engine.data.sources.mds import MdsSource
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.util.files import sha256
 
 
 def fingerprint(source: Source) -> str:
@@ -24,24 +25,22 @@ def fingerprint(source: Source) -> str:
     Of a mixture also the names, sizes and weights of its parts, on which its order depends. Shards have a
     digest of their own, which stands for their samples without reading them.
     """
-    digest = hashlib.sha256()
-    _describe(source, digest, "")
-    return digest.hexdigest()
+    return sha256(_description(source, ""))
 
 
-def _describe(source: Source, digest: "hashlib._Hash", prefix: str) -> None:
-    """Feed what identifies `source` to `digest`; `prefix` comes before its keys."""
+def _description(source: Source, prefix: str) -> Iterator[bytes]:
+    """What identifies `source`; `prefix` comes before its keys."""
     if isinstance(source, MixtureSource):
-        digest.update(source.description().encode())
+        yield source.description().encode()
         for part, inner in zip(source.parts, source.sources, strict=True):
-            _describe(inner, digest, f"{prefix}{part.name}/")
+            yield from _description(inner, f"{prefix}{part.name}/")
     elif isinstance(source, ShardsSource | MdsSource):
-        digest.update(json.dumps([prefix, source.digest]).encode())
+        yield json.dumps([prefix, source.digest]).encode()
     elif isinstance(source, KeptSource) and isinstance(source.whole, ShardsSource | MdsSource):
-        digest.update(json.dumps([prefix, source.whole.digest, *source.kept]).encode())
+        yield json.dumps([prefix, source.whole.digest, *source.kept]).encode()
     else:
         for i in range(len(source)):
-            digest.update(json.dumps([prefix + source.key(i), *source.captions(i)]).encode())
+            yield json.dumps([prefix + source.key(i), *source.captions(i)]).encode()
 
 
 def open_source(config: Data) -> Source:

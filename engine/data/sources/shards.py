@@ -4,7 +4,6 @@
 few open files.
 """
 
-import hashlib
 import json
 import os
 import threading
@@ -29,12 +28,12 @@ from millrace.engine.data.sources.pictures import (
     decode_picture,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256_file
 
 OPEN_FILES = 64
 """Tar files that one source keeps open."""
 _OPENING_THREADS = 16
 """Indexes read at a time; where files are far away, waiting for them is all that opening does."""
-_CHUNK = 1 << 22
 
 
 class Record(NamedTuple):
@@ -171,7 +170,11 @@ class ShardsSource:
         with lock:
             if self._verified[number] is not None:
                 shard, path = self.manifest.shards[number], self._path(number)
-                if sha256_of(path) != shard.sha256:
+                try:
+                    found = sha256_file(path)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read: {error.strerror}; restore it") from None
+                if found != shard.sha256:
                     raise UserError(
                         f"{path}: its SHA-256 is not that of the manifest; restore it or run prepare.py again"
                     )
@@ -186,18 +189,6 @@ class ShardsSource:
 
     def _where(self, index: int) -> str:
         return f"{self._root / self._name(index)}"
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, in bounded memory. Raises UserError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; restore it") from None
-    return digest.hexdigest()
 
 
 class _Descriptor:

@@ -26,6 +26,7 @@ from millrace.engine.checkpoint.tensor_file import (
     CheckpointReader,
     Piece,
 )
+from millrace.engine.util import files
 from millrace.engine.util.errors import UserError
 
 
@@ -51,12 +52,12 @@ def names(root):
 
 def trace_lines(action, at_line):
     """Run `action`, calling `at_line(n)` before its n-th line of checkpoint code or recursive delete."""
-    files = {module.__file__ for module in (checkpoints, manifest, tensor_file, shutil)}
+    sources = {module.__file__ for module in (checkpoints, manifest, tensor_file, files, shutil)}
     count = 0
 
     def trace(frame, event, argument):
         nonlocal count
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename not in sources:
             return None
         if event == "line":
             count += 1
@@ -184,7 +185,7 @@ class FullDisk(io.BufferedWriter):
 
 def test_disk_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 100)
-    monkeypatch.setattr(manifest, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False)
+    monkeypatch.setattr(files, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False)
     for room in range(7):  # header length, header, tensor; their index; meta; manifest; seal
         FullDisk.room = room
         with pytest.raises(UserError, match="step 200 failed: No space left on device") as caught:
@@ -194,13 +195,13 @@ def test_disk_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path, monkeypa
     monkeypatch.undo()
     assert_holds(resume_checkpoint(tmp_path)[0], 100)
 
-    monkeypatch.setattr(manifest, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False)
+    monkeypatch.setattr(files, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False)
     FullDisk.room = 7
     save(tmp_path, 200, keep=1)
     assert names(tmp_path) == ["step-00000200"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace", "mkdir"])
 def test_refused_system_call_is_one_clear_line(tmp_path, monkeypatch, call):
     save(tmp_path, 100)
 

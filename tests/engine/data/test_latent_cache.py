@@ -20,12 +20,12 @@ from millrace.engine.data.latent_cache import (
     cache_problems,
     common_path,
 )
-from millrace.engine.data.sources.shards import sha256_of
 from millrace.engine.encoders.latent_cache_writer import (
     TensorFile,
     quantise,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256_file
 
 COUNTS = {(16, 32): 6, (32, 16): 3}
 DIM = 6
@@ -43,7 +43,7 @@ def moments_of(sample, bucket):
 
 
 def file_of(root, path, of=""):
-    return CacheFile(file=path, bytes=(root / path).stat().st_size, sha256=sha256_of(root / path), of=of)
+    return CacheFile(file=path, bytes=(root / path).stat().st_size, sha256=sha256_file(root / path), of=of)
 
 
 def publish(root, kind, files, dtype):

@@ -177,10 +177,10 @@ def test_leaves_randomness_and_counters(config):
 def test_parts_are_those_of_one_process(monkeypatch):
     """Whatever the number of processes, every part is taken once."""
     for ranks in (1, 2, 3, 5):
-        monkeypatch.setattr(module.distributed, "world_size", lambda ranks=ranks: ranks)
+        monkeypatch.setattr(module.process_group, "world_size", lambda ranks=ranks: ranks)
         taken = []
         for rank in range(ranks):
-            monkeypatch.setattr(module.distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(module.process_group, "rank", lambda rank=rank: rank)
             taken += module._shares(100, "test")
         assert sorted(taken, key=lambda part: part.start) == [
             range(0, 32),

@@ -6,7 +6,6 @@ import pytest
 
 from millrace.engine.data.formats.shard_writer import (
     StoredSample,
-    replacing,
     sample_record,
     shard_bytes,
     write_shard,
@@ -87,22 +86,3 @@ def test_nothing_is_left_of_a_shard_that_was_not_finished(tmp_path):
     with pytest.raises(ValueError, match="without samples"):
         write_shard(tmp_path, (16, 32), 0, [], first=0)
     assert list((tmp_path / "16x32").iterdir()) == []
-
-
-def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("before")
-
-    def stops_halfway():
-        with replacing(path) as file:
-            file.write(b"half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        stops_halfway()
-    assert path.read_text() == "before"
-    with replacing(path) as file:
-        file.write(b"after")
-        assert path.read_text() == "before"
-    assert path.read_text() == "after"
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,3 @@
-import hashlib
 import io
 import os
 import pickle
@@ -165,10 +164,3 @@ def test_fingerprint_follows_checksums(dataset, write_shards, tmp_path):
 def test_path_is_asked_for():
     with pytest.raises(ValueError, match=r"source shards needs data\.path"):
         Data(source="shards")
-
-
-def test_sha256_reads_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_CHUNK", 3)
-    (tmp_path / "x").write_bytes(b"0123456789")
-    assert shards.sha256_of(tmp_path / "x") == hashlib.sha256(b"0123456789").hexdigest()
-    refused(lambda: shards.sha256_of(tmp_path / "y"), tmp_path / "y")
