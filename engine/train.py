@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
         const=1,
         type=int,
         metavar="PROCESSES",
-        help="print parameters, FLOPs, the routing's expected gain and memory per process, and exit",
+        help="print the plan of the run on so many GPUs (as millrace.engine.plan --gpus does), and exit",
     )
     parser.add_argument(
         "--print-schema", action="store_true", help="print the JSON Schema of configurations and exit"
@@ -83,7 +83,7 @@ def main() -> int:
         print(config.model_dump_json(indent=2))
         return 0
     if arguments.plan is not None:
-        from millrace.engine.plan import plan
+        from millrace.engine.planning.report import plan
 
         print("\n".join(plan(config, arguments.plan)))
         return 0

@@ -142,11 +142,11 @@ class Trainer:
 
         frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
         autoencoder = frozen.autoencoder
+        require_grid(config, autoencoder.factor * config.model.patch_size)
         tight = check_fits(
             config, self.zero_stage, process_group.world_size(), autoencoder.factor, self.device
         )
         messages += [tight] if tight else []
-        require_grid(config, autoencoder.factor * config.model.patch_size)
 
         aligned = config.alignment
         teacher = self.open_teacher(aligned, self.device, self.data_digest)

@@ -1,5 +1,6 @@
 """What the frozen networks of a run add, by their published shapes."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from millrace.engine.config import Config
@@ -26,34 +27,69 @@ FROZEN = {
 nothing, encoders are counted for pictures of 256 pixels."""
 
 
-class Loaded(NamedTuple):
-    """The frozen networks that a run loads and what they do for an image."""
+class Load(NamedTuple):
+    """A frozen network that a run loads."""
 
+    role: str
+    """text, autoencoder, teacher or perceptual."""
+    kind: str
     bytes: float
     flops: float
-    names: tuple[str, ...]
-    unknown: tuple[str, ...]
-    """Networks whose size is not known here, and which are not counted."""
+    """For one image."""
+    known: bool
+    """Whether there is a published shape to count by; else it counts as nothing."""
+
+
+class Loaded(tuple[Load, ...]):
+    """The frozen networks that a run loads and what they do for an image."""
+
+    __slots__ = ()
+
+    def of(self, *roles: str) -> "Loaded":
+        """Those in some roles."""
+        return Loaded(load for load in self if load.role in roles)
+
+    @property
+    def bytes(self) -> float:
+        """Of all weights."""
+        return sum(load.bytes for load in self)
+
+    @property
+    def flops(self) -> float:
+        """Of all networks for one image."""
+        return sum(load.flops for load in self)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Kinds that are not counted."""
+        return tuple(load.kind for load in self if not load.known)
 
 
 def frozen_networks(config: Config, image_tokens: int, text_tokens: int) -> Loaded:
-    """Live ones; what has a complete cache in `data.cached` is neither loaded nor run."""
-    text, autoencoder = config.conditioning.text.kind, config.conditioning.autoencoder.kind
-    live: list[tuple[str, float]] = []
-    if "text" not in config.data.cached and text != "hash":
-        live.append((text, text_tokens))
-    if "latents" not in config.data.cached and autoencoder != "pixels":
-        live.append((autoencoder, config.data.resolution**2))
-    if config.alignment.active and config.alignment.teacher.cache is None:
-        live.append((config.alignment.teacher.kind, image_tokens))
-    if config.objective.dino.weight:
-        live.append((config.objective.dino.kind, image_tokens))
-    known = [(name, units) for name, units in live if name in FROZEN]
-    exact = ("dc_ae",)
-    sizes = (FROZEN[name].parameters * (4 if name in exact else 2) for name, _ in known)
-    return Loaded(
-        float(sum(sizes)),
-        sum(FROZEN[name].flops * units for name, units in known),
-        tuple(name for name, _ in known),
-        tuple(name for name, _ in live if name not in FROZEN),
-    )
+    """Live ones; what has a complete cache in `data.cached` is neither loaded nor run.
+
+    By their published shapes; a folder of weights that is smaller, as those of a smoke run, counts as large
+    as its files.
+    """
+    conditioning, alignment, objective = config.conditioning, config.alignment, config.objective
+    text, autoencoder = conditioning.text, conditioning.autoencoder
+    found: list[Load] = []
+    if "text" not in config.data.cached and text.kind != "hash":
+        found.append(_load("text", text.kind, text.path, text_tokens))
+    if "latents" not in config.data.cached and autoencoder.kind != "pixels":
+        found.append(_load("autoencoder", autoencoder.kind, autoencoder.path, config.data.resolution**2))
+    if alignment.active and alignment.teacher.cache is None:
+        found.append(_load("teacher", alignment.teacher.kind, alignment.teacher.path, image_tokens))
+    if objective.dino.weight:
+        found.append(_load("perceptual", objective.dino.kind, objective.dino.path, image_tokens))
+    return Loaded(found)
+
+
+def _load(role: str, kind: str, path: str | None, units: float) -> Load:
+    if kind not in FROZEN:
+        return Load(role, kind, 0.0, 0.0, known=False)
+    network = FROZEN[kind]
+    size = float(network.parameters * (4 if kind == "dc_ae" else 2))
+    if path is not None and Path(path).is_dir():
+        size = min(size, sum(file.stat().st_size for file in Path(path).rglob("*.safetensors")))
+    return Load(role, kind, size, network.flops * units, known=True)

@@ -1,22 +1,23 @@
-"""The planning command's arguments and what it prints."""
+"""Report of the planner: what `plan` and `train.py --plan` print."""
 
 import argparse
 import math
 from typing import Any
 
 from millrace.engine.cli import command_parser
+from millrace.engine.config import Config
 from millrace.engine.config.loading import load_config
 from millrace.engine.config.smoke import smoke
 from millrace.engine.config.stages import resolve_stages
+from millrace.engine.model.flops import dense_training_flops
+from millrace.engine.model.routing import describe as describe_routing
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
-from millrace.engine.planning.search import (
-    Option,
-    Planner,
-)
+from millrace.engine.planning.search import TIE, Option, Planner
 from millrace.engine.util.errors import UserError
 
 DEVICES = (*GPUS, "cpu")
+DEFAULT_DEVICE = "h200"
 
 
 def parse(doc: str, words: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +28,7 @@ def parse(doc: str, words: list[str] | None = None) -> argparse.Namespace:
     add(
         "--gpus", type=int, default=1, metavar="N", help="devices of the job, one process on each (default 1)"
     )
-    add("--device", choices=DEVICES, default="h200", help="what they are (default h200); cpu is this machine")
+    add("--device", choices=DEVICES, default=DEFAULT_DEVICE, help="what they are; cpu is this machine")
     add("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value")
     add("--smoke", action="store_true", help="plan the shrunken run that train.py --smoke makes")
     add(
@@ -49,43 +50,57 @@ def run(arguments: argparse.Namespace) -> list[str]:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.smoke:
         config = smoke(config, arguments.overrides)
-    device = GPUS[arguments.device] if arguments.device in GPUS else this_machine(arguments.gpus)
+    return plan(config, arguments.gpus, arguments.device, arguments.loader)
+
+
+def plan(
+    config: Config, gpus: int, device_name: str = DEFAULT_DEVICE, images_per_second: float | None = None
+) -> list[str]:
+    """The plan of a resolved configuration as lines, of every stage of the run.
+
+    Args:
+        gpus: devices of the job, one process on each.
+        device_name: one of DEVICES.
+        images_per_second: that the loader delivers to one process; None if it never starves.
+    """
+    device = GPUS[device_name] if device_name in GPUS else this_machine(gpus)
     lines: list[str] = []
     hours = 0.0
     stages = resolve_stages(config)
     for stage in stages:
         if len(stages) > 1:
             lines += [f"== steps {stage.first} to {stage.last}{': ' + stage.name if stage.name else ''}"]
-        planner = Planner(stage.config, arguments.gpus, device, arguments.loader)
+        planner = Planner(stage.config, gpus, device, images_per_second)
         best, found = planner.best()
-        lines += describe(planner, best, stage.last - stage.first)
+        lines += describe(planner, best, found, stage.last - stage.first)
         lines += ["", *alternatives(planner, best, found, stage.last - stage.first), ""]
         hours += best.step.seconds * (stage.last - stage.first) / 3600
     if len(stages) > 1:
-        lines += [f"whole run: {hours / 24:.2f} days, {hours * arguments.gpus:,.0f} device hours", ""]
+        lines += [f"whole run: {hours / 24:.2f} days, {hours * gpus:,.0f} device hours", ""]
     return [*lines, *notes(planner.frozen.unknown, device)]
 
 
-def describe(planner: Planner, best: Option, steps: int) -> list[str]:
+def describe(planner: Planner, best: Option, found: list[Option], steps: int) -> list[str]:
     """The setting to take, what it comes to, and why it was chosen."""
     config, device, step, memory = planner.config, planner.device, best.step, best.memory
     batch = config.data.global_batch
     accumulation = batch // (best.micro_batch * planner.ranks)
     capacity = device.capacity
     hours = step.seconds * steps / 3600
-    held = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory.parts.items())
     images = batch / step.seconds
     return [
         f"model: {planner.shape.parameters:,} parameters; {planner.image_tokens} tokens of an image, "
         f"{planner.text_tokens} of a caption; {planner.flops / 1e12:.3g} TFLOP an image",
+        _routing(planner),
         f"devices: {planner.ranks} x {device.name}",
+        *_configured(planner),
         f"ZeRO stage: {best.stage}",
         f"micro-batch: {best.micro_batch}, {accumulation} of them on each device make data.global_batch "
         f"{batch}",
         f"activation checkpointing: {best.policy}",
         f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
         f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
-        f"{memory.held / 1e9:.1f} GB ({held})",
+        f"{memory.held / 1e9:.1f} GB; at the peak {memory.table()}",
         f"step: {step.seconds:.3g} s: forward and backward {step.compute:.3g}, gradient copies "
         f"{step.copies:.2g}, update {step.update:.2g}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
@@ -94,7 +109,28 @@ def describe(planner: Planner, best: Option, steps: int) -> list[str]:
         f"duration: {hours / 24:.2f} days, {hours * planner.ranks:,.0f} device hours for {steps:,} steps, "
         f"{steps * batch:,} images",
         *settings(planner, best),
-        *reasons(planner, best),
+        *reasons(planner, best, found),
+    ]
+
+
+def _routing(planner: Planner) -> str:
+    line = describe_routing(planner.config)
+    if planner.config.routing.policy == "none":
+        return line
+    dense = dense_training_flops(planner.config, planner.image_tokens, planner.text_tokens)
+    share = planner.flops / dense
+    return f"{line}; {share:.1%} of the dense FLOPs, so steps are up to {1 / share:.2f} times as fast"
+
+
+def _configured(planner: Planner) -> list[str]:
+    """The configuration as it is, where it makes a run on so many devices."""
+    option = planner.configured()
+    if option is None:
+        return []
+    fits = "" if option.fits else ", does not fit"
+    return [
+        f"as configured: ZeRO {option.stage}, micro-batch {option.micro_batch}, checkpointing "
+        f"{option.policy}: {option.memory.peak / 1e9:.1f} GB{fits}, {option.step.seconds:.3g} s a step"
     ]
 
 
@@ -115,9 +151,16 @@ def _json(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def reasons(planner: Planner, best: Option) -> list[str]:
-    """Why each of the three settings was chosen."""
+def reasons(planner: Planner, best: Option, compared: list[Option]) -> list[str]:
+    """Why each of the three settings was chosen, from what was `compared`, the fastest first."""
     found = []
+    first = compared[0]
+    if first != best:
+        found.append(
+            f"why not the fastest: ZeRO {first.stage} with checkpointing {first.policy} is "
+            f"{best.step.seconds / first.step.seconds - 1:.1%} faster, within the {TIE:.0%} that the model "
+            "cannot tell; there the lowest stage is taken, then the least recomputation"
+        )
     lower = [planner_option(planner, stage, best) for stage in range(best.stage)]
     too_large = [o.stage for o in lower if o is not None and not o.fits]
     slower = [o for o in lower if o is not None and o.fits]

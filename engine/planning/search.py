@@ -11,6 +11,7 @@ from millrace.engine.config.loading import (
     parse_config,
 )
 from millrace.engine.data.crop import check_resolution
+from millrace.engine.distributed.deepspeed_engine import zero_stage
 from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.flops import training_flops
 from millrace.engine.model.routing import require_grid
@@ -139,7 +140,17 @@ class Planner:
     @functools.cache  # noqa: B019 - a planner lives as long as its command
     def option(self, stage: int, micro_batch: int, policy: str) -> Option:
         """What these settings come to."""
-        config = self.with_settings(stage, micro_batch, policy)
+        return self._evaluated(self.with_settings(stage, micro_batch, policy), stage, micro_batch, policy)
+
+    def configured(self) -> Option | None:
+        """What the configuration comes to as it is; None where its micro-batch does not make the batch."""
+        config, micro_batch = self.config, self.config.data.micro_batch
+        if config.data.global_batch % (micro_batch * self.ranks):
+            return None
+        policy = config.run.activation_checkpointing.policy
+        return self._evaluated(config, zero_stage(config), micro_batch, policy)
+
+    def _evaluated(self, config: Config, stage: int, micro_batch: int, policy: str) -> Option:
         traced = self.traced(policy, micro_batch, stage)
         frozen = self.frozen
         memory = memory_of(

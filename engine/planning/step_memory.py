@@ -21,8 +21,8 @@ import torch
 
 from millrace.engine.config import Config
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.optim.build_optimizer import muon_stacks
 from millrace.engine.planning.activations import Traced
-from millrace.engine.planning.fit_check import estimate_bytes
 
 BUCKET = 500_000_000
 """Elements of DeepSpeed's buckets if the model is larger, and of a reduction at stage 0."""
@@ -42,13 +42,19 @@ class Shape:
     largest: int
     """Of the largest single tensor."""
     tensors: int
+    matrices: int = 0
+    """Of those that Muon updates."""
 
 
 def shape_of(config: Config) -> Shape:
     """Of the denoiser of a configuration."""
     with torch.device("meta"):
-        sizes = [p.numel() for p in Denoiser(config.model, config.routing).parameters()]
-    return Shape(sum(sizes), max(sizes), len(sizes))
+        named = dict(Denoiser(config.model, config.routing).named_parameters())
+    sizes = [p.numel() for p in named.values()]
+    stacks = {}
+    if config.optimizer.kind == "muon":
+        stacks = muon_stacks(named.items(), config.optimizer, config.model)
+    return Shape(sum(sizes), max(sizes), len(sizes), sum(named[name].numel() for name in stacks))
 
 
 def bucket_elements(config: Config, parameters: int) -> int:
@@ -79,6 +85,8 @@ class Memory:
     """Held all the time, by purpose."""
     phases: dict[str, float]
     """Held beside that in each phase of a step."""
+    gradients: float
+    """Of the phases', the gradients when the backward pass ends; what is held and they need no estimate."""
 
     @property
     def worst(self) -> str:
@@ -95,6 +103,40 @@ class Memory:
         """Most at once."""
         return self.held + self.phases[self.worst]
 
+    def table(self) -> str:
+        """The parts of the peak in GB, for people."""
+        parts = self.parts | {_IN_PHASE[self.worst]: self.phases[self.worst]}
+        return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+
+
+_IN_PHASE = {
+    "backward": "activations and gradients",
+    "reduction": "gradients and their copies",
+    "update": "temporaries of the update",
+}
+"""What is held in a phase beside what is always held."""
+
+
+def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str, float]:
+    """Bytes that each of `ranks` processes holds all the time for the model and its optimizer, by purpose.
+
+    Stage 3 has masters of its own: DeepSpeed 0.19 would share them with FP32 weights, but compares a
+    torch.device with a string first.
+    """
+    stored = 4 if config.precision.master == "float32" else 2
+    share = ranks if stage > 0 else 1
+    averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
+    samples = config.sampling.every_steps or config.evaluation.every_steps
+    found = {
+        "weights": stored * shape.parameters / (ranks if stage == 3 else 1),
+        "master weights": 4 * shape.parameters / share if stage else 0.0,
+        "Adam moments": 2 * stored * (shape.parameters - shape.matrices) / share,
+        "Muon momentum": stored * shape.matrices / share,
+        "EMA": averages * stored * shape.parameters / share,
+        "FP32 copy for sampling": 4 * shape.parameters if samples else 0.0,
+    }
+    return {name: float(size) for name, size in found.items() if size}
+
 
 def memory_of(
     config: Config,
@@ -108,13 +150,11 @@ def memory_of(
     """Memory of each of `ranks` processes.
 
     Args:
-        traced: one micro-batch of the configuration.
+        traced: one micro-batch of the configuration. Alignment heads are not in it.
         frozen: bytes of the frozen networks that the run loads.
         fused: whether AdamW is one kernel.
     """
-    counted = estimate_bytes(config, stage, ranks, 1)
-    names = ("weights", "master weights", "Adam moments", "Muon momentum", "EMA", "samples")
-    parts = {name: counted[name] for name in names if counted[name]}
+    parts = held_bytes(config, stage, ranks, shape)
     if frozen:
         parts["frozen networks"] = frozen
     stored = 4 if config.precision.master == "float32" else 2
@@ -150,4 +190,5 @@ def memory_of(
             "reduction": min(bucket, whole) + live,
             "update": update,
         }
-    return Memory(parts, {name: float(size) for name, size in phases.items()})
+    gradients = (whole, whole, share, 0.0)[stage]  # at stage 3 they are among the parts
+    return Memory(parts, {name: float(size) for name, size in phases.items()}, gradients)

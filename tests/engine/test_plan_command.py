@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from millrace.engine import plan
-from millrace.engine.planning.report import (
-    parse,
-    run,
-)
+from millrace.engine.config.loading import load_config
+from millrace.engine.planning import search
+from millrace.engine.planning.activations import Traced
+from millrace.engine.planning.report import parse, run
+from millrace.engine.planning.report import plan as plan_lines
 from millrace.engine.util.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -25,8 +26,8 @@ def lines(*words):
 def test_the_recommendation_and_its_reasons():
     found = lines("--gpus", "8", "--set", "data.global_batch=64")
     heads = [line.partition(":")[0] for line in found]
-    wanted = ["model", "devices", "ZeRO stage", "micro-batch", "activation checkpointing", "memory", "step"]
-    wanted += ["speed", "duration", "settings"]
+    wanted = ["model", "routing", "devices", "ZeRO stage", "micro-batch", "activation checkpointing"]
+    wanted += ["memory", "step", "speed", "duration", "settings"]
     assert heads[: len(wanted)] == wanted
     values = {line.partition(": ")[0]: line.partition(": ")[2] for line in found}
     assert values["devices"] == "8 x H200 SXM"
@@ -45,6 +46,35 @@ def test_the_recommendation_and_its_reasons():
     taken = [line for line in found if line.endswith("<- taken")]
     assert len(taken) == 1
     assert taken[0].split()[:2] == [stage, micro_batch]
+
+
+def test_the_configuration_as_it_is():
+    """The same settings by hand cost the same; what does not divide the batch is no run."""
+    zero = ["--set", "deepspeed.zero_optimization.stage=0"]
+    given = ["--gpus", "2", "--set", "data.global_batch=32", "--set", "data.micro_batch=16", *zero]
+    found = lines(*given)
+    memory, seconds = re.search(
+        r"as configured: ZeRO 0, micro-batch 16, checkpointing none: ([\d.]+) GB, ([\d.]+) s a step",
+        next(line for line in found if line.startswith("as configured")),
+    ).groups()
+    row = next(line.split() for line in found if line.split()[:3] == ["0", "16", "none"])
+    assert (row[3], row[5]) == (memory, seconds)
+    assert not any(line.startswith("as configured") for line in lines(*given, "--set", "data.micro_batch=12"))
+
+
+def test_a_faster_row_that_is_not_taken_has_its_reason(monkeypatch):
+    """With little to compute, ZeRO 3 hides its communication and stage 1 is within 5 % of it."""
+    traced = Traced(10**9, 10**9, 10**9, 10**11)
+    monkeypatch.setattr(search, "trace", lambda *_: traced)
+    config = load_config(CONFIGS / "latent_256.json")
+    found = plan_lines(config, 8)
+    table = found[next(i for i, line in enumerate(found) if line.lstrip().startswith("ZeRO  ")) + 1 :]
+    assert table[0].split()[:3] == ["3", "32", "none"]
+    assert next(line for line in table if line.endswith("<- taken")).split()[0] == "1"
+    (reason,) = (line for line in found if line.startswith("why not the fastest"))
+    assert "ZeRO 3 with checkpointing none is" in reason
+    assert "within the 5% that the model cannot tell" in reason
+    assert not any(line.startswith("why not") for line in plan_lines(config, 1))
 
 
 def test_the_settings_are_a_run_s(capsys, monkeypatch):

@@ -65,11 +65,19 @@ def test_text_tower(networks):
 def test_what_a_run_loads():
     values = {"conditioning": {"text": {"kind": "t5gemma"}, "autoencoder": {"kind": "flux1"}}}
     live = frozen_networks(parse_config(values, "test"), 256, 100)
-    assert live.names == ("t5gemma", "flux1")
+    assert [(load.role, load.kind) for load in live] == [("text", "t5gemma"), ("autoencoder", "flux1")]
     assert live.bytes == 2 * (FROZEN["t5gemma"].parameters + FROZEN["flux1"].parameters)
     assert live.flops == FROZEN["t5gemma"].flops * 100 + FROZEN["flux1"].flops * 256**2
+    assert live.of("text").bytes == 2 * FROZEN["t5gemma"].parameters
     shards = {"source": "shards", "path": "x", "aspect": "bucket", "crop": "center"}
     cached = values | {"data": shards | {"cached": ["text", "latents"]}}
     assert frozen_networks(parse_config(cached, "test"), 256, 100).bytes == 0
     other = {"conditioning": {"text": {"kind": "qwen3vl"}, "autoencoder": {"kind": "flux1"}}}
     assert frozen_networks(parse_config(other, "test"), 256, 100).unknown == ("qwen3vl",)
+
+
+def test_weights_in_a_folder_count_as_large_as_their_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    section = {"kind": "t5gemma", "path": str(tmp_path)}
+    config = parse_config({"conditioning": {"text": section}}, "test")
+    assert frozen_networks(config, 256, 100).of("text").bytes == 1000
