@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from millrace.engine.checkpoint.model_weights import (
@@ -52,7 +52,8 @@ from millrace.engine.model.conversion import (
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import write_atomically
+from millrace.engine.util.files import atomic_file, write_atomically
+from millrace.engine.util.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
     from diffusers import PRXTransformer2DModel
@@ -289,10 +290,10 @@ def _shard(state: State, dtype: torch.dtype, limit: int) -> list[list[str]]:
 
 
 def _write_tensors(state: State, names: Iterable[str], dtype: torch.dtype, path: Path) -> None:
-    tensors = {name: state[name].to("cpu", dtype).contiguous() for name in names}
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
+        with atomic_file(path) as file:
+            write_safetensors(file, {name: state[name].to(dtype) for name in names}, {"format": "pt"})
+    except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
 
 

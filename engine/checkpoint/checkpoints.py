@@ -101,7 +101,7 @@ def save_checkpoint(
     def write() -> None:
         shard = staging / shard_name(rank, world_size)
         index = write_shard(shard, pieces, rank)
-        write_file(_index_path(shard), [index.to_json().encode()])
+        write_file(_index_path(shard), index.to_json().encode())
 
     def publish() -> None:
         if leads:
@@ -148,7 +148,7 @@ def _together(action: Callable[[], T], all_ok: AllOk) -> T:
 def _seal(staging: Path, step: int, world_size: int, meta: dict[str, Any]) -> None:
     """Turn the shards of all ranks into a complete checkpoint, on disk to the last byte."""
     files, indices = {}, []
-    files[META] = write_file(staging / META, [json.dumps(meta, indent=2).encode()])
+    files[META] = write_file(staging / META, json.dumps(meta, indent=2).encode())
     for rank in range(world_size):
         shard = staging / shard_name(rank, world_size)
         path = _index_path(shard)

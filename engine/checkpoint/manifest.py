@@ -19,13 +19,12 @@ flattened tensor. Ranges, not ranks: a reader at any world size takes the elemen
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import HashingFile, atomic_file, sha256, sha256_file
+from millrace.engine.util.files import sha256, sha256_file, write_atomically
 
 FORMAT = 1
 MANIFEST, SEAL, META = "manifest.json", "manifest.sha256", "meta.json"
@@ -164,19 +163,16 @@ def merge(indices: list[ShardIndex]) -> dict[str, TensorRecord]:
     return dict(sorted(merged.items()))
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write byte chunks to a file, on disk when this returns, hashing them on the way. Raises OSError."""
-    with atomic_file(path) as file:
-        hashed = HashingFile(file)
-        for chunk in chunks:
-            hashed.write(chunk)
-    return FileRecord(hashed.bytes, hashed.sha256())
+def write_file(path: Path, content: bytes) -> FileRecord:
+    """Write a file that is on disk when this returns. Raises OSError."""
+    write_atomically(path, content)
+    return FileRecord(len(content), sha256(content))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and its seal. Raises OSError."""
-    record = write_file(folder / MANIFEST, [manifest.to_json().encode()])
-    write_file(folder / SEAL, [_seal(record.sha256)])
+    record = write_file(folder / MANIFEST, manifest.to_json().encode())
+    write_file(folder / SEAL, _seal(record.sha256))
 
 
 def _seal(sha256: str) -> bytes:

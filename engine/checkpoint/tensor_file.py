@@ -7,14 +7,11 @@ of a tensor from the files that cover it. No pickle, and no communication betwee
     tensor "w", 10 elements      [0 1 2 3 4 5 6 | 7 8 9]     written by 2 ranks
                                  [0 1 2 | 3 4 5 | 6 7 8 9]   read by 3
 
-The file layout (eight bytes of header length, JSON header, data; little-endian) is that of
-https://github.com/huggingface/safetensors#format and any safetensors reader opens it. It is written here and
-not by `safetensors.torch.save_file` because that moves every CUDA tensor to the host at once, and cannot
+The safetensors library cannot write these files: it moves every CUDA tensor to the host at once, and cannot
 hash or fsync what it writes.
 """
 
 import json
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from torch import Tensor
 from millrace.engine.checkpoint.manifest import (
     META,
     DamagedCheckpoint,
+    FileRecord,
     PieceRecord,
     ShardIndex,
     TensorRecord,
@@ -33,23 +31,10 @@ from millrace.engine.checkpoint.manifest import (
     read_manifest,
     shard_name,
     verify_file,
-    write_file,
 )
 from millrace.engine.util.errors import UserError
-
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+from millrace.engine.util.files import HashingFile, atomic_file
+from millrace.engine.util.safetensors_file import dtype_code, dtype_of, tensor_bytes, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -71,10 +56,8 @@ def write_shard(path: Path, pieces: Iterable[Piece], shard: int) -> ShardIndex:
     Raises RuntimeError for a piece that does not fit its tensor, OSError if the disk refuses.
     """
     tensors: dict[str, TensorRecord] = {}
-    header: dict[str, object] = {}
     filled: list[tuple[TensorRecord, Piece]] = []
-    # Wide elements first, as the format advises: every tensor then starts at a multiple of its element size.
-    for piece in sorted(pieces, key=lambda piece: -piece.data.element_size()):
+    for piece in pieces:
         record = declare(tensors, piece.name, tuple(piece.shape), _code(piece))
         stop = piece.start + piece.data.numel()
         if piece.data.dim() != 1 or not 0 <= piece.start <= stop <= record.numel:
@@ -85,35 +68,23 @@ def write_shard(path: Path, pieces: Iterable[Piece], shard: int) -> ShardIndex:
         if piece.data.numel():
             filled.append((record, piece))
 
-    end = 0
+    with atomic_file(path) as opened:
+        file = HashingFile(opened)
+        offsets = write_safetensors(file, {_key(piece): piece.data for _, piece in filled})
     for record, piece in filled:
-        begin, end = end, end + piece.data.nbytes
-        header[f"{piece.name}@{piece.start}"] = {
-            "dtype": record.dtype,
-            "shape": [piece.data.numel()],
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        record.pieces.append(PieceRecord(shard, piece.start, piece.data.numel(), offsets[_key(piece)]))
+    return ShardIndex(FileRecord(file.bytes, file.sha256()), tensors)
 
-    offset = 8 + len(text)
-    for record, piece in filled:
-        record.pieces.append(PieceRecord(shard, piece.start, piece.data.numel(), offset))
-        offset += piece.data.nbytes
-    head = [struct.pack("<Q", len(text)), text]
-    body = (_bytes(piece.data.detach().cpu().contiguous()) for _, piece in filled)
-    return ShardIndex(write_file(path, (chunk for part in (head, body) for chunk in part)), tensors)
+
+def _key(piece: Piece) -> str:
+    return f"{piece.name}@{piece.start}"
 
 
 def _code(piece: Piece) -> str:
-    if piece.data.dtype not in _CODES:
-        raise RuntimeError(f"{piece.name}: {piece.data.dtype} cannot be stored in a checkpoint")
-    return _CODES[piece.data.dtype]
-
-
-def _bytes(data: Tensor) -> memoryview:
-    """The memory of a contiguous 1-D CPU tensor as bytes, shared and not copied."""
-    return memoryview(data.view(torch.uint8).numpy())
+    try:
+        return dtype_code(piece.data.dtype)
+    except ValueError as error:
+        raise RuntimeError(f"{piece.name}: {error}") from None
 
 
 class CheckpointReader:
@@ -155,7 +126,7 @@ class CheckpointReader:
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor."""
-        return _DTYPES[self._record(name).dtype]
+        return dtype_of(self._record(name).dtype)
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor in its full shape."""
@@ -177,7 +148,7 @@ class CheckpointReader:
             low, high = max(start, piece.start), min(stop, piece.start + piece.count)
             if low < high:
                 self._read_into(
-                    _bytes(result[low - start : high - start]), piece, (low - piece.start) * width
+                    tensor_bytes(result[low - start : high - start]), piece, (low - piece.start) * width
                 )
         return result
 

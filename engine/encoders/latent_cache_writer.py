@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -54,6 +54,7 @@ from millrace.engine.encoders.identity import (
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, sha256_file, write_atomically
+from millrace.engine.util.safetensors_file import GrowingTensorFile
 from millrace.kernels.support.packed import to_device
 
 TextDtype = Literal["bf16", "int8"]
@@ -61,16 +62,6 @@ _STORED = {"bf16": "bfloat16", "int8": "int8"}
 _CAPTIONS = 64
 """Captions in one pass of the text tower."""
 
-_CODES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.int64: "I64",
-}
-_PAGE = 4096
 COMMON = -1
 """In place of a shard's number: the file of what is stored once."""
 PARTIAL = "caches.partial"
@@ -114,56 +105,6 @@ def write_caches(
         job.run()
 
 
-class TensorFile:
-    """A safetensors file whose first tensor is written in parts, in memory that does not grow with it.
-
-    The header gets a fixed room that is filled at the end (safetensors allows blanks after the JSON).
-    """
-
-    def __init__(self, file: BinaryIO, name: str, metadata: dict[str, str]) -> None:
-        self._file, self._name, self._metadata = file, name, metadata
-        self._room = -(-(len(json.dumps(metadata)) + 2048) // _PAGE) * _PAGE
-        self._rows, self._shape, self._dtype = 0, (), None
-        file.seek(self._room)
-
-    def append(self, part: Tensor) -> None:
-        """More of the first tensor, along its first dimension; at least once."""
-        self._rows += len(part)
-        self._shape, self._dtype = tuple(part.shape[1:]), part.dtype
-        self._write(part)
-
-    def finish(self, others: dict[str, Tensor]) -> None:
-        """Write the other tensors and the header."""
-        shape = (self._rows, *self._shape)
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        header[self._name] = self._entry(self._dtype, shape, self._room)
-        start = self._file.tell()
-        if start % 8:  # so that what follows can be mapped at its own alignment
-            padding = torch.zeros(8 - start % 8, dtype=torch.uint8)
-            others = {"padding": padding, **others}
-        ordered = sorted(others.items(), key=lambda item: (item[0] != "padding", -item[1].element_size()))
-        for name, tensor in ordered:
-            start = self._file.tell()
-            self._write(tensor)
-            header[name] = self._entry(tensor.dtype, tensor.shape, start)
-        text = json.dumps(header).encode()
-        if len(text) > self._room - 8:
-            raise ValueError(f"the header has {len(text)} bytes, there is room for {self._room - 8}")
-        self._file.seek(0)
-        self._file.write((self._room - 8).to_bytes(8, "little") + text.ljust(self._room - 8))
-
-    def _entry(self, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
-        end = start + torch.Size(shape).numel() * dtype.itemsize
-        return {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start - self._room, end - self._room],
-        }
-
-    def _write(self, tensor: Tensor) -> None:
-        self._file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
 class Maker(ABC):
     """Makes the contents of one kind of cache. The network is loaded when the first file is made."""
 
@@ -183,7 +124,7 @@ class Maker(ABC):
         """The file of what is stored once."""
 
     @abstractmethod
-    def shard(self, samples: range, bucket: tuple[int, int], file: TensorFile) -> None:
+    def shard(self, samples: range, bucket: tuple[int, int], file: GrowingTensorFile) -> None:
         """Write what the network makes of these samples, the whole of one shard."""
 
 
@@ -202,7 +143,7 @@ class _TextMaker(Maker):
         ((rows, was_cut),) = self._tower().rows([""])
         return save({"rows": rows.cpu().contiguous(), "cut": torch.tensor([was_cut], dtype=torch.uint8)})
 
-    def shard(self, samples: range, bucket: tuple[int, int], file: TensorFile) -> None:
+    def shard(self, samples: range, bucket: tuple[int, int], file: GrowingTensorFile) -> None:
         tower = self._tower()
         places: dict[str, int] = {}
         which: dict[str, list[int]] = {"long": [], "short": []}
@@ -267,7 +208,7 @@ class _LatentMaker(Maker):
         tensors, numbers = constants_tensors(self._autoencoder().constants)
         return save({name: x.cpu().contiguous() for name, x in tensors.items()}, metadata=numbers)
 
-    def shard(self, samples: range, bucket: tuple[int, int], file: TensorFile) -> None:
+    def shard(self, samples: range, bucket: tuple[int, int], file: GrowingTensorFile) -> None:
         autoencoder, batch = self._autoencoder(), self._config.micro_batch
         present: list[bool] = []
         with ThreadPoolExecutor(max(1, self._config.workers)) as threads:
@@ -387,7 +328,9 @@ class CacheJob:
                     shard = self.shards[number]
                     metadata = {"network": json.dumps(self.maker.network), "of": shard.sha256}
                     samples = range(self.starts[number], self.starts[number + 1])
-                    self.maker.shard(samples, shard.bucket, TensorFile(file, self.maker.first, metadata))
+                    self.maker.shard(
+                        samples, shard.bucket, GrowingTensorFile(file, self.maker.first, metadata)
+                    )
             found = CacheFile(
                 file=self._file(number),
                 bytes=path.stat().st_size,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from millrace.engine.util.errors import UserError
@@ -75,7 +75,7 @@ def save_classifier(classifier: SmallClassifier, folder: Path | str) -> Path:
     }
     write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     state = {name: value.detach().cpu().contiguous() for name, value in classifier.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    write_atomically(folder / "model.safetensors", save(state))
     return folder
 
 

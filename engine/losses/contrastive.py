@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from millrace.engine.model.layout import (
@@ -26,6 +26,7 @@ from millrace.engine.model.layout import (
     patchify,
 )
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 from millrace.engine.util.randomness import Purpose
 from millrace.kernels.support.philox import (
     sample_keys,
@@ -98,8 +99,8 @@ class MeanTarget:
         about = {"count": str(self.count), "autoencoder": self.autoencoder}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({_NAME: self.values.detach().to("cpu").contiguous()}, path, metadata=about)
-        except (OSError, SafetensorError) as error:
+            write_atomically(path, save({_NAME: self.values.detach().to("cpu").contiguous()}, about))
+        except OSError as error:
             raise UserError(f"{path}: cannot be written: {_reason(error)}") from None
 
     @classmethod

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from millrace.engine.encoders.pretrained import load
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import write_atomically
 
 STATISTICS_FILE = "latent_statistics.safetensors"
 """Beside the weights of a tuned autoencoder: `scale` and `shift` (C,) FP32."""
@@ -101,7 +102,8 @@ def save_statistics(folder: Path, scale: Tensor, shift: Tensor) -> None:
     """Write how the denoiser of an autoencoder normalises its latents, scale * (z - shift), each (C, 1,
     1)."""
     tensors = {"scale": scale, "shift": shift}
-    save_file({name: x.flatten().cpu().contiguous() for name, x in tensors.items()}, folder / STATISTICS_FILE)
+    content = save({name: x.flatten().cpu().contiguous() for name, x in tensors.items()})
+    write_atomically(folder / STATISTICS_FILE, content)
 
 
 def load_statistics(

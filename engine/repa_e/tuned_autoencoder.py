@@ -1,5 +1,6 @@
 """A tuned autoencoder outside training: out of a run's checkpoint, and as a folder of diffusers."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -86,6 +87,8 @@ def save_autoencoder(checkpoint: str | Path, config: Config, folder: Path) -> st
         network.register_to_config(latents_mean=mean, latents_std=std)
     try:
         network.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):  # which their library lets only the owner read
+            shutil.copymode(folder / "config.json", path)
         save_statistics(folder, latents.scale, latents.shift)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None

@@ -10,7 +10,7 @@ from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import write_atomically
+from millrace.engine.util.files import atomic_file, write_atomically
 
 
 def draw_grid(sampler: Sampler, config: Config, source: Source, path: Path) -> None:
@@ -36,6 +36,7 @@ def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
         sheet.paste(Image.fromarray(picture), ((i % columns) * width, (i // columns) * height))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        with atomic_file(path) as file:
+            sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

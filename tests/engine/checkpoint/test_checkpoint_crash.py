@@ -26,7 +26,7 @@ from millrace.engine.checkpoint.tensor_file import (
     CheckpointReader,
     Piece,
 )
-from millrace.engine.util import files
+from millrace.engine.util import files, safetensors_file
 from millrace.engine.util.errors import UserError
 
 
@@ -52,7 +52,8 @@ def names(root):
 
 def trace_lines(action, at_line):
     """Run `action`, calling `at_line(n)` before its n-th line of checkpoint code or recursive delete."""
-    sources = {module.__file__ for module in (checkpoints, manifest, tensor_file, files, shutil)}
+    writers = (checkpoints, manifest, tensor_file, files, safetensors_file)
+    sources = {module.__file__ for module in (*writers, shutil)}
     count = 0
 
     def trace(frame, event, argument):
@@ -186,7 +187,7 @@ class FullDisk(io.BufferedWriter):
 def test_disk_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 100)
     monkeypatch.setattr(files, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False)
-    for room in range(7):  # header length, header, tensor; their index; meta; manifest; seal
+    for room in range(6):  # header, tensor; their index; meta; manifest; seal
         FullDisk.room = room
         with pytest.raises(UserError, match="step 200 failed: No space left on device") as caught:
             save(tmp_path, 200, keep=1)
@@ -196,7 +197,7 @@ def test_disk_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path, monkeypa
     assert_holds(resume_checkpoint(tmp_path)[0], 100)
 
     monkeypatch.setattr(files, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False)
-    FullDisk.room = 7
+    FullDisk.room = 6
     save(tmp_path, 200, keep=1)
     assert names(tmp_path) == ["step-00000200"]
 

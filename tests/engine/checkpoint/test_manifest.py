@@ -74,7 +74,7 @@ def test_shard_index_survives_its_file():
 
 
 def test_write_file_hashes_what_it_wrote(tmp_path):
-    record = write_file(tmp_path / "x", [b"abc", memoryview(b"defg")])
+    record = write_file(tmp_path / "x", b"abcdefg")
     assert (tmp_path / "x").read_bytes() == b"abcdefg"
     assert record == FileRecord(7, hashlib.sha256(b"abcdefg").hexdigest())
 
@@ -114,7 +114,7 @@ def test_lost_manifest_is_damage(tmp_path, name):
 
 
 def test_verify_file_says_expected_and_found(tmp_path):
-    record = write_file(tmp_path / "x", [b"abc"])
+    record = write_file(tmp_path / "x", b"abc")
     verify_file(tmp_path, "x", record)
     (tmp_path / "x").write_bytes(b"abd")
     found = hashlib.sha256(b"abd").hexdigest()

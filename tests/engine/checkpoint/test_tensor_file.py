@@ -61,7 +61,7 @@ def store(folder, tensors, world_size):
         for rank, name in enumerate(names)
     ]
     files = {name: index.file for name, index in zip(names, indices, strict=True)}
-    files["meta.json"] = write_file(folder / "meta.json", [b'{"lr": 0.1}'])
+    files["meta.json"] = write_file(folder / "meta.json", b'{"lr": 0.1}')
     write_manifest(folder, Manifest(40, world_size, files, merge(indices)))
     return folder
 

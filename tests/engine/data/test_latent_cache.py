@@ -20,12 +20,10 @@ from millrace.engine.data.latent_cache import (
     cache_problems,
     common_path,
 )
-from millrace.engine.encoders.latent_cache_writer import (
-    TensorFile,
-    quantise,
-)
+from millrace.engine.encoders.latent_cache_writer import quantise
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
+from millrace.engine.util.safetensors_file import GrowingTensorFile
 
 COUNTS = {(16, 32): 6, (32, 16): 3}
 DIM = 6
@@ -63,7 +61,7 @@ def write_text(root, dtype="bfloat16"):
     for shard in manifest.shards:
         path = root / cache_path(shard, "text")
         with path.open("wb") as file:
-            out, lengths, scales = TensorFile(file, "rows", {"made": "by a test"}), [0], []
+            out, lengths, scales = GrowingTensorFile(file, "rows", {"made": "by a test"}), [0], []
             for i in range(first, first + shard.samples):
                 for which in ("long", "short"):
                     rows = rows_of(i, which)
@@ -92,7 +90,7 @@ def write_latents(root, unreadable=()):
     save_file({}, root / "latents.safetensors", {"scale": "0.5"})
     for shard in manifest.shards:
         with (root / cache_path(shard, "latents")).open("wb") as file:
-            out = TensorFile(file, "moments", {})
+            out = GrowingTensorFile(file, "moments", {})
             samples = range(first, first + shard.samples)
             for i in samples:
                 out.append(moments_of(i, shard.bucket)[None])
@@ -119,37 +117,6 @@ def refused(call, *parts):
     assert "\n" not in message
     for part in parts:
         assert str(part) in message, message
-
-
-def test_files_are_safetensors_written_part_by_part(tmp_path):
-    parts = [torch.randint(-9, 9, (n, 3), dtype=torch.int8) for n in (2, 0, 5)]
-    others = {
-        "offsets": torch.arange(4),
-        "scale": torch.rand(7),
-        "cut": torch.ones(3, dtype=torch.uint8),
-        "half": torch.randn(3, 5).T.bfloat16(),
-    }
-    path = tmp_path / "file"
-    with path.open("wb") as file:
-        out = TensorFile(file, "rows", {"of": "a test"})
-        for part in parts:
-            out.append(part)
-        out.finish(others)
-    found = load_file(path)
-    assert found.pop("padding").tolist() == [0] * 3  # 21 bytes of rows
-    assert torch.equal(found.pop("rows"), torch.cat(parts))
-    assert found.keys() == others.keys()
-    for name, tensor in others.items():
-        assert torch.equal(found[name], tensor)
-        assert found[name].dtype == tensor.dtype
-
-
-def test_a_header_that_outgrows_its_room_is_an_error(tmp_path):
-    with (tmp_path / "file").open("wb") as file:
-        out = TensorFile(file, "rows", {})
-        out.append(torch.zeros(1))
-        with pytest.raises(ValueError, match="room"):
-            out.finish({f"tensor {i}": torch.zeros(1) for i in range(100)})
 
 
 @pytest.mark.parametrize("spread", [1e-30, 1.0, 1e4])
