@@ -1,7 +1,16 @@
 """log.jsonl and the loss buffer."""
 
+import fcntl
 import json
 import math
+import os
+import re
+import select
+import struct
+import sys
+import termios
+from contextlib import suppress
+from threading import Thread
 
 import pytest
 import torch
@@ -142,6 +151,73 @@ def test_progress_says_step_loss_rate_and_time_left(runs, tmp_path, capsys):
     shown = capsys.readouterr().err
     for part in ("step 3/6", "loss 0.5000", "norm 1.000", "100 ms", "10.0 img/s", "MFU 41.0%", "left"):
         assert part in shown
+
+
+class Terminal:
+    """While active, stderr is a terminal; `shown` is then what was written to it."""
+
+    def __init__(self, monkeypatch, columns=100):
+        self._patch = monkeypatch
+        self._master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self._screen, self._pieces, self._closed = os.fdopen(slave, "w"), [], False
+        self._reader = Thread(target=self._read)
+
+    def _read(self):
+        """A terminal that nobody reads stops its writer after a few kilobytes."""
+        while select.select([self._master], [], [], 0 if self._closed else 0.05)[0] or not self._closed:
+            with suppress(BlockingIOError):
+                self._pieces.append(os.read(self._master, 4096))
+
+    def __enter__(self):
+        os.set_blocking(self._master, False)
+        self._reader.start()
+        self._patch.setattr(sys, "stderr", self._screen)
+        return self
+
+    def __exit__(self, *_exception):
+        self._patch.undo()
+        self._screen.flush()
+        self._closed = True
+        self._reader.join()
+        self._screen.close()
+        os.close(self._master)
+        self.shown = b"".join(self._pieces).decode()
+
+
+def test_a_terminal_gets_a_bar_with_what_the_plain_line_says(runs, tmp_path, monkeypatch):
+    """It goes on where the run resumes, and lines for people stand above it."""
+    with Terminal(monkeypatch) as terminal:
+        log = RunLog(runs.config(tmp_path), tmp_path, 2)
+        log.say("saved a checkpoint")
+        log.records([record(5, 0.5, mfu=0.41)])
+        log.close()
+    shown = terminal.shown
+    assert shown.index("2/6 [") < shown.index("saved a checkpoint\r\n") < shown.index("5/6 [")
+    assert "loss 0.5000  norm 1.000  100 ms  10.0 img/s  MFU 41.0%" in shown
+    assert "step 5/6" not in shown
+
+
+@pytest.mark.slow
+def test_a_training_run_in_a_terminal_shows_the_bar(runs, tmp_path, monkeypatch):
+    with Terminal(monkeypatch) as terminal:
+        runs.here(tmp_path / "run", {"run": {"steps": 2}})
+    shown = terminal.shown
+    assert "0/2 [" in shown
+    assert "2/2 [" in shown
+    assert "step 2/2" not in shown
+
+
+def test_elsewhere_there_is_no_bar(runs, tmp_path, capsys):
+    log = RunLog(runs.config(tmp_path), tmp_path, 2)
+    log.say("saved a checkpoint")
+    log.records([record(5, 0.5)])
+    log.close()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "saved a checkpoint"
+    assert re.fullmatch(
+        r"step 5/6  loss 0\.5000  norm 1\.000  100 ms  10\.0 img/s  \d:\d\d:\d\d left", second
+    )
 
 
 def test_the_folder_of_a_run(tmp_path):
