@@ -32,7 +32,7 @@ from millrace.engine.checkpoint.model_weights import (
     choose_weights,
     read_weights,
 )
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.cli import run_command
 from millrace.engine.config import Model, Routing
 from millrace.engine.model.conversion import (

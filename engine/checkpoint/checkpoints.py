@@ -15,7 +15,7 @@ A step that is already published (training resumed behind it, or it is damaged) 
 `step-N.1`, `.2`, ... and only then is the older one deleted: replacing a folder under one name would need a
 moment without any.
 
-What a folder holds is described in `manifest.py`, how tensors are cut and read in `tensor_file.py`.
+What a folder holds is described in `manifest.py`, how tensors are cut and read in `sharded_tensors.py`.
 """
 
 import json
@@ -36,7 +36,7 @@ from millrace.engine.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from millrace.engine.checkpoint.tensor_file import (
+from millrace.engine.checkpoint.sharded_tensors import (
     CheckpointReader,
     Piece,
     write_shard,

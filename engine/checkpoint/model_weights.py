@@ -7,7 +7,7 @@ from torch import Tensor
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.manifest import MANIFEST
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
 from millrace.engine.config.loading import parse_config
 from millrace.engine.optim.build_optimizer import HEADS

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from millrace.engine.checkpoint.model_weights import checkpoint_folder
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,

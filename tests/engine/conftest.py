@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
 from millrace.engine.config.loading import (
     merge,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import millrace.engine.export as export
 from millrace.engine.checkpoint.checkpoints import save_checkpoint
-from millrace.engine.checkpoint.tensor_file import Piece
+from millrace.engine.checkpoint.sharded_tensors import Piece
 from millrace.engine.config import Config, Model, Routing
 from millrace.engine.model.conversion import diffusers_config, diffusers_state, prx_state
 from millrace.engine.model.denoiser import Denoiser

@@ -7,7 +7,7 @@ import torch
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import checkpoint_state
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.optim.build_optimizer import muon_stacks
 

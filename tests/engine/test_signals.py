@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,

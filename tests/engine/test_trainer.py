@@ -8,7 +8,7 @@ import torch
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import checkpoint_state
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.data import SampleStream, open_source
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import Preparation

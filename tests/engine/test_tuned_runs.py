@@ -12,7 +12,7 @@ from millrace.engine import (
     sample,
 )
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Autoencoder
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.encoders.autoencoder import open_autoencoder

@@ -15,14 +15,14 @@ import torch
 from millrace.engine.checkpoint import (
     checkpoints,
     manifest,
-    tensor_file,
+    sharded_tensors,
 )
 from millrace.engine.checkpoint.checkpoints import (
     list_checkpoints,
     resume_checkpoint,
     save_checkpoint,
 )
-from millrace.engine.checkpoint.tensor_file import (
+from millrace.engine.checkpoint.sharded_tensors import (
     CheckpointReader,
     Piece,
 )
@@ -52,7 +52,7 @@ def names(root):
 
 def trace_lines(action, at_line):
     """Run `action`, calling `at_line(n)` before its n-th line of checkpoint code or recursive delete."""
-    writers = (checkpoints, manifest, tensor_file, files, safetensors_file)
+    writers = (checkpoints, manifest, sharded_tensors, files, safetensors_file)
     sources = {module.__file__ for module in (*writers, shutil)}
     count = 0
 

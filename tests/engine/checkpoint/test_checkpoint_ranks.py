@@ -12,7 +12,7 @@ from millrace.engine.checkpoint.checkpoints import (
     save_checkpoint,
 )
 from millrace.engine.checkpoint.manifest import DamagedCheckpoint
-from millrace.engine.checkpoint.tensor_file import Piece
+from millrace.engine.checkpoint.sharded_tensors import Piece
 from millrace.engine.util.errors import UserError
 
 
@@ -154,7 +154,7 @@ def test_damage_in_one_share_is_known_to_all(tmp_path):
 def test_a_file_that_only_one_rank_cannot_read_is_damage_on_all(tmp_path, monkeypatch):
     ranks = Ranks(2)
     folder = ranks.save(tmp_path, 100)[0]
-    verify = "millrace.engine.checkpoint.tensor_file.CheckpointReader.verify"
+    verify = "millrace.engine.checkpoint.sharded_tensors.CheckpointReader.verify"
 
     def fails_on_rank_1(reader, share=0, of=1):
         if share == 1:

@@ -17,7 +17,7 @@ from millrace.engine.checkpoint.checkpoints import (
     save_checkpoint,
 )
 from millrace.engine.checkpoint.manifest import DamagedCheckpoint
-from millrace.engine.checkpoint.tensor_file import (
+from millrace.engine.checkpoint.sharded_tensors import (
     CheckpointReader,
     Piece,
 )

@@ -9,7 +9,7 @@ from millrace.engine.checkpoint.model_weights import (
     checkpoint_state,
     choose_weights,
 )
-from millrace.engine.checkpoint.tensor_file import (
+from millrace.engine.checkpoint.sharded_tensors import (
     CheckpointReader,
     Piece,
 )

@@ -6,7 +6,7 @@ import torch
 from millrace.engine.checkpoint import train_state
 from millrace.engine.checkpoint.checkpoints import save_checkpoint
 from millrace.engine.checkpoint.model_weights import read_weights
-from millrace.engine.checkpoint.tensor_file import CheckpointReader
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Ema, Model, Optimizer
 from millrace.engine.distributed.zero_shards import local_shards
 from millrace.engine.model.denoiser import Denoiser

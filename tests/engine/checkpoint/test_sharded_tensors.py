@@ -14,7 +14,7 @@ from millrace.engine.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from millrace.engine.checkpoint.tensor_file import (
+from millrace.engine.checkpoint.sharded_tensors import (
     CheckpointReader,
     Piece,
     write_shard,
@@ -164,7 +164,8 @@ def test_shares_cover_every_file_once(tmp_path, monkeypatch, world_size):
     reader = CheckpointReader(store(tmp_path / "c", {"w": torch.ones(40)}, 4), verify=False)
     seen = []
     monkeypatch.setattr(
-        "millrace.engine.checkpoint.tensor_file.verify_file", lambda folder, name, record: seen.append(name)
+        "millrace.engine.checkpoint.sharded_tensors.verify_file",
+        lambda folder, name, record: seen.append(name),
     )
     for rank in range(world_size):
         reader.verify(rank, world_size)
