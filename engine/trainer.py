@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from millrace.engine.checkpoint import train_state
-from millrace.engine.checkpoint.checkpoints import save_checkpoint
-from millrace.engine.checkpoint.resuming import find_start
+from millrace.engine.checkpoint.checkpoints import find_start, save_checkpoint
 from millrace.engine.config import Config
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import (

@@ -1,1 +1,1 @@
-"""Checkpoints: writing, verifying, reading, resuming."""
+"""Checkpoints: saving, verifying, loading, resuming."""

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, never overwritten, resumed from only when they verify.
+"""Saving checkpoints and resuming from them: whole or not at all, never overwritten, verified before use.
 
     runs/jit/checkpoints/
         .tmp-step-00000300/     being written; a leftover if the run died, cleared at the next save
@@ -41,6 +41,7 @@ from millrace.engine.checkpoint.sharded_tensors import (
     Piece,
     write_shard,
 )
+from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sync_folder
 
@@ -252,6 +253,31 @@ def resume_checkpoint(
             f"({'; '.join(messages)})"
         )
     return None, []
+
+
+def find_start(output: Path, resume: str | None) -> tuple[CheckpointReader | None, list[str]]:
+    """The checkpoint of the run in `output` to continue from, or None, and lines for the user. Collective.
+
+    Args:
+        resume: None for a new run, "auto", a step, or a folder.
+
+    Raises UserError where a new run would mix with an old one, or nothing can be resumed.
+    """
+    folder = output / "checkpoints"
+    if resume is None:
+        if list_checkpoints(folder):
+            raise UserError(
+                f"{output} already holds a run; continue it with --resume auto, or choose another "
+                "run.output_dir"
+            )
+        return None, []
+    return resume_checkpoint(
+        folder,
+        resume,
+        rank=process_group.rank(),
+        world_size=process_group.world_size(),
+        all_ok=process_group.all_ranks,
+    )
 
 
 def _warn_of_later(root: Path, reader: CheckpointReader, published: list[tuple[int, Path]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, and how it proves that it still holds exactly that.
+"""Checkpoint manifest: what a checkpoint folder holds, and the proof that it still holds exactly that.
 
     step-00000100/
         shard-00000-of-00002.safetensors    pieces of tensors, one file per rank that wrote

@@ -1,4 +1,4 @@
-"""The denoiser's weights out of a checkpoint, without its optimizer."""
+"""Model weights of a checkpoint: the denoiser's or their EMA, without the optimizer's state."""
 
 from pathlib import Path
 from typing import Literal

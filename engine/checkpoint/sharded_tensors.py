@@ -1,4 +1,4 @@
-"""Tensors in pieces: each rank writes the ranges it holds, any rank reads the ranges it wants.
+"""Sharded tensors of a checkpoint: each rank writes the ranges it holds, any rank reads those it wants.
 
 Under ZeRO a rank owns a contiguous range of every flattened tensor, all of it, or nothing. `write_shard`
 puts one rank's ranges into one safetensors file (key `name@start`); `CheckpointReader` assembles any range

@@ -1,4 +1,4 @@
-"""The training state as named tensors: from the optimizer's shards to a checkpoint and back.
+"""Training state (masters, optimizer, EMA) as named tensors: from ZeRO's shards to a checkpoint and back.
 
     master/<parameter>     FP32 weights        exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments
     ema/, ema2/<parameter> FP32 averages       momentum/<parameter>   Muon's
