@@ -17,10 +17,10 @@ from millrace.engine.data import Batch, signed_unit
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,
-    Pixels,
     Posterior,
     published_factor,
 )
+from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.batch_encoder import Prepared
 from millrace.engine.encoders.text_encoder import TextEncoder
 from millrace.engine.trainer import Trainer

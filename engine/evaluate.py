@@ -38,8 +38,8 @@ from millrace.engine.evaluation.evaluator import (
     Evaluation,
     Scores,
 )
-from millrace.engine.evaluation.features import MetricName
-from millrace.engine.evaluation.tiny_metric_networks import (
+from millrace.engine.evaluation.features import (
+    MetricName,
     tiny_features,
     tiny_networks,
 )
@@ -134,7 +134,7 @@ def _with_arguments(config: Config, arguments: argparse.Namespace) -> Config:
     features = {metric: path for metric, path in features.items() if path is not None}
     if arguments.smoke:
         folder = Path(given.get("cache", config.evaluation.cache)) / "smoke"
-        tiny = tiny_features(made_once(folder / "features", tiny_networks))
+        tiny = tiny_features(made_once(folder / "metrics", tiny_networks))
         given = {"samples": SMOKE_SAMPLES, **given, "cache": str(folder)}
         features = tiny | features
     values = merge(config.model_dump(mode="json"), {"evaluation": {**given, "features": features}})

@@ -22,7 +22,6 @@ from millrace.engine.config.stages import (
     Stage,
     resolve_stages,
 )
-from millrace.engine.encoders.autoencoder import published_factor
 
 SUFFIX = "-smoke"
 """Added to the run's folder, so that trying a configuration never touches its runs."""
@@ -71,6 +70,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
     """What replaces the settings of one stage; `larger` multiplies the edge of its pictures."""
+    from millrace.engine.encoders.autoencoder import published_factor
+
     model, conditioning = config.model, config.conditioning
     patch, depth = min(model.patch_size, 4), min(model.depth, 6)
     return {
@@ -149,70 +150,53 @@ def _small_judges(objective: Objective) -> dict[str, Any]:
     if objective.lpips.weight:
         judges["lpips"] = {"resize": max(objective.lpips.resize, 0.75)}
     if objective.dino.weight:
-        judges["dino"] = {"size": 2 * (14 if objective.dino.kind == "dinov2" else 16)}
+        from millrace.engine.encoders.teacher import vision_entry
+
+        judges["dino"] = {"size": 2 * vision_entry(objective.dino.kind).patch}
     return judges
 
 
 def _tiny_networks(config: Config) -> dict[str, Any]:
     """Paths of small random instances of the configured frozen networks, made under the output folder."""
-    text, autoencoder = config.conditioning.text, config.conditioning.autoencoder
-    towers: dict[str, Any] = {}
-    folder = Path(config.run.output_dir) / "towers"
-    if text.kind != "hash":
-        from millrace.engine.encoders.tiny_networks import tiny_text_tower
+    from millrace.engine.encoders.autoencoder import autoencoder_entry
+    from millrace.engine.encoders.lpips import tiny_lpips
+    from millrace.engine.encoders.teacher import vision_entry
+    from millrace.engine.encoders.text_encoder import text_encoder_entry
+    from millrace.engine.evaluation.features import tiny_features, tiny_networks
 
-        dim = config.model.context_dim
-        path = made_once(folder / f"{text.kind}-{dim}", lambda new: tiny_text_tower(text.kind, dim, new))
-        towers["text"] = {"path": path}
-    if autoencoder.kind != "pixels":
-        from millrace.engine.encoders.tiny_networks import tiny_autoencoder
-
-        path = made_once(folder / autoencoder.kind, lambda new: tiny_autoencoder(autoencoder.kind, new))
-        towers["autoencoder"] = {"path": path}
+    folder, dim = Path(config.run.output_dir) / "towers", config.model.context_dim
+    conditioning: dict[str, Any] = {}
+    kind = config.conditioning.text.kind
+    text = text_encoder_entry(kind)
+    if text.source is not None:
+        path = made_once(folder / f"{kind}-{dim}", lambda new: text.tiny(dim, new))
+        conditioning["text"] = {"path": path}
+    kind = config.conditioning.autoencoder.kind
+    autoencoder = autoencoder_entry(kind)
+    if autoencoder.network is not None:
+        conditioning["autoencoder"] = {"path": made_once(folder / kind, autoencoder.tiny)}
     teacher: dict[str, Any] = {}
     if config.alignment.active:
-        teacher = {"path": _tiny_teacher(config.alignment.teacher.kind, folder), "cache": None}
-    networks = {"conditioning": towers, "objective": _tiny_judges(config, folder)}
-    if config.evaluation.every_steps:
-        from millrace.engine.evaluation.tiny_metric_networks import (
-            tiny_features,
-            tiny_networks,
-        )
-
-        cache = str(Path(config.run.output_dir) / "reference-statistics")
-        path = made_once(folder / "features", tiny_networks)
-        networks["evaluation"] = {"features": tiny_features(path), "cache": cache}
-    return networks | {"alignment": {"teacher": teacher}}
-
-
-def _tiny_teacher(kind: str, folder: Path) -> str:
-    if kind == "classifier":
-        from millrace.engine.encoders.small_classifier import (
-            SmallClassifier,
-            save_classifier,
-        )
-
-        return made_once(folder / kind, lambda new: save_classifier(SmallClassifier(classes=2, width=8), new))
-    from millrace.engine.encoders.tiny_networks import tiny_dino
-
-    return made_once(folder / kind, lambda new: tiny_dino(kind, new))
-
-
-def _tiny_judges(config: Config, folder: Path) -> dict[str, Any]:
-    """Paths of the networks that look at predicted pictures."""
-    from millrace.engine.encoders.tiny_networks import (
-        tiny_dino,
-        tiny_lpips,
-    )
-
-    objective, judges = config.objective, {}
-    tuning = config.conditioning.autoencoder.tuning
+        kind = config.alignment.teacher.kind
+        teacher = {"path": made_once(folder / kind, vision_entry(kind).tiny), "cache": None}
+    objective, tuning = config.objective, config.conditioning.autoencoder.tuning
+    judges: dict[str, Any] = {}
     if objective.lpips.weight or (tuning.enabled and tuning.perceptual_weight):
         judges["lpips"] = {"path": made_once(folder / "lpips", tiny_lpips)}
     if objective.dino.weight:
         kind = objective.dino.kind
-        judges["dino"] = {"path": made_once(folder / kind, lambda new: tiny_dino(kind, new))}
-    return judges
+        judges["dino"] = {"path": made_once(folder / kind, vision_entry(kind).tiny)}
+    evaluation: dict[str, Any] = {}
+    if config.evaluation.every_steps:
+        path = made_once(folder / "metrics", tiny_networks)
+        cache = str(Path(config.run.output_dir) / "reference-statistics")
+        evaluation = {"features": tiny_features(path), "cache": cache}
+    return {
+        "conditioning": conditioning,
+        "objective": judges,
+        "evaluation": evaluation,
+        "alignment": {"teacher": teacher},
+    }
 
 
 def made_once(folder: Path, make: Callable[[Path], Path]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures to what the denoiser is trained on, and back: pixels, or the latents of a frozen autoencoder.
+"""Autoencoder (VAE): pictures to what the denoiser is trained on, and back; the registry of its kinds.
 
     encode: z = scale · (mean + std · noise - shift)        decode: picture = D(z / scale + shift)
 
@@ -14,7 +14,8 @@ was kept gives the same latents without it, to the last bit: the network is load
 |   patchified              | 128      | 16     | sampled   | batch-norm statistics of the weights|
 | dc_ae  | AutoencoderDC        | 32       | 32     | none      | of the weights' configuration, 0    |
 
-Channels and factor are read from the weights; the table has those of the published ones.
+Channels and factor are read from the weights; the table has those of the published ones, as has the entry of
+each kind in `encoders/autoencoders/`.
 
 FLUX.2's own pipeline folds 2x2 positions into 128 channels and normalises them with the batch-norm statistics
 in its weights: z = (fold(mean + std noise) - running mean) / sqrt(running variance + eps), by channel.
@@ -35,30 +36,22 @@ from torch import Tensor
 
 from millrace.engine import config as settings
 from millrace.engine.encoders.pretrained import (
+    NetworkSize,
+    Settings,
     import_class,
     load_network,
     name_of,
+    random_network,
     unreadable,
 )
 from millrace.engine.repa_e.latent_norm import load_statistics
+from millrace.engine.util import registry
 from millrace.engine.util.errors import UserError
 
-_PUBLISHED = {
-    "flux1": ("AutoencoderKL", "black-forest-labs/FLUX.1-dev"),
-    "repa_e": ("AutoencoderKL", "REPA-E/e2e-flux-vae"),
-    "flux2": ("AutoencoderKLFlux2", "black-forest-labs/FLUX.2-dev"),
-    "dc_ae": ("AutoencoderDC", "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"),
-}
 _KEY = "conditioning.autoencoder.path"
-
-PUBLISHED_FACTOR = {"pixels": 1, "flux1": 8, "flux2": 8, "repa_e": 8, "dc_ae": 32}
-"""Pixels per latent position of the published weights of each kind, before any folding."""
 
 _FOLD = 2
 """Edge of the squares of positions that FLUX.2 folds into channels."""
-
-FLUX2_SCALE = 0.18215
-"""Default `scaling_factor` of diffusers' AutoencoderKL, which PRX applies to FLUX.2's latents."""
 
 
 class Posterior(NamedTuple):
@@ -75,16 +68,6 @@ class Posterior(NamedTuple):
         if noise is None or self.logvar is None:
             return latents
         return latents + torch.exp(0.5 * self.logvar.float()) * noise
-
-
-def source_of(config: settings.Autoencoder) -> str:
-    """Folder or hub id of the weights."""
-    return config.path or _PUBLISHED[config.kind][1]
-
-
-def published_factor(config: settings.Autoencoder) -> int:
-    """Pixels per latent position of the published weights, as the denoiser gets them."""
-    return PUBLISHED_FACTOR[config.kind] * (_FOLD if config.form == "patchified" else 1)
 
 
 class Autoencoder(ABC):
@@ -146,24 +129,6 @@ class Autoencoder(ABC):
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor: ...
-
-
-class Pixels(Autoencoder):
-    """No autoencoder: the denoiser works on pixels in [-1, 1]."""
-
-    channels = 3
-    factor = 1
-    identity = "pixels"
-    stochastic = False
-
-    def _posterior(self, images: Tensor) -> Posterior:
-        return Posterior(images, None)
-
-    def _sample(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
-        return posterior.sampled(None)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 @dataclass(frozen=True)
@@ -244,16 +209,95 @@ class FoldedLatents(Latents):
         return self._pictures(F.pixel_shuffle(latents.float() * self.deviation + self.mean, _FOLD))
 
 
+@dataclass(frozen=True)
+class DiffusersNetwork:
+    """The network of diffusers behind a kind of autoencoder."""
+
+    source: str
+    """Hub id of the published weights."""
+    class_name: str
+    size: NetworkSize
+    """Of the published network, work of the encoder."""
+    shape: Settings
+    """Arguments of the class for the published network."""
+    tiny: Settings
+    """Arguments for a small one with the published channels and factor."""
+    stochastic: bool = True
+    """Whether it has a posterior, not one latent."""
+    exact: bool = False
+    """Whether it computes in FP32 whatever `dtype` says."""
+    scale: float | None = None
+    """In place of `scaling_factor` in the weights' configuration."""
+    folded_norm: bool = False
+    """Whether its weights hold batch-norm statistics of folded latents (FLUX.2)."""
+
+
+@dataclass(frozen=True)
+class AutoencoderEntry:
+    """A kind of autoencoder (`conditioning.autoencoder.kind`): all that the engine asks of it.
+
+    Its module in `encoders/autoencoders/` has the kind's name.
+    """
+
+    channels: int
+    """Of the published weights, before any folding."""
+    factor: int
+    """Pixels per latent position of the published weights, before any folding."""
+    open: Callable[[settings.Autoencoder, torch.device], Autoencoder]
+    """As `open_autoencoder`."""
+    network: DiffusersNetwork | None = None
+    """None for a kind without weights, which has nothing to load, cache or tune."""
+
+    def tiny(self, folder: Path) -> Path:
+        """Save a small network of the same class, channels and factor with random weights, for `--smoke`."""
+        network_class = import_class("diffusers", self.network.class_name, "a tiny autoencoder")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network_class(**self.network.tiny).save_pretrained(folder)
+        return folder
+
+
+def autoencoder_entry(kind: str) -> AutoencoderEntry:
+    """The entry of a kind."""
+    return registry.entry("encoders.autoencoders", kind)
+
+
+def published_factor(config: settings.Autoencoder) -> int:
+    """Pixels per latent position of the published weights, as the denoiser gets them."""
+    return autoencoder_entry(config.kind).factor * (_FOLD if config.form == "patchified" else 1)
+
+
 def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> Autoencoder:
-    """The autoencoder of `config` on `device`, from a folder or hub repository that holds it at its top or,
-    like the diffusers pipelines, under `vae`.
+    """The autoencoder of `config` on `device`. Raises UserError when a package or its weights are absent."""
+    return autoencoder_entry(config.kind).open(config, device)
+
+
+def network_of(config: settings.Autoencoder) -> DiffusersNetwork:
+    """The network behind `config`, of a kind that has one."""
+    network = autoencoder_entry(config.kind).network
+    if network is None:
+        raise ValueError(f"conditioning.autoencoder.kind {config.kind} has no network")
+    return network
+
+
+def source_of(config: settings.Autoencoder) -> str:
+    """Folder or hub id of the weights."""
+    return config.path or network_of(config).source
+
+
+def diffusers_entry(channels: int, factor: int, network: DiffusersNetwork) -> AutoencoderEntry:
+    """The registry's entry of an autoencoder of diffusers."""
+    return AutoencoderEntry(channels, factor, open_latents, network)
+
+
+def open_latents(config: settings.Autoencoder, device: torch.device) -> Latents:
+    """An autoencoder of diffusers, from a folder or hub repository that holds it at its top or, like the
+    diffusers pipelines, under `vae`.
 
     Weights and arithmetic are in `config.dtype`, except that dc_ae is always FP32, as in PRX, and so is one
     that is going to be tuned. In a folder of a tuned one its statistics, channel by channel, stand for scale
-    and shift. Raises UserError when diffusers or the weights are not there.
+    and shift.
     """
-    if config.kind == "pixels":
-        return Pixels()
     origin = locate(config)
     network, constants = _load(config, origin, device)
     return _latents(config, name_of(config.kind, origin.source, origin.revision), lambda: network, constants)
@@ -261,8 +305,8 @@ def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> Auto
 
 def open_later(
     config: settings.Autoencoder, device: torch.device, constants: Constants, revision: str | None
-) -> Autoencoder:
-    """As `open_autoencoder`, but weights are loaded when a picture is first encoded or decoded.
+) -> Latents:
+    """As `open_latents`, but weights are loaded when a picture is first encoded or decoded.
 
     Args:
         constants: of the same weights, on `device`.
@@ -272,10 +316,20 @@ def open_later(
     return _latents(config, name, lambda: _load(config, locate(config), device)[0], constants)
 
 
+def open_random(config: settings.Autoencoder, device: torch.device) -> Latents:
+    """The published network with random weights, as benchmarks need it; for `form` raw."""
+    entry, own = autoencoder_entry(config.kind), network_of(config)
+    network_class = import_class("diffusers", own.class_name, f"conditioning.autoencoder.kind {config.kind}")
+    network = random_network(lambda: network_class(**own.shape), device, arithmetic(config))
+    scale, shift = _scale_and_shift(own, network.config)
+    constants = Constants(entry.channels, entry.factor, scale, shift)
+    return _latents(config, f"{config.kind}, random weights", lambda: network, constants)
+
+
 def arithmetic(config: settings.Autoencoder) -> torch.dtype:
     """Of the network's weights and of its posterior."""
     # Tuning starts from weights that are not rounded.
-    exact = config.kind == "dc_ae" or config.tuning.enabled
+    exact = network_of(config).exact or config.tuning.enabled
     return torch.float32 if exact else getattr(torch, config.dtype)
 
 
@@ -284,12 +338,12 @@ def _latents(
 ) -> Latents:
     if config.form == "patchified":
         return FoldedLatents(open_network, f"{name} ({config.form})", constants)
-    return Latents(open_network, name, constants, stochastic=config.kind != "dc_ae")
+    return Latents(open_network, name, constants, network_of(config).stochastic)
 
 
 def _load(config: settings.Autoencoder, origin: "Origin", device: torch.device) -> tuple[Any, Constants]:
     """The network on `device`, and what is to be known of its weights."""
-    dtype = arithmetic(config)
+    dtype, own = arithmetic(config), network_of(config)
     # FLUX.2's statistics stay FP32, so they are taken before the weights are rounded.
     network = load_network(
         origin.network_class.from_pretrained,
@@ -297,7 +351,7 @@ def _load(config: settings.Autoencoder, origin: "Origin", device: torch.device) 
         _KEY,
         device,
         subfolder=origin.subfolder,
-        torch_dtype=torch.float32 if config.kind == "flux2" else dtype,
+        torch_dtype=torch.float32 if own.folded_norm else dtype,
     )
     settings_of = network.config
     widths = (
@@ -306,19 +360,23 @@ def _load(config: settings.Autoencoder, origin: "Origin", device: torch.device) 
         else settings_of.block_out_channels
     )
     channels = settings_of.latent_channels
-    scale = FLUX2_SCALE if config.kind == "flux2" else settings_of.scaling_factor
-    shift = settings_of.get("shift_factor") or 0.0
+    scale, shift = _scale_and_shift(own, settings_of)
     for folder in (Path(origin.source, "vae"), Path(origin.source)):
         statistics = load_statistics(folder, channels, device, _KEY)
         if statistics is not None:
             scale, shift = statistics
     mean = deviation = None
-    if config.kind == "flux2":
+    if own.folded_norm:
         norm = network.bn
         mean = norm.running_mean.float()[:, None, None].clone()
         deviation = (norm.running_var.float() + norm.eps).sqrt()[:, None, None]
         network.to(dtype)
     return network, Constants(channels, 2 ** (len(widths) - 1), scale, shift, mean, deviation)
+
+
+def _scale_and_shift(own: DiffusersNetwork, config: Any) -> tuple[float, float]:
+    scale = config.scaling_factor if own.scale is None else own.scale
+    return scale, config.get("shift_factor") or 0.0
 
 
 class Origin(NamedTuple):
@@ -334,7 +392,7 @@ class Origin(NamedTuple):
 
 def locate(config: settings.Autoencoder) -> Origin:
     """Find the weights of an autoencoder without loading them. Raises UserError."""
-    name, source = _PUBLISHED[config.kind][0], source_of(config)
+    name, source = network_of(config).class_name, source_of(config)
     network_class = import_class("diffusers", name, f"conditioning.autoencoder.kind {config.kind}")
     subfolder, revision, held = _find(network_class, source)
     if held not in (name, None):

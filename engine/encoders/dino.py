@@ -4,32 +4,34 @@ DINOv2: arXiv 2304.07193, with registers arXiv 2309.16588; DINOv3: arXiv 2508.10
 registers come first in their sequences; here they take part in attention and are left out of every result.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from millrace.engine.config import AttentionAlignment
+from millrace.engine.config import Teacher as TeacherConfig
 from millrace.engine.encoders.pretrained import (
+    Settings,
     import_class,
     load,
     load_network,
+    random_network,
+)
+from millrace.engine.encoders.teacher import (
+    KEY,
+    PublishedVision,
+    QueriesKeys,
+    Teacher,
+    VisionEntry,
+    vision_entry,
 )
 from millrace.engine.util.errors import UserError
 
 DinoKind = Literal["dinov2", "dinov3"]
-
-PUBLISHED: dict[str, str] = {
-    "dinov2": "facebook/dinov2-with-registers-large",
-    "dinov3": "facebook/dinov3-vitl16-pretrain-lvd1689m",
-}
-"""The ViT-L that Photoroom/PRX aligns with."""
-
-_CLASSES: dict[str, dict[str, str]] = {
-    "dinov2": {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"},
-    "dinov3": {"dinov3_vit": "DINOv3ViTModel"},
-}
-"""Class by what the folder's config calls its model."""
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -52,7 +54,7 @@ def load_dino(
     """
     source = source or default
     config = load(import_class("transformers", "AutoConfig", key).from_pretrained, source, key)
-    name = _CLASSES[kind].get(config.model_type)
+    name = vision_entry(kind).classes.get(config.model_type)
     if name is None:
         raise UserError(
             f"{source!r} holds a {config.model_type}, not a {kind}; set {key} to a folder or hub id of one"
@@ -151,3 +153,113 @@ def _attend(
         taken[layer] = (query, key)
     out = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     return out.transpose(1, 2), None
+
+
+class DinoTeacher(Teacher):
+    """DINOv2 or DINOv3: tokens after the final norm, and attention of the layers that HASTE aligns with."""
+
+    def __init__(
+        self, config: TeacherConfig, dino: Dino, device: torch.device, attention: AttentionAlignment | None
+    ) -> None:
+        self.dino = dino
+        super().__init__(config, dino.patch, dino.dim, dino.network, dino.identity, device)
+        self.layers: tuple[int, ...] = ()
+        if attention is not None and attention.weight > 0:
+            self.layers, self.heads = self._layers(attention), attention.heads
+
+    def _layers(self, attention: AttentionAlignment) -> tuple[int, ...]:
+        depth, count = self.dino.layers, len(attention.blocks)
+        if count > depth:
+            raise UserError(
+                f"alignment.attention.blocks names {count} blocks, but {self.dino.identity} has {depth} "
+                "layers; name fewer blocks"
+            )
+        layers = attention.teacher_layers or tuple(range(depth - count, depth))
+        if max(layers) >= depth:
+            raise UserError(
+                f"alignment.attention.teacher_layers names layer {max(layers)}, but {self.dino.identity} has "
+                f"{depth} layers; the last is {depth - 1}"
+            )
+        if attention.heads > self.dino.heads:
+            raise UserError(
+                f"alignment.attention.heads is {attention.heads}, but {self.dino.identity} has "
+                f"{self.dino.heads} heads; set it to {self.dino.heads} or less"
+            )
+        return layers
+
+    def _compute(self, pictures: Tensor) -> tuple[Tensor, list[QueriesKeys]]:
+        tokens, attention = self.dino.tokens_and_attention(pictures, self.layers)
+        return tokens, [(q[:, :, : self.heads], k[:, :, : self.heads]) for q, k in attention]
+
+
+VIT_L: Settings = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_register_tokens": 4,
+}
+VIT_B: Settings = VIT_L | {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+_TINY: Settings = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_register_tokens": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoEntry(VisionEntry):
+    """A family of DINO.
+
+    Attributes:
+        kind: name of the family.
+        name: of its newest class in transformers, without Config or Model.
+        classes: class by what a folder's config calls its model.
+        smallest: settings of a tiny one beside width, layers and heads.
+    """
+
+    kind: DinoKind
+    name: str
+    classes: Mapping[str, str]
+    patch: int
+    large: PublishedVision
+    base: PublishedVision
+    smallest: Settings
+
+    def open_teacher(
+        self, config: TeacherConfig, device: torch.device, attention: AttentionAlignment | None
+    ) -> Teacher:
+        dtype = getattr(torch, config.dtype)
+        dino = load_dino(self.kind, config.path, KEY, device, dtype, self.large.source)
+        return DinoTeacher(config, dino, device, attention)
+
+    def random_teacher(
+        self, config: TeacherConfig, device: torch.device, attention: AttentionAlignment | None
+    ) -> Teacher:
+        """The published ViT-L with random weights, as benchmarks need it."""
+        key, dtype = f"alignment.teacher.kind {self.kind}", getattr(torch, config.dtype)
+        register_attention(key)
+        network = random_network(
+            lambda: self.new_network(self.large.shape, attn_implementation=ATTENTION), device, dtype
+        )
+        dino = Dino(network, f"{self.kind}, random weights", device, dtype)
+        return DinoTeacher(config, dino, device, attention)
+
+    def new_network(self, shape: Settings, name: str | None = None, **others: Any) -> nn.Module:
+        """A network of a shape with random weights, of the family's newest class or of class `name`."""
+        key = f"alignment.teacher.kind {self.kind}"
+        config = import_class("transformers", f"{name or self.name}Config", key)
+        return import_class("transformers", f"{name or self.name}Model", key)(config(**shape, **others))
+
+    def tiny(self, folder: Path, name: str | None = None, **others: Any) -> Path:
+        """Save a small one of the family's newest class, or of class `name`; `others` replace settings, None
+        leaves one out."""
+        shape = {k: v for k, v in (_TINY | self.smallest | others).items() if v is not None}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = self.new_network(shape, name)
+            for parameter in network.parameters():
+                # Wider than the usual 0.02, so that features of different pictures differ.
+                parameter.data.normal_(std=0.2)
+        network.save_pretrained(folder)
+        return folder

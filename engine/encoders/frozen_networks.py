@@ -20,6 +20,7 @@ from millrace.engine.data.latent_cache import (
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,
     Constants,
+    autoencoder_entry,
     open_later,
 )
 from millrace.engine.encoders.identity import (
@@ -32,8 +33,8 @@ from millrace.engine.encoders.pretrained import name_of
 from millrace.engine.encoders.text_encoder import (
     LaterTower,
     TextEncoder,
+    text_encoder_entry,
 )
-from millrace.engine.encoders.text_hf import source_of
 from millrace.engine.util.errors import UserError
 
 
@@ -97,9 +98,10 @@ def open_frozen(
             f"model.in_channels is {config.model.in_channels}, but {autoencoder.identity} has "
             f"{autoencoder.channels} channels; set it to {autoencoder.channels}"
         )
-    if caches is not None and caches.complete("text") and section.text.kind != "hash":
+    source_of_text = text_encoder_entry(section.text.kind).source_of(section.text)
+    if caches is not None and caches.complete("text") and source_of_text is not None:
         revision = caches.of("text")[0].record.network.get("revision")
-        name = name_of(section.text.kind, source_of(section.text), revision)
+        name = name_of(section.text.kind, source_of_text, revision)
         tower: TextEncoder = LaterTower(open_text, dim, name, device, dtype)
     else:
         tower = open_text()
@@ -154,8 +156,9 @@ def _require(cache: Cache, wanted: Identity) -> None:
 def _refuse_pictures(config: Config) -> None:
     """With cached latents no picture is decoded; name the setting that wants to look at one."""
     section = config.conditioning.autoencoder
+    entry = autoencoder_entry(section.kind)
     reasons = {
-        "conditioning.autoencoder.kind pixels has no latents": section.kind == "pixels",
+        f"conditioning.autoencoder.kind {section.kind} has no latents": entry.network is None,
         "conditioning.autoencoder.tuning changes the autoencoder": section.tuning.enabled,
         "alignment shows the pictures to its teacher": config.alignment.active,
         "objective has perceptual terms, which look at the pictures": config.objective.perceptual,

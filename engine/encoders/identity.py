@@ -19,9 +19,7 @@ import torch
 
 from millrace.engine import config as settings
 from millrace.engine.encoders import autoencoder as autoencoders
-from millrace.engine.encoders.pretrained import import_class
-from millrace.engine.encoders.text_encoder import CLEANING
-from millrace.engine.encoders.text_hf import source_of
+from millrace.engine.encoders.text_encoder import CLEANING, text_encoder_entry
 from millrace.engine.repa_e.latent_norm import STATISTICS_FILE
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256, sha256_file
@@ -41,17 +39,13 @@ def text_identity(config: settings.TextTower, dim: int, dtype: torch.dtype) -> I
     """
     own = {"kind": config.kind, "dim": dim, "dtype": _DTYPE_NAMES[dtype], "max_tokens": config.max_tokens}
     own["cleaning"] = CLEANING
-    if config.kind == "hash":
+    entry = text_encoder_entry(config.kind)
+    source = entry.source_of(config)
+    if source is None:
         return own
-    source = source_of(config)
     if Path(source).is_dir():
         return own | {"source": source, "digest": digest_of(_files(Path(source)))}
-
-    def revision() -> str | None:
-        found = import_class("transformers", "AutoConfig", f"conditioning.text.kind {config.kind}")
-        return getattr(found.from_pretrained(source), "_commit_hash", None)
-
-    return own | {"source": source, "revision": _looked_up(revision)}
+    return own | {"source": source, "revision": _looked_up(lambda: entry.revision(source))}
 
 
 def autoencoder_identity(config: settings.Autoencoder) -> Identity:
@@ -60,7 +54,7 @@ def autoencoder_identity(config: settings.Autoencoder) -> Identity:
     The revision of a hub repository is None where it cannot be looked up.
     """
     own = {"kind": config.kind}
-    if config.kind == "pixels":
+    if autoencoders.autoencoder_entry(config.kind).network is None:
         return own
     own["dtype"] = _DTYPE_NAMES[autoencoders.arithmetic(config)]
     source = autoencoders.source_of(config)

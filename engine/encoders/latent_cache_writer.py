@@ -43,7 +43,7 @@ from millrace.engine.data.sources.shards import (
     ShardsSource,
 )
 from millrace.engine.distributed.process_group import choose_device
-from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder
 from millrace.engine.encoders.frozen_networks import constants_tensors
 from millrace.engine.encoders.identity import (
     Identity,
@@ -194,10 +194,9 @@ class _LatentMaker(Maker):
 
     def __init__(self, source: ShardsSource, config: Config, device: torch.device) -> None:
         section = config.conditioning.autoencoder
-        if section.kind == "pixels" or section.tuning.enabled:
-            reason = (
-                "pixels has no latents" if section.kind == "pixels" else "it is tuned, so they would change"
-            )
+        without = autoencoder_entry(section.kind).network is None
+        if without or section.tuning.enabled:
+            reason = f"{section.kind} has no latents" if without else "it is tuned, so they would change"
             raise UserError(f"--cache latents: conditioning.autoencoder: {reason}; cache text alone")
         super().__init__(source, autoencoder_identity(section))
         self.dtype = self.network["dtype"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from millrace.engine.encoders.pretrained import unreadable
@@ -169,3 +169,15 @@ def _widths(state: dict[str, Tensor]) -> tuple[int, ...]:
     """Channels of the stages in `state`; the published ones where they are not to be had."""
     firsts = [state.get(f"stages.{i}.0.weight") for i in range(len(STAGES))]
     return WIDTHS if any(first is None for first in firsts) else tuple(len(first) for first in firsts)
+
+
+def tiny_lpips(folder: Path, widths: tuple[int, ...] = (4, 4, 6, 6, 8)) -> Path:
+    """Save a narrow LPIPS with random weights in `folder`, for `--smoke` and tests; returns it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Lpips(widths)
+        for weight in network.heads:
+            weight.data.uniform_()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(network.state_dict(), folder / "lpips.safetensors")
+    return folder

@@ -13,13 +13,8 @@ from millrace.engine.encoders.lpips import (
     Lpips,
     load_lpips,
 )
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.util.errors import UserError
-
-PUBLISHED = {
-    "dinov2": "facebook/dinov2-with-registers-base",
-    "dinov3": "facebook/dinov3-vitb16-pretrain-lvd1689m",
-}
-"""The ViT-B of each family; PRX's is the first."""
 
 _DINO = "objective.dino.path"
 
@@ -42,7 +37,7 @@ def open_perceptual(config: Objective, device: torch.device) -> PerceptualNetwor
     if config.dino.weight:
         kind, size = config.dino.kind, config.dino.size
         dtype = getattr(torch, config.dino.dtype)
-        dino = load_dino(kind, config.dino.path, _DINO, device, dtype, PUBLISHED[kind])
+        dino = load_dino(kind, config.dino.path, _DINO, device, dtype, vision_entry(kind).base.source)
         if size % dino.patch:
             near = max(round(size / dino.patch), 1) * dino.patch
             raise UserError(

@@ -2,13 +2,25 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
+
+Settings = dict[str, Any]
+"""Arguments of a network's class or of its configuration's."""
+
+
+class NetworkSize(NamedTuple):
+    """Size and work of a frozen network, from its published shape."""
+
+    parameters: int
+    flops: float
+    """Forward, of one unit of its input: a text token, a pixel of an autoencoder's encoder, a patch of a
+    vision transformer. An embedding looks up and multiplies nothing."""
 
 
 def import_class(package: str, name: str, key: str) -> Any:
@@ -72,3 +84,15 @@ def weights_digest(network: torch.nn.Module) -> str:
     """Of the first values of every weight: other weights under the same name are another network."""
     first = {name: value.flatten()[:64].float().cpu() for name, value in network.state_dict().items()}
     return sha256(name.encode() + value.numpy().tobytes() for name, value in first.items())[:16]
+
+
+def random_network(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """`make()` with its random weights made on `device` in `dtype`, frozen; generators stay as they were."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            network = make()
+    finally:
+        torch.set_default_dtype(usual)
+    return network.to(device, dtype).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""The frozen network that the denoiser's features are aligned with.
+"""Teacher: the frozen vision network that the denoiser's features are aligned with; registry of its kinds.
 
 A picture is resized so that the teacher has one patch for each of the denoiser's tokens; a teacher of 16
 pixel patches sees a picture of 256 pixels and 16 x 16 tokens as it is, one of 14 pixels sees 224.
@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,12 @@ from torch import Tensor, nn
 
 from millrace.engine.config import Alignment, AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
-from millrace.engine.encoders.dino import (
-    PUBLISHED,
-    Dino,
-    load_dino,
-)
-from millrace.engine.encoders.pretrained import weights_digest
+from millrace.engine.encoders.pretrained import NetworkSize, Settings, weights_digest
 from millrace.engine.encoders.side_stream import (
     SideStream,
     use_after,
 )
-from millrace.engine.encoders.small_classifier import (
-    PATCH,
-    load_classifier,
-)
+from millrace.engine.util import registry
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_json, write_atomically
 from millrace.kernels.support.packed import to_device
@@ -39,7 +32,7 @@ Grid = tuple[int, int]
 """Rows and columns of the denoiser's tokens of one picture."""
 QueriesKeys = tuple[Tensor, Tensor]
 
-_KEY = "alignment.teacher.path"
+KEY = "alignment.teacher.path"
 _CACHE_FORMAT = 1
 
 
@@ -145,59 +138,52 @@ class Teacher(ABC):
         return F.interpolate(pictures, size=size, mode="bicubic", antialias=True)
 
 
-class DinoTeacher(Teacher):
-    """DINOv2 or DINOv3: tokens after the final norm, and attention of the layers that HASTE aligns with."""
+class PublishedVision(NamedTuple):
+    """Published weights of a vision network."""
 
-    def __init__(
-        self, config: TeacherConfig, dino: Dino, device: torch.device, attention: AttentionAlignment | None
-    ) -> None:
-        self.dino = dino
-        super().__init__(config, dino.patch, dino.dim, dino.network, dino.identity, device)
-        self.layers: tuple[int, ...] = ()
-        if attention is not None and attention.weight > 0:
-            self.layers, self.heads = self._layers(attention), attention.heads
-
-    def _layers(self, attention: AttentionAlignment) -> tuple[int, ...]:
-        depth, count = self.dino.layers, len(attention.blocks)
-        if count > depth:
-            raise UserError(
-                f"alignment.attention.blocks names {count} blocks, but {self.dino.identity} has {depth} "
-                "layers; name fewer blocks"
-            )
-        layers = attention.teacher_layers or tuple(range(depth - count, depth))
-        if max(layers) >= depth:
-            raise UserError(
-                f"alignment.attention.teacher_layers names layer {max(layers)}, but {self.dino.identity} has "
-                f"{depth} layers; the last is {depth - 1}"
-            )
-        if attention.heads > self.dino.heads:
-            raise UserError(
-                f"alignment.attention.heads is {attention.heads}, but {self.dino.identity} has "
-                f"{self.dino.heads} heads; set it to {self.dino.heads} or less"
-            )
-        return layers
-
-    def _compute(self, pictures: Tensor) -> tuple[Tensor, list[QueriesKeys]]:
-        tokens, attention = self.dino.tokens_and_attention(pictures, self.layers)
-        return tokens, [(q[:, :, : self.heads], k[:, :, : self.heads]) for q, k in attention]
+    source: str
+    """Hub id."""
+    size: NetworkSize
+    """Work of one patch."""
+    shape: Settings
+    """Settings of its configuration's class."""
 
 
-class ClassifierTeacher(Teacher):
-    """A small convolutional classifier: its feature map, one place for each 4 x 4 pixels."""
+class VisionEntry(ABC):
+    """A kind of vision network (`alignment.teacher.kind`): all that the engine asks of it.
 
-    def __init__(self, config: TeacherConfig, device: torch.device) -> None:
-        if config.path is None:
-            raise UserError(
-                f"alignment.teacher.kind classifier has no published weights; set {_KEY} to a folder written "
-                "by save_classifier"
-            )
-        self.network = load_classifier(config.path, _KEY, device, getattr(torch, config.dtype))
-        super().__init__(config, PATCH, self.network.dim, self.network, f"classifier {config.path}", device)
+    Its module in `encoders/vision/` has the kind's name.
 
-    def _compute(self, pictures: Tensor) -> tuple[Tensor, list[QueriesKeys]]:
-        with torch.autocast(pictures.device.type, enabled=False):
-            maps = self.network.features(pictures.to(getattr(torch, self.config.dtype)))
-        return maps.flatten(2).transpose(1, 2), []
+    Attributes:
+        patch: edge in pixels of what one feature is about.
+        large: the published ViT-L, which is the default teacher; None where nothing is published.
+        base: the published ViT-B, which is the default of perceptual losses.
+    """
+
+    patch: int
+    large: PublishedVision | None = None
+    base: PublishedVision | None = None
+
+    @abstractmethod
+    def open_teacher(
+        self, config: TeacherConfig, device: torch.device, attention: AttentionAlignment | None
+    ) -> Teacher:
+        """As the function `open_teacher`, without a cache."""
+
+    @abstractmethod
+    def tiny(self, folder: Path) -> Path:
+        """Save a small network of the same class with random weights, for `--smoke` and tests."""
+
+    def random_teacher(
+        self, config: TeacherConfig, device: torch.device, attention: AttentionAlignment | None
+    ) -> Teacher:
+        """The published ViT-L with random weights, for benchmarks."""
+        raise NotImplementedError
+
+
+def vision_entry(kind: str) -> VisionEntry:
+    """The entry of a kind."""
+    return registry.entry("encoders.vision", kind)
 
 
 def open_teacher(
@@ -215,12 +201,7 @@ def open_teacher(
 
     Raises UserError if weights, layers, heads or cache do not fit.
     """
-    if config.kind == "classifier":
-        teacher: Teacher = ClassifierTeacher(config, device)
-    else:
-        default, dtype = PUBLISHED[config.kind], getattr(torch, config.dtype)
-        dino = load_dino(config.kind, config.path, _KEY, device, dtype, default)
-        teacher = DinoTeacher(config, dino, device, attention)
+    teacher = vision_entry(config.kind).open_teacher(config, device, attention)
     teacher.keep_features(data)
     return teacher
 

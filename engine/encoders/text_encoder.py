@@ -1,13 +1,13 @@
-"""Captions to packed text tokens.
+"""Text encoder: captions to packed text tokens, and the registry of its kinds.
 
-    captions ──clean──▶ unique captions ──tower──▶ rows of each (n_i, E) ──concatenate──▶ PackedText
+    captions ──clean──▶ unique captions ──network──▶ rows of each (n_i, E) ──concatenate──▶ PackedText
 
-Padding never leaves a tower: the denoiser's text keys carry no position, so attention over the n_i rows of
-a caption equals attention over its padded rows under a mask. Row counts are known on the host from the
-tokenizer, so packing neither masks on the device nor waits for it.
+Padding never leaves a text encoder: the denoiser's text keys carry no position, so attention over the n_i
+rows of a caption equals attention over its padded rows under a mask. Row counts are known on the host from
+the tokenizer, so packing neither masks on the device nor waits for it.
 
-Rows that were kept from an earlier pass of the same tower take the place of those it would compute, caption
-by caption; the tower then sees only the others.
+Rows that were kept from an earlier pass of the same encoder take the place of those it would compute, caption
+by caption; the encoder then sees only the others.
 """
 
 import html
@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from millrace.engine.config import TextTower
+from millrace.engine.encoders.pretrained import NetworkSize
+from millrace.engine.util import registry
 from millrace.kernels.support.packed import (
     joined,
     to_device,
@@ -64,7 +67,7 @@ class KeptRows(Protocol):
 
 
 class TextEncoder(ABC):
-    """A frozen text tower. Subclasses turn cleaned captions into rows."""
+    """A frozen text encoder. Subclasses turn cleaned captions into rows."""
 
     def __init__(self, dim: int, identity: str, device: torch.device, dtype: torch.dtype) -> None:
         self.dim = dim
@@ -141,7 +144,7 @@ class TextEncoder(ABC):
 
 
 class LaterTower(TextEncoder):
-    """A tower that is loaded when it first meets a caption whose rows are not kept.
+    """A text encoder that is loaded when it first meets a caption whose rows are not kept.
 
     Args:
         open_tower: loads it.
@@ -171,20 +174,44 @@ class LaterTower(TextEncoder):
         return self.tower.rows(captions)
 
 
-def open_text_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The tower of `config` on `device`, with weights and rows in `dtype`.
+@dataclass(frozen=True)
+class TextEncoderEntry:
+    """A kind of text encoder (`conditioning.text.kind`): all that the engine asks of it.
 
-    `dim` is model.context_dim. Raises UserError when the tower emits another width, or when its package or
+    Its module in `encoders/text_encoders/` has the kind's name.
+    """
+
+    open: Callable[[TextTower, int, torch.device, torch.dtype], TextEncoder]
+    """As `open_text_tower`."""
+    source: str | None = None
+    """Hub id of the published weights; None for a kind without weights, which loads and caches nothing."""
+    revision: Callable[[str], str | None] | None = None
+    """Hub commit of a source, found without loading the weights; it may raise."""
+    size: NetworkSize | None = None
+    """Of the published network; None where it is not known."""
+    tiny: Callable[[int, Path], Path] | None = None
+    """Saves a small network of the same class that emits so many features, for `--smoke` and tests."""
+    random: Callable[[TextTower, Any, torch.device, torch.dtype], TextEncoder] | None = None
+    """The published shape with random weights and a tokenizer of a class that takes the size of the
+    vocabulary, for benchmarks."""
+
+    def source_of(self, config: TextTower) -> str | None:
+        """Folder or hub id of the weights."""
+        return None if self.source is None else config.path or self.source
+
+
+def text_encoder_entry(kind: str) -> TextEncoderEntry:
+    """The entry of a kind."""
+    return registry.entry("encoders.text_encoders", kind)
+
+
+def open_text_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder of `config` on `device`, with weights and rows in `dtype`.
+
+    `dim` is model.context_dim. Raises UserError when the encoder emits another width, or when its package or
     its weights are not there.
     """
-    # Imported here because both modules build on this one.
-    if config.kind == "hash":
-        from millrace.engine.encoders.text_hash import HashTower
-
-        return HashTower(dim, config.max_tokens, device, dtype)
-    from millrace.engine.encoders.text_hf import open_hf_tower
-
-    return open_hf_tower(config, dim, device, dtype)
+    return text_encoder_entry(config.kind).open(config, dim, device, dtype)
 
 
 def dense_text(packed: PackedText) -> tuple[Tensor, Tensor]:

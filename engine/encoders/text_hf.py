@@ -1,4 +1,4 @@
-"""The text towers of the PRX models, through transformers: T5Gemma and Qwen3-VL-Embedding, text side only.
+"""Text encoders of transformers: one base for T5Gemma and Qwen3-VL-Embedding, text side only.
 
 Both use rotary positions, so where the padding sits does not matter to the result in exact arithmetic. It is
 put on the right whatever the tokenizer says: a caption's positions then start at 0 and its rows do not
@@ -6,7 +6,9 @@ depend on the other captions of the batch. Masks are built on the host, because 
 builds itself are read back from the device.
 """
 
+import string
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,47 +16,41 @@ from torch import Tensor
 
 from millrace.engine.config import TextTower
 from millrace.engine.encoders.pretrained import (
+    NetworkSize,
+    Settings,
     import_class,
     load,
-    load_network,
     name_of,
+    random_network,
 )
-from millrace.engine.encoders.text_encoder import (
-    TextEncoder,
-    clean_text,
-    unescape,
-)
+from millrace.engine.encoders.text_encoder import TextEncoder, TextEncoderEntry
 from millrace.engine.util.errors import UserError
-from millrace.kernels.support.packed import to_device
 
-_PUBLISHED = {"t5gemma": "google/t5gemma-2b-2b-ul2", "qwen3vl": "Qwen/Qwen3-VL-Embedding-2B"}
-_KEY = "conditioning.text.path"
-
-
-def source_of(config: TextTower) -> str:
-    """Folder or hub id of the weights."""
-    return config.path or _PUBLISHED[config.kind]
+KEY = "conditioning.text.path"
+_SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+_VOCABULARY = [*_SPECIAL, *string.printable]
+"""Tokens of a tiny text encoder: single characters."""
 
 
-def open_hf_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """See `text.open_text_tower`."""
-    kind = T5GemmaTower if config.kind == "t5gemma" else Qwen3VLTower
-    source = source_of(config)
-    tokenizer = import_class("transformers", "AutoTokenizer", f"conditioning.text.kind {config.kind}")
-    tokenizer = load(tokenizer.from_pretrained, source, _KEY)
-    network = kind.read_network(source, device, dtype)
-    identity = name_of(config.kind, source, getattr(network.config, "_commit_hash", None))
-    tower = kind(config, tokenizer, network, identity, device, dtype)
-    if tower.dim != dim:
-        raise UserError(
-            f"model.context_dim is {dim} but the text tower {tower.identity} emits {tower.dim} features "
-            f"a token; set model.context_dim to {tower.dim}"
-        )
-    return tower
+def kind_key(kind: str) -> str:
+    """What errors name where a kind of text encoder needs a package."""
+    return f"conditioning.text.kind {kind}"
 
 
-class HFTower(TextEncoder):
-    """A tokenizer and a network; subclasses load the network and call it."""
+class HFTextEncoder(TextEncoder):
+    """A tokenizer and a network of transformers; a subclass names its weights, reads, makes and calls one.
+
+    Attributes:
+        source: hub id of the published weights.
+        size: of the published network, if known.
+        shape: settings of the published network, for one with random weights; None if benchmarks need none.
+        special: whether its tokenizer puts <bos> and <eos> around a caption.
+    """
+
+    source: str
+    size: NetworkSize | None = None
+    shape: Settings | None = None
+    special: bool = False
 
     def __init__(
         self,
@@ -82,6 +78,17 @@ class HFTower(TextEncoder):
     @abstractmethod
     def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:
         """The frozen network that emits one row a token."""
+
+    @staticmethod
+    @abstractmethod
+    def tiny_network(settings: Settings) -> Any:
+        """The whole published model, of which `read_network` takes a part, made small by settings of its text
+        network, with random weights."""
+
+    @staticmethod
+    def new_network(shape: Settings) -> Any:
+        """What `read_network` returns, with random weights of another shape."""
+        raise NotImplementedError
 
     @abstractmethod
     def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -111,54 +118,64 @@ class HFTower(TextEncoder):
         return [(rows[:n], was_cut) for rows, n, was_cut in zip(hidden, lengths, cut, strict=True)]
 
 
-class T5GemmaTower(HFTower):
-    """Encoder of T5Gemma 2B (E = 2304), lower-case captions. Attention is bidirectional and eager, since its
-    logits have a soft cap."""
+def hf_entry(kind: str, encoder: type[HFTextEncoder]) -> TextEncoderEntry:
+    """The registry's entry of a text encoder of transformers."""
 
-    clean = staticmethod(clean_text)
+    def opened(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        source = config.path or encoder.source
+        tokenizer = import_class("transformers", "AutoTokenizer", kind_key(kind))
+        tokenizer = load(tokenizer.from_pretrained, source, KEY)
+        network = encoder.read_network(source, device, dtype)
+        identity = name_of(kind, source, getattr(network.config, "_commit_hash", None))
+        found = encoder(config, tokenizer, network, identity, device, dtype)
+        if found.dim != dim:
+            raise UserError(
+                f"model.context_dim is {dim} but the text tower {found.identity} emits {found.dim} features "
+                f"a token; set model.context_dim to {found.dim}"
+            )
+        return found
 
-    def _longest(self) -> int:
-        return self.network.encoder.config.sliding_window
+    def revision(source: str) -> str | None:
+        found = import_class("transformers", "AutoConfig", kind_key(kind))
+        return getattr(found.from_pretrained(source), "_commit_hash", None)
 
-    @staticmethod
-    def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:
-        model = import_class("transformers", "T5GemmaEncoderModel", "conditioning.text.kind t5gemma")
-        return load_network(
-            model.from_pretrained,
-            source,
-            _KEY,
-            device,
-            dtype=dtype,
-            is_encoder_decoder=False,
-            attn_implementation="eager",
-        )
+    def tiny(dim: int, folder: Path) -> Path:
+        settings = {
+            "vocab_size": len(_VOCABULARY),
+            "hidden_size": dim,
+            "intermediate_size": 2 * dim,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = encoder.tiny_network(settings)
+        model.eval().save_pretrained(folder)
+        _tiny_tokenizer(kind_key(kind), encoder.special).save_pretrained(folder)
+        return folder
 
-    def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        padding = torch.arange(ids.shape[1]) >= lengths[:, None]
-        mask = torch.zeros(ids.shape, dtype=self.dtype).masked_fill(padding, torch.finfo(self.dtype).min)
-        mask = to_device(mask, self.device)[:, None, None, :]
-        masks = {"full_attention": mask, "sliding_attention": mask}
-        return self.network(input_ids=to_device(ids, self.device), attention_mask=masks).last_hidden_state
+    def random(config: TextTower, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+        shape = encoder.shape
+        network = random_network(lambda: encoder.new_network(shape), device, dtype)
+        identity = f"{kind}, random weights"
+        return encoder(config, tokenizer(shape["vocab_size"]), network, identity, device, dtype)
+
+    return TextEncoderEntry(
+        opened, encoder.source, revision, encoder.size, tiny, random if encoder.shape else None
+    )
 
 
-class Qwen3VLTower(HFTower):
-    """Language model of Qwen3-VL-Embedding 2B (E = 2048); captions keep their case. Attention is causal, so
-    the padding on the right is out of sight and needs no mask."""
+def _tiny_tokenizer(key: str, special: bool) -> Any:
+    """Characters as tokens; `special` puts <bos> and <eos> around every caption, as Gemma's does."""
+    fast = import_class("transformers", "PreTrainedTokenizerFast", key)
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
-    clean = staticmethod(unescape)
-
-    @staticmethod
-    def read_network(source: str, device: torch.device, dtype: torch.dtype) -> Any:
-        model = import_class("transformers", "Qwen3VLModel", "conditioning.text.kind qwen3vl")
-        whole = load_network(
-            model.from_pretrained, source, _KEY, torch.device("cpu"), dtype=dtype, attn_implementation="sdpa"
-        )
-        return whole.language_model.to(device)
-
-    def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        # Time, height and width positions are equal for text. Without the fourth row that transformers would
-        # add, it does not look for packed sequences, which would wait for the device.
-        positions = torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape)
-        return self.network(
-            input_ids=to_device(ids, self.device), position_ids=positions, use_cache=False
-        ).last_hidden_state
+    places = {token: i for i, token in enumerate(_VOCABULARY)}
+    core = Tokenizer(models.WordLevel(places, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    if special:
+        ends = [("<bos>", places["<bos>"]), ("<eos>", places["<eos>"])]
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    return fast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

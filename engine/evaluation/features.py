@@ -14,6 +14,7 @@ the published weights were trained at, and a network of another size gets its ow
 
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,17 +28,18 @@ from millrace.engine.encoders.dino import (
     IMAGENET_STD,
     load_dino,
 )
-from millrace.engine.encoders.dino import PUBLISHED as DINO_PUBLISHED
 from millrace.engine.encoders.pretrained import (
     import_class,
     load_network,
     weights_digest,
 )
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.evaluation.inception import (
     DIM,
     PUBLISHED,
     PUBLISHED_SHA256,
     load_inception,
+    tiny_inception,
 )
 from millrace.engine.util.errors import UserError
 
@@ -46,7 +48,6 @@ MetricName = Literal["fid", "cmmd", "dino_mmd"]
 CLIP = "openai/clip-vit-large-patch14-336"
 CLIP_SIZE = 336
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-DINO = DINO_PUBLISHED["dinov2"]
 DINO_SIZE = 518
 THREADS = 4
 """Of Pillow's resizing."""
@@ -86,6 +87,12 @@ class FeatureNetwork(ABC):
         self.network.to(device)
         self.device = device
 
+    @staticmethod
+    @abstractmethod
+    def tiny(folder: Path) -> Path:
+        """Save a small network of the same class with random weights, for `--smoke` and tests; returns
+        `folder`. Its distances mean nothing."""
+
 
 class InceptionFeatures(FeatureNetwork):
     """Features of FID."""
@@ -105,6 +112,10 @@ class InceptionFeatures(FeatureNetwork):
 
     def _features(self, pictures: Tensor) -> Tensor:
         return self.network(pictures.to(self.device))
+
+    @staticmethod
+    def tiny(folder: Path) -> Path:
+        return tiny_inception(folder)
 
 
 class ClipFeatures(FeatureNetwork):
@@ -136,15 +147,37 @@ class ClipFeatures(FeatureNetwork):
         left, top = (width - size) // 2, (height - size) // 2
         return np.asarray(image.crop((left, top, left + size, top + size)))
 
+    @staticmethod
+    def tiny(folder: Path) -> Path:
+        config = import_class("transformers", "CLIPVisionConfig", "a tiny CLIP")(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=28,
+            patch_size=14,
+            projection_dim=24,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = import_class("transformers", "CLIPVisionModelWithProjection", "a tiny CLIP")(config)
+            for name, parameter in network.named_parameters():
+                if "norm" not in name:
+                    # Wider than the usual 0.02, so that features of different pictures differ.
+                    parameter.data.normal_(std=0.2)
+        network.save_pretrained(folder)
+        return folder
+
 
 class DinoFeatures(FeatureNetwork):
     """Class tokens of DINOv2."""
 
     def __init__(self, path: str | None, key: str, device: torch.device) -> None:
-        dino = load_dino("dinov2", path, key, device, torch.float32, DINO)
+        published = vision_entry("dinov2").large.source
+        dino = load_dino("dinov2", path, key, device, torch.float32, published)
         super().__init__(dino.network, device)
         config: Any = dino.network.config
-        self.size, self.dim, self.source = config.image_size, dino.dim, path or DINO
+        self.size, self.dim, self.source = config.image_size, dino.dim, path or published
         self.identity = f"{config.model_type}-{self.dim}, weights {weights_digest(dino.network)}"
         self.published = (self.size, self.dim, config.model_type) == (518, 1024, "dinov2_with_registers")
         self.preprocessing = f"{self.size} x {self.size}, bicubic without antialiasing"
@@ -154,6 +187,10 @@ class DinoFeatures(FeatureNetwork):
         x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", align_corners=False)
         tokens = self.network(_standard(x, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state
         return _unit(tokens[:, 0])
+
+    @staticmethod
+    def tiny(folder: Path) -> Path:
+        return vision_entry("dinov2").tiny(folder)
 
 
 NETWORKS: dict[str, type[InceptionFeatures] | type[ClipFeatures] | type[DinoFeatures]] = {
@@ -174,6 +211,18 @@ def open_network(metric: MetricName, path: str | None, key: str, device: torch.d
     Raises UserError if the weights cannot be had or are another network's.
     """
     return NETWORKS[metric](path, key, device)
+
+
+def tiny_networks(folder: Path) -> Path:
+    """Save small networks of all metrics in `folder`, where `tiny_features` finds them; returns it."""
+    for metric, path in tiny_features(folder).items():
+        NETWORKS[metric].tiny(Path(path))
+    return folder
+
+
+def tiny_features(folder: Path | str) -> dict[str, str]:
+    """Paths by metric of the networks in `folder`."""
+    return {metric: str(Path(folder) / metric) for metric in NETWORKS}
 
 
 def _standard(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

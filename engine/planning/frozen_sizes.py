@@ -1,30 +1,15 @@
-"""What the frozen networks of a run add, by their published shapes."""
+"""Frozen networks of a run: their memory and work, by their published sizes."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import torch
 
 from millrace.engine.config import Config
-
-
-class FrozenNetwork(NamedTuple):
-    """Size and work of a network, from its shape."""
-
-    parameters: int
-    flops: float
-    """Of one text token, one pixel (encoder of an autoencoder) or one patch (teacher), forward."""
-
-
-FROZEN = {
-    "t5gemma": FrozenNetwork(2_614_341_888, 2.0 * (2_614_341_888 - 256_000 * 2304)),
-    "flux1": FrozenNetwork(83_819_683, 4_164_864.0),
-    "repa_e": FrozenNetwork(83_819_683, 4_164_864.0),
-    "flux2": FrozenNetwork(84_046_115, 4_169_600.0),
-    "dc_ae": FrozenNetwork(362_893_923, 4_965_696.0),
-    "dinov2": FrozenNetwork(304_372_736, 2.0 * 304_372_736),
-    "dinov3": FrozenNetwork(303_129_600, 2.0 * 303_129_600),
-}
-"""Of `benchmarks/frozen_networks.py`, whose shapes a test counts again; an embedding looks up and multiplies
-nothing, encoders are counted for pictures of 256 pixels."""
+from millrace.engine.encoders.autoencoder import arithmetic, autoencoder_entry
+from millrace.engine.encoders.pretrained import NetworkSize
+from millrace.engine.encoders.teacher import vision_entry
+from millrace.engine.encoders.text_encoder import text_encoder_entry
 
 
 class Load(NamedTuple):
@@ -68,28 +53,42 @@ class Loaded(tuple[Load, ...]):
 def frozen_networks(config: Config, image_tokens: int, text_tokens: int) -> Loaded:
     """Live ones; what has a complete cache in `data.cached` is neither loaded nor run.
 
-    By their published shapes; a folder of weights that is smaller, as those of a smoke run, counts as large
-    as its files.
+    By the published sizes in their entries; a folder of weights that is smaller, as those of a smoke run,
+    counts as large as its files.
     """
-    conditioning, alignment, objective = config.conditioning, config.alignment, config.objective
-    text, autoencoder = conditioning.text, conditioning.autoencoder
+    conditioning, alignment, dino = config.conditioning, config.alignment, config.objective.dino
+    text, autoencoder, teacher = conditioning.text, conditioning.autoencoder, alignment.teacher
+    compute = getattr(torch, config.precision.compute)
     found: list[Load] = []
-    if "text" not in config.data.cached and text.kind != "hash":
-        found.append(_load("text", text.kind, text.path, text_tokens))
-    if "latents" not in config.data.cached and autoencoder.kind != "pixels":
-        found.append(_load("autoencoder", autoencoder.kind, autoencoder.path, config.data.resolution**2))
-    if alignment.active and alignment.teacher.cache is None:
-        found.append(_load("teacher", alignment.teacher.kind, alignment.teacher.path, image_tokens))
-    if objective.dino.weight:
-        found.append(_load("perceptual", objective.dino.kind, objective.dino.path, image_tokens))
+    encoder = text_encoder_entry(text.kind)
+    if encoder.source is not None and "text" not in config.data.cached:
+        found.append(_load("text", text, encoder.size, text_tokens, compute))
+    network = autoencoder_entry(autoencoder.kind).network
+    if network is not None and "latents" not in config.data.cached:
+        pixels = config.data.resolution**2
+        found.append(_load("autoencoder", autoencoder, network.size, pixels, arithmetic(autoencoder)))
+    if alignment.active and teacher.cache is None:
+        size = getattr(vision_entry(teacher.kind).large, "size", None)
+        found.append(_load("teacher", teacher, size, image_tokens, getattr(torch, teacher.dtype)))
+    if dino.weight:
+        vision = vision_entry(dino.kind)
+        # Forward of both pictures, and backward to the predicted one.
+        patches = 3 * (dino.size // vision.patch) ** 2
+        size = getattr(vision.base, "size", None)
+        found.append(_load("perceptual", dino, size, patches, getattr(torch, dino.dtype)))
     return Loaded(found)
 
 
-def _load(role: str, kind: str, path: str | None, units: float) -> Load:
-    if kind not in FROZEN:
-        return Load(role, kind, 0.0, 0.0, known=False)
-    network = FROZEN[kind]
-    size = float(network.parameters * (4 if kind == "dc_ae" else 2))
-    if path is not None and Path(path).is_dir():
-        size = min(size, sum(file.stat().st_size for file in Path(path).rglob("*.safetensors")))
-    return Load(role, kind, size, network.flops * units, known=True)
+class _Section(Protocol):
+    kind: str
+    path: str | None
+
+
+def _load(role: str, section: _Section, size: NetworkSize | None, units: float, dtype: torch.dtype) -> Load:
+    if size is None:
+        return Load(role, section.kind, 0.0, 0.0, known=False)
+    stored = float(size.parameters * dtype.itemsize)
+    if section.path is not None and Path(section.path).is_dir():
+        files = Path(section.path).rglob("*.safetensors")
+        stored = min(stored, sum(file.stat().st_size for file in files))
+    return Load(role, section.kind, stored, size.flops * units, known=True)

@@ -6,14 +6,19 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from millrace.engine.config import Autoencoder
 from millrace.engine.config.loading import load_config
 from millrace.engine.config.smoke import smoke
+from millrace.engine.encoders.autoencoder import autoencoder_entry
+from millrace.engine.encoders.teacher import vision_entry
+from millrace.engine.encoders.text_encoders.t5gemma import T5Gemma
 from millrace.engine.util.errors import UserError
 from tests.programs import environment, load
 
@@ -334,15 +339,12 @@ def test_frozen_networks_have_the_published_sizes():
     meta = torch.device("meta")
     config = load_config(ROOT / "configs" / "latent_256.json")
     for kind, millions in (("flux1", 84), ("flux2", 84)):
-        with torch.device("meta"):
-            name, values = frozen.AUTOENCODERS[kind]
-            network = getattr(importlib.import_module("diffusers"), name)(**values)
+        network = frozen.open_autoencoder(Autoencoder(kind=kind), meta).network
         assert parameters(network) / 1e6 == pytest.approx(millions, abs=1), kind
     for kind, millions in (("dinov2", 304), ("dinov3", 303)):
-        name, values = frozen.DINOS[kind]
-        transformers = importlib.import_module("transformers")
+        entry = vision_entry(kind)
         with torch.device("meta"):
-            network = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**values))
+            network = entry.new_network(entry.large.shape)
         assert parameters(network) / 1e6 == pytest.approx(millions, abs=1.5), kind
     tower = frozen.open_text_tower(config.conditioning.text, 2304, meta, torch.bfloat16)
     assert tower.dim == 2304
@@ -357,9 +359,11 @@ def test_frozen_networks_have_the_published_sizes():
 )
 def test_random_autoencoders_give_latents_of_the_published_shape(monkeypatch, name, channels, factor):
     config = load_config(ROOT / "configs" / f"{name}.json").conditioning.autoencoder
-    class_name, values = frozen.AUTOENCODERS[config.kind]
-    narrow = values | {"block_out_channels": (32,) * 4, "layers_per_block": 1}
-    monkeypatch.setitem(frozen.AUTOENCODERS, config.kind, (class_name, narrow))
+    entry = autoencoder_entry(config.kind)
+    shape = entry.network.shape | {"block_out_channels": (32,) * 4, "layers_per_block": 1}
+    narrow = replace(entry, network=replace(entry.network, shape=shape))
+    module = importlib.import_module(f"millrace.engine.encoders.autoencoders.{config.kind}")
+    monkeypatch.setattr(module, "ENTRY", narrow)
     autoencoder = frozen.open_autoencoder(config, CPU)
     latents = autoencoder.encode(torch.zeros(2, 3, 64, 32))
     assert latents.shape == (2, channels, 64 // factor, 32 // factor)
@@ -373,10 +377,9 @@ def test_frozen_networks_cost_what_was_counted_by_hand():
     config = load_config(ROOT / "configs" / "latent_256_repa_dinov3.json")
     pictures = torch.empty(1, 3, 256, 256, device=meta)
     encoder = frozen.open_autoencoder(config.conditioning.autoencoder, meta)
-    name, values = frozen.DINOS["dinov3"]
-    transformers = importlib.import_module("transformers")
+    dinov3 = vision_entry("dinov3")
     with meta:
-        teacher = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**values))
+        teacher = dinov3.new_network(dinov3.large.shape)
     tower = frozen.open_text_tower(config.conditioning.text, 2304, meta, torch.bfloat16)
     ids = torch.zeros(1, 256, dtype=torch.int64)
     for call, wanted in (
@@ -389,13 +392,14 @@ def test_frozen_networks_cost_what_was_counted_by_hand():
         assert counter.get_total_flops() / 1e12 == pytest.approx(wanted, rel=0.05)
 
 
-def test_frozen_networks_run_and_do_not_disturb_random_numbers(tmp_path):
+def test_frozen_networks_run_and_do_not_disturb_random_numbers(monkeypatch):
     config = load_config(ROOT / "configs" / "latent_256_repa_dinov3.json")
     before = torch.random.get_rng_state()
     small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
     small |= {"sliding_window": 256}
-    tower = frozen.open_text_tower(config.conditioning.text, 32, CPU, torch.float32, small)
+    monkeypatch.setattr(T5Gemma, "shape", small)
+    tower = frozen.open_text_tower(config.conditioning.text, 32, CPU, torch.float32)
     packed = tower.encode(["two words", ""])
     assert packed.cu_seqlens.tolist() == [0, 4, 5], "two, wo|rds and an end; an end alone"
     assert packed.embeddings.isfinite().all()

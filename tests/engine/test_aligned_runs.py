@@ -13,7 +13,7 @@ from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,
 )
-from millrace.engine.encoders.tiny_networks import tiny_dino
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def teachers(tmp_path_factory):
     root = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
     save_classifier(SmallClassifier(10, 4), root / "classifier")
-    tiny_dino("dinov3", root / "dinov3")
+    vision_entry("dinov3").tiny(root / "dinov3")
     return {
         kind: {"kind": kind, "path": str(root / kind), "dtype": "float32"}
         for kind in ("classifier", "dinov3")

@@ -12,10 +12,8 @@ import torch
 
 from millrace.engine import prepare as prepare_command
 from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.encoders.tiny_networks import (
-    tiny_autoencoder,
-    tiny_text_tower,
-)
+from millrace.engine.encoders.autoencoder import autoencoder_entry
+from millrace.engine.encoders.text_encoder import text_encoder_entry
 from millrace.engine.util.errors import UserError
 
 pytest.importorskip("transformers")
@@ -49,8 +47,11 @@ def world(tmp_path_factory, write_shards, runs):
         "model": {"in_channels": 16, "patch_size": 2},
         "objective": {"prediction": "velocity"},
         "conditioning": {
-            "text": {"kind": "t5gemma", "path": str(tiny_text_tower("t5gemma", 16, root / "t5gemma"))},
-            "autoencoder": {"kind": "flux1", "path": str(tiny_autoencoder("flux1", root / "flux1"))},
+            "text": {
+                "kind": "t5gemma",
+                "path": str(text_encoder_entry("t5gemma").tiny(16, root / "t5gemma")),
+            },
+            "autoencoder": {"kind": "flux1", "path": str(autoencoder_entry("flux1").tiny(root / "flux1"))},
             "caption_drop": 0.3,
         },
         "precision": {"compute": "bfloat16"},

@@ -36,10 +36,8 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "updates")
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """Changes of the tiny run that tune a tiny autoencoder, on 32 pixel pictures of 2 x 2 tokens."""
-    from millrace.engine.encoders.tiny_networks import (
-        tiny_autoencoder,
-        tiny_lpips,
-    )
+    from millrace.engine.encoders.autoencoder import autoencoder_entry
+    from millrace.engine.encoders.lpips import tiny_lpips
 
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
@@ -47,7 +45,7 @@ def tuned(tmp_path_factory):
     teacher = {"kind": "classifier", "path": str(folder / "classifier"), "dtype": "float32"}
     autoencoder = {
         "kind": "flux1",
-        "path": str(tiny_autoencoder("flux1", folder / "flux1")),
+        "path": str(autoencoder_entry("flux1").tiny(folder / "flux1")),
         "dtype": "float32",
         "tuning": {"enabled": True, "discriminator_width": 4, "norm_samples": 8, "lr": 2e-3},
     }

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from millrace.engine.config import Autoencoder
 from millrace.engine.encoders import autoencoder as module
 from millrace.engine.encoders.autoencoder import (
+    network_of,
     open_autoencoder,
     published_factor,
 )
@@ -273,9 +274,10 @@ def test_noise_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize(("saved", "kind"), [("flux2", "flux1"), ("flux1", "flux2"), ("dc_ae", "flux1")])
 def test_weights_of_another_class_are_refused(tmp_path, saved, kind):
     make(saved).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"kind {kind} needs {module._PUBLISHED[kind][0]};") as caught:
+    wanted, found = (network_of(Autoencoder(kind=name)).class_name for name in (kind, saved))
+    with pytest.raises(UserError, match=f"kind {kind} needs {wanted};") as caught:
         open_saved(kind, tmp_path)
-    assert f"holds weights of {module._PUBLISHED[saved][0]}," in str(caught.value)
+    assert f"holds weights of {found}," in str(caught.value)
 
 
 def test_weights_without_a_class_name_are_accepted(tmp_path):
@@ -313,7 +315,7 @@ def test_missing_weights_name_the_key(tmp_path, kind, monkeypatch):
         open_saved(kind, tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=module._PUBLISHED[kind][1]):
+    with pytest.raises(UserError, match=network_of(Autoencoder(kind=kind)).source):
         open_autoencoder(Autoencoder(kind=kind), CPU)
 
 

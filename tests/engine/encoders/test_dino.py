@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from millrace.engine.encoders.dino import (
-    PUBLISHED,
     load_dino,
 )
-from millrace.engine.encoders.tiny_networks import tiny_dino
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.util.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
 KEY = "alignment.teacher.path"
+WITHOUT = {"name": "Dinov2", "num_register_tokens": None}
 KINDS = [("dinov2", True), ("dinov2", False), ("dinov3", True)]
 
 
@@ -43,7 +43,7 @@ def by_transformers(folder, pictures):
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 5)])
 @pytest.mark.parametrize(("kind", "registers"), KINDS)
 def test_tokens_and_attention_are_those_of_transformers(tmp_path, kind, registers, rows, columns):
-    dino = open_dino(kind, tiny_dino(kind, tmp_path, registers))
+    dino = open_dino(kind, vision_entry(kind).tiny(tmp_path, **({} if registers else WITHOUT)))
     assert (dino.patch, dino.dim, dino.layers, dino.heads) == (14 if kind == "dinov2" else 16, 32, 3, 4)
     pictures = torch.rand(2, 3, rows * dino.patch, columns * dino.patch) * 2 - 1
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_tokens_and_attention_are_those_of_transformers(tmp_path, kind, register
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
 def test_frozen_but_differentiable_in_the_pictures(tmp_path, kind):
-    dino = open_dino(kind, tiny_dino(kind, tmp_path))
+    dino = open_dino(kind, vision_entry(kind).tiny(tmp_path))
     assert not any(parameter.requires_grad for parameter in dino.network.parameters())
     assert not dino.network.training
     assert not isinstance(dino, torch.nn.Module)
@@ -77,7 +77,7 @@ def test_frozen_but_differentiable_in_the_pictures(tmp_path, kind):
 
 
 def test_bfloat16_and_autocast(tmp_path):
-    tiny_dino("dinov3", tmp_path)
+    vision_entry("dinov3").tiny(tmp_path)
     dino, exact = open_dino("dinov3", tmp_path, torch.bfloat16), open_dino("dinov3", tmp_path)
     pictures = torch.rand(1, 3, 32, 32) * 2 - 1
     tokens, expected = dino.patch_tokens(pictures), exact.patch_tokens(pictures)
@@ -88,18 +88,18 @@ def test_bfloat16_and_autocast(tmp_path):
 
 
 def test_pictures_of_other_sizes_are_refused(tmp_path):
-    dino = open_dino("dinov2", tiny_dino("dinov2", tmp_path))
+    dino = open_dino("dinov2", vision_entry("dinov2").tiny(tmp_path))
     with pytest.raises(ValueError, match="28 x 30, expected multiples of the patch 14"):
         dino.patch_tokens(torch.zeros(1, 3, 28, 30))
 
 
 def test_identity_names_family_and_source(tmp_path):
-    assert open_dino("dinov3", tiny_dino("dinov3", tmp_path)).identity == f"dinov3 {tmp_path}"
+    assert open_dino("dinov3", vision_entry("dinov3").tiny(tmp_path)).identity == f"dinov3 {tmp_path}"
 
 
 @pytest.mark.parametrize(("asked", "held"), [("dinov2", "dinov3"), ("dinov3", "dinov2")])
 def test_another_family_is_refused(tmp_path, asked, held):
-    tiny_dino(held, tmp_path)
+    vision_entry(held).tiny(tmp_path)
     with pytest.raises(UserError, match=rf"holds a {held}\w*, not a {asked}; set {KEY}") as caught:
         open_dino(asked, tmp_path)
     assert "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_missing_and_incomplete_weights_name_the_key(tmp_path):
     with pytest.raises(UserError, match=rf"nowhere.*set {KEY} to") as caught:
         open_dino("dinov2", tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
-    network = transformers.AutoModel.from_pretrained(tiny_dino("dinov2", tmp_path))
+    network = transformers.AutoModel.from_pretrained(vision_entry("dinov2").tiny(tmp_path))
     state = {name: value for name, value in network.state_dict().items() if "layer.1." not in name}
     network.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(UserError, match=r"lacks \d+ weights of Dinov2WithRegistersModel") as caught:
@@ -120,8 +120,8 @@ def test_missing_and_incomplete_weights_name_the_key(tmp_path):
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
 def test_default_source(kind, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=PUBLISHED[kind]):
-        load_dino(kind, None, KEY, CPU, torch.float32, PUBLISHED[kind])
+    with pytest.raises(UserError, match=vision_entry(kind).large.source):
+        load_dino(kind, None, KEY, CPU, torch.float32, vision_entry(kind).large.source)
 
 
 def test_missing_package_gives_the_pip_line(tmp_path, monkeypatch):

@@ -5,16 +5,14 @@ import torch
 
 from millrace.engine.config import Autoencoder, TextTower
 from millrace.engine.encoders import identity as module
+from millrace.engine.encoders.autoencoder import autoencoder_entry
 from millrace.engine.encoders.identity import (
     autoencoder_identity,
     differing,
     digest_of,
     text_identity,
 )
-from millrace.engine.encoders.tiny_networks import (
-    tiny_autoencoder,
-    tiny_text_tower,
-)
+from millrace.engine.encoders.text_encoder import text_encoder_entry
 from millrace.engine.util.errors import UserError
 
 pytest.importorskip("transformers")
@@ -31,12 +29,12 @@ def _offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    return tiny_text_tower("qwen3vl", 16, tmp_path_factory.mktemp("tower"))
+    return text_encoder_entry("qwen3vl").tiny(16, tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    return tiny_autoencoder("flux1", tmp_path_factory.mktemp("weights"))
+    return autoencoder_entry("flux1").tiny(tmp_path_factory.mktemp("weights"))
 
 
 def of_text(path, dim=16, dtype=BF16, **settings):

@@ -20,15 +20,11 @@ from millrace.engine.data.latent_cache import (
     cache_path,
 )
 from millrace.engine.encoders import latent_cache_writer
-from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder
 from millrace.engine.encoders.batch_encoder import Preparation
 from millrace.engine.encoders.frozen_networks import open_frozen
 from millrace.engine.encoders.latent_cache_writer import write_caches
-from millrace.engine.encoders.text_encoder import open_text_tower
-from millrace.engine.encoders.tiny_networks import (
-    tiny_autoencoder,
-    tiny_text_tower,
-)
+from millrace.engine.encoders.text_encoder import open_text_tower, text_encoder_entry
 from millrace.engine.model.layout import LayoutCache
 from millrace.engine.util.errors import UserError
 
@@ -51,8 +47,8 @@ def _offline(monkeypatch):
 def networks(tmp_path_factory):
     root = tmp_path_factory.mktemp("networks")
     kinds = ("flux1", "flux2", "dc_ae")
-    made = {kind: str(tiny_autoencoder(kind, root / kind)) for kind in kinds}
-    made |= {kind: str(tiny_text_tower(kind, DIM, root / kind)) for kind in ("t5gemma", "qwen3vl")}
+    made = {kind: str(autoencoder_entry(kind).tiny(root / kind)) for kind in kinds}
+    made |= {kind: str(text_encoder_entry(kind).tiny(DIM, root / kind)) for kind in ("t5gemma", "qwen3vl")}
     return made
 
 
@@ -288,7 +284,7 @@ def test_caches_that_do_not_fit_are_refused_in_one_line(runs, networks, dataset,
 
 
 def test_a_tower_whose_weights_changed_is_another(runs, networks, dataset, tmp_path):
-    copy = tiny_text_tower("t5gemma", DIM, tmp_path / "tower")
+    copy = text_encoder_entry("t5gemma").tiny(DIM, tmp_path / "tower")
     config = configured(runs, {**networks, "t5gemma": str(copy)}, dataset)
     write_caches(dataset, config, ("text",), say=list)
     (weights,) = copy.glob("*.safetensors")

@@ -11,8 +11,8 @@ from millrace.engine.encoders.lpips import (
     WIDTHS,
     Lpips,
     load_lpips,
+    tiny_lpips,
 )
-from millrace.engine.encoders.tiny_networks import tiny_lpips
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

@@ -149,14 +149,15 @@ def test_looking_ahead_changes_neither_numbers_nor_the_cursor(runs, tmp_path, mo
 def test_overlapped_and_sequential_runs_are_the_same_bits(runs, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("diffusers")
-    from millrace.engine.encoders.tiny_networks import (
-        tiny_autoencoder,
-        tiny_text_tower,
-    )
+    from millrace.engine.encoders.autoencoder import autoencoder_entry
+    from millrace.engine.encoders.text_encoder import text_encoder_entry
 
     conditioning = {
-        "text": {"kind": "t5gemma", "path": str(tiny_text_tower("t5gemma", 16, tmp_path / "tower"))},
-        "autoencoder": {"kind": "flux1", "path": str(tiny_autoencoder("flux1", tmp_path / "autoencoder"))},
+        "text": {"kind": "t5gemma", "path": str(text_encoder_entry("t5gemma").tiny(16, tmp_path / "tower"))},
+        "autoencoder": {
+            "kind": "flux1",
+            "path": str(autoencoder_entry("flux1").tiny(tmp_path / "autoencoder")),
+        },
     }
     changes = {
         "run": {"device": "cuda", "steps": 12},

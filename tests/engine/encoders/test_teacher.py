@@ -10,8 +10,7 @@ from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,
 )
-from millrace.engine.encoders.teacher import open_teacher
-from millrace.engine.encoders.tiny_networks import tiny_dino
+from millrace.engine.encoders.teacher import open_teacher, vision_entry
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -28,7 +27,7 @@ def pictures(sizes=SIZES):
 def save_teacher(kind, folder):
     if kind != "classifier":
         pytest.importorskip("transformers")
-        return tiny_dino(kind, folder)
+        return vision_entry(kind).tiny(folder)
     torch.manual_seed(0)
     return save_classifier(SmallClassifier(10, 4), folder)
 

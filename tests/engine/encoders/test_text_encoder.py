@@ -17,7 +17,7 @@ from millrace.engine.encoders.text_encoder import (
     dense_text,
     open_text_tower,
 )
-from millrace.engine.encoders.text_hash import (
+from millrace.engine.encoders.text_encoders.hash import (
     token_vector,
     tokenize,
 )
@@ -49,7 +49,7 @@ def test_hash_rows_follow_the_documented_rule():
 
 def test_hash_is_the_same_in_every_process():
     program = (
-        "import sys; from millrace.engine.encoders.text_hash import token_vector;"
+        "import sys; from millrace.engine.encoders.text_encoders.hash import token_vector;"
         "sys.stdout.write(token_vector('river', 8).tobytes().hex())"
     )
     printed = {

@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.engine.config import TextTower
-from millrace.engine.encoders import text_hf
 from millrace.engine.encoders.text_encoder import (
     dense_text,
     open_text_tower,
+    text_encoder_entry,
 )
 from millrace.engine.util.errors import UserError
 
@@ -274,7 +274,7 @@ def test_missing_weights_name_the_key(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["t5gemma", "qwen3vl"])
 def test_default_source_is_the_published_one(kind, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=text_hf._PUBLISHED[kind]):
+    with pytest.raises(UserError, match=text_encoder_entry(kind).source):
         open_text_tower(TextTower(kind=kind), DIM[kind], CPU, torch.float32)
 
 

@@ -13,7 +13,11 @@ from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.evaluation import evaluator as module
 from millrace.engine.evaluation.evaluator import Evaluation
-from millrace.engine.evaluation.features import open_network
+from millrace.engine.evaluation.features import (
+    open_network,
+    tiny_features,
+    tiny_networks,
+)
 from millrace.engine.evaluation.frechet import (
     frechet_distance,
     moments,
@@ -22,10 +26,6 @@ from millrace.engine.evaluation.mmd import mmd
 from millrace.engine.evaluation.reference_set import (
     Reference,
     levels,
-)
-from millrace.engine.evaluation.tiny_metric_networks import (
-    tiny_features,
-    tiny_networks,
 )
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection, Dinov2WithRegistersModel
 
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.evaluation import features as module
-from millrace.engine.evaluation.features import open_network
-from millrace.engine.evaluation.tiny_metric_networks import (
+from millrace.engine.evaluation.features import (
+    open_network,
     tiny_features,
     tiny_networks,
 )
@@ -32,7 +33,8 @@ def pictures(height, width, count=3):
 
 def test_constants_of_prx():
     assert (module.CLIP, module.CLIP_SIZE) == ("openai/clip-vit-large-patch14-336", 336)
-    assert (module.DINO, module.DINO_SIZE) == ("facebook/dinov2-with-registers-large", 518)
+    large = vision_entry("dinov2").large.source
+    assert (large, module.DINO_SIZE) == ("facebook/dinov2-with-registers-large", 518)
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (16, 16), (40, 28), (61, 97), (300, 70)])

@@ -11,8 +11,8 @@ from millrace.engine.evaluation.inception import (
     Inception,
     load_inception,
     resize_as_tensorflow,
+    tiny_inception,
 )
-from millrace.engine.evaluation.tiny_metric_networks import tiny_inception
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from millrace.engine.evaluation.tiny_metric_networks import (
+from millrace.engine.evaluation.features import (
     tiny_features,
     tiny_networks,
 )

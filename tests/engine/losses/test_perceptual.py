@@ -6,11 +6,9 @@ import torch.nn.functional as F
 
 from millrace.engine.config import Config, Lpips, Objective, PerceptualDino
 from millrace.engine.config.loading import parse_config
+from millrace.engine.encoders.lpips import tiny_lpips
 from millrace.engine.encoders.perceptual_networks import open_perceptual
-from millrace.engine.encoders.tiny_networks import (
-    tiny_dino,
-    tiny_lpips,
-)
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.losses.perceptual import (
     perceptual_losses,
     perceptual_terms,
@@ -145,7 +143,7 @@ def networks_config(folder, **dino):
         lpips=Lpips(weight=0.1, path=str(tiny_lpips(folder / "lpips")), dtype="float32"),
         dino=PerceptualDino(
             weight=0.01,
-            path=str(tiny_dino("dinov2", folder / "dino")),
+            path=str(vision_entry("dinov2").tiny(folder / "dino")),
             **({"size": 28, "dtype": "float32"} | dino),
         ),
     )

@@ -1,30 +1,21 @@
-"""Sizes of the published frozen networks, counted again from their shapes."""
-
-import importlib
-import sys
-from pathlib import Path
+"""Sizes of the published frozen networks, counted again from their shapes, and what a run loads."""
 
 import pytest
 import torch
 
+from millrace.engine.config import Autoencoder
 from millrace.engine.config.loading import parse_config
-from millrace.engine.encoders.pretrained import import_class
-from millrace.engine.planning.frozen_sizes import (
-    FROZEN,
-    frozen_networks,
-)
+from millrace.engine.encoders.autoencoder import autoencoder_entry, open_random
+from millrace.engine.encoders.pretrained import random_network
+from millrace.engine.encoders.teacher import vision_entry
+from millrace.engine.encoders.text_encoder import text_encoder_entry
+from millrace.engine.encoders.text_encoders.t5gemma import T5Gemma
+from millrace.engine.planning.frozen_sizes import frozen_networks
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 META = torch.device("meta")
-
-
-@pytest.fixture(scope="module")
-def networks():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("frozen_networks")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+T5 = text_encoder_entry("t5gemma").size
+FLUX1 = autoencoder_entry("flux1").network.size
+TOWERS = {"conditioning": {"text": {"kind": "t5gemma"}, "autoencoder": {"kind": "flux1"}}}
 
 
 def parameters(network):
@@ -32,48 +23,66 @@ def parameters(network):
 
 
 @pytest.mark.parametrize("kind", ["flux1", "flux2", "dc_ae", "repa_e"])
-def test_autoencoders(networks, kind):
+def test_autoencoders(kind):
     from torch.utils.flop_counter import FlopCounterMode
 
-    name, values = networks.AUTOENCODERS[kind]
-    make = import_class("diffusers", name, "test")
-    network = networks.build(lambda: make(**values), META, torch.bfloat16)
-    assert parameters(network) == FROZEN[kind].parameters
+    autoencoder = open_random(Autoencoder(kind=kind), META)
+    entry = autoencoder_entry(kind)
+    assert parameters(autoencoder.network) == entry.network.size.parameters
+    dtype = autoencoder.network.dtype
     with FlopCounterMode(display=False) as counter:
-        network.encode(torch.empty(1, 3, 256, 256, device=META, dtype=torch.bfloat16))
-    assert counter.get_total_flops() == FROZEN[kind].flops * 256**2
+        coded = autoencoder.network.encode(torch.empty(1, 3, 256, 256, device=META, dtype=dtype))
+    assert counter.get_total_flops() == entry.network.size.flops * 256**2
+    latents = coded.latent_dist.mean if entry.network.stochastic else coded.latent
+    assert latents.shape[1:] == (entry.channels, 256 // entry.factor, 256 // entry.factor)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
-def test_teachers(networks, kind):
-    name, values = networks.DINOS[kind]
-    shape = import_class("transformers", f"{name}Config", "test")(**values)
-    make = import_class("transformers", f"{name}Model", "test")
-    assert parameters(networks.build(lambda: make(shape), META, torch.bfloat16)) == FROZEN[kind].parameters
+@pytest.mark.parametrize("weights", ["large", "base"])
+def test_vision_networks(kind, weights):
+    entry = vision_entry(kind)
+    published = getattr(entry, weights)
+    network = random_network(lambda: entry.new_network(published.shape), META, torch.bfloat16)
+    assert parameters(network) == published.size.parameters
+    assert network.config.patch_size == entry.patch
 
 
-def test_text_tower(networks):
-    side = networks.T5GEMMA
-    shape = import_class("transformers", "T5GemmaConfig", "test")(
-        encoder=side, decoder=side, vocab_size=side["vocab_size"], is_encoder_decoder=False
-    )
-    make = import_class("transformers", "T5GemmaEncoderModel", "test")
-    network = networks.build(lambda: make(shape), META, torch.bfloat16)
-    assert parameters(network) == FROZEN["t5gemma"].parameters
+def test_text_encoder():
+    network = random_network(lambda: T5Gemma.new_network(T5Gemma.shape), META, torch.bfloat16)
+    assert parameters(network) == T5.parameters
 
 
 def test_what_a_run_loads():
-    values = {"conditioning": {"text": {"kind": "t5gemma"}, "autoencoder": {"kind": "flux1"}}}
-    live = frozen_networks(parse_config(values, "test"), 256, 100)
+    live = frozen_networks(parse_config(TOWERS, "test"), 256, 100)
     assert [(load.role, load.kind) for load in live] == [("text", "t5gemma"), ("autoencoder", "flux1")]
-    assert live.bytes == 2 * (FROZEN["t5gemma"].parameters + FROZEN["flux1"].parameters)
-    assert live.flops == FROZEN["t5gemma"].flops * 100 + FROZEN["flux1"].flops * 256**2
-    assert live.of("text").bytes == 2 * FROZEN["t5gemma"].parameters
+    assert live.bytes == 2 * (T5.parameters + FLUX1.parameters)
+    assert live.flops == T5.flops * 100 + FLUX1.flops * 256**2
+    assert live.of("text").bytes == 2 * T5.parameters
     shards = {"source": "shards", "path": "x", "aspect": "bucket", "crop": "center"}
-    cached = values | {"data": shards | {"cached": ["text", "latents"]}}
+    cached = TOWERS | {"data": shards | {"cached": ["text", "latents"]}}
     assert frozen_networks(parse_config(cached, "test"), 256, 100).bytes == 0
     other = {"conditioning": {"text": {"kind": "qwen3vl"}, "autoencoder": {"kind": "flux1"}}}
     assert frozen_networks(parse_config(other, "test"), 256, 100).unknown == ("qwen3vl",)
+
+
+def test_arithmetic_counts_as_it_is_stored():
+    exact = TOWERS | {"precision": {"compute": "float32"}}
+    exact["conditioning"] = {"text": {"kind": "t5gemma"}, "autoencoder": {"kind": "dc_ae"}}
+    live = frozen_networks(parse_config(exact, "test"), 256, 100)
+    assert live.of("text").bytes == 4 * T5.parameters
+    assert live.of("autoencoder").bytes == 4 * autoencoder_entry("dc_ae").network.size.parameters
+
+
+def test_perceptual_losses_take_the_base_network():
+    values = {
+        "model": {"in_channels": 3, "patch_size": 16},
+        "conditioning": {"autoencoder": {"kind": "pixels"}},
+        "objective": {"prediction": "sample", "dino": {"weight": 0.01, "size": 224}},
+    }
+    base = vision_entry("dinov2").base.size
+    (load,) = frozen_networks(parse_config(values, "test"), 256, 100)
+    assert (load.role, load.bytes) == ("perceptual", 2 * base.parameters)
+    assert load.flops == 3 * 16 * 16 * base.flops  # two pictures forward, one backward
 
 
 def test_weights_in_a_folder_count_as_large_as_their_files(tmp_path):

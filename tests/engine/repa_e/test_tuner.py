@@ -47,16 +47,14 @@ OFF = {
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    from millrace.engine.encoders.tiny_networks import (
-        tiny_autoencoder,
-        tiny_lpips,
-    )
+    from millrace.engine.encoders.autoencoder import autoencoder_entry
+    from millrace.engine.encoders.lpips import tiny_lpips
 
     folder = tmp_path_factory.mktemp("networks")
     torch.manual_seed(0)
     save_classifier(SmallClassifier(classes=2, width=8), folder / "classifier")
     return {
-        "autoencoder": str(tiny_autoencoder("flux1", folder / "flux1")),
+        "autoencoder": str(autoencoder_entry("flux1").tiny(folder / "flux1")),
         "classifier": str(folder / "classifier"),
         "lpips": str(tiny_lpips(folder / "lpips")),
     }

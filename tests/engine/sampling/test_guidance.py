@@ -18,9 +18,9 @@ from millrace.engine.config import (
 )
 from millrace.engine.config.loading import parse_config
 from millrace.engine.encoders.autoencoder import (
-    Pixels,
     open_autoencoder,
 )
+from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching

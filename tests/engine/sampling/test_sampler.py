@@ -7,9 +7,9 @@ import torch
 
 from millrace.engine.config import Autoencoder, Model, Objective, Routing, Sampling, TextTower
 from millrace.engine.encoders.autoencoder import (
-    Pixels,
     open_autoencoder,
 )
+from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser

@@ -1,4 +1,4 @@
-"""A text tower without weights: every word has a fixed random vector.
+"""Hash text encoder, without weights: every word has a fixed random vector.
 
 It knows no language. It is there so that everything runs anywhere, and it still tells captions apart: a
 model can learn which words go with which pictures. Word order is invisible to it, as the denoiser's
@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millrace.engine.encoders.text_encoder import (
-    TextEncoder,
-    clean_text,
-)
+from millrace.engine.config import TextTower
+from millrace.engine.encoders.text_encoder import TextEncoder, TextEncoderEntry, clean_text
 from millrace.kernels.support.packed import to_device
 
 # Runs of letters, runs of digits, and every other visible character by itself.
@@ -41,7 +39,7 @@ def token_vector(token: str, dim: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(dim, dtype=np.float32)
 
 
-class HashTower(TextEncoder):
+class HashTextEncoder(TextEncoder):
     """One row a token, a function of the token alone. No weights, no knowledge of language."""
 
     clean = staticmethod(clean_text)
@@ -66,3 +64,10 @@ class HashTower(TextEncoder):
         rows = to_device(table, self.device)[to_device(index, self.device)]
         split = rows.split([len(tokens) for tokens in kept])
         return [(part, len(tokens) > self.max_tokens) for part, tokens in zip(split, whole, strict=True)]
+
+
+def _open(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    return HashTextEncoder(dim, config.max_tokens, device, dtype)
+
+
+ENTRY = TextEncoderEntry(_open)
