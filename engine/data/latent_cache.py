@@ -36,13 +36,8 @@ from millrace.engine.data.formats.shard_index import (
 )
 from millrace.engine.data.sources.key_subset import KeptSource
 from millrace.engine.data.sources.mixture import MixtureSource
-from millrace.engine.data.sources.pictures import (
-    Source,
-    WhichCaption,
-)
-from millrace.engine.data.sources.shards import (
-    ShardsSource,
-)
+from millrace.engine.data.sources.pictures import Source, WhichCaption
+from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
 

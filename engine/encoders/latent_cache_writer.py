@@ -12,6 +12,7 @@ shards that have no file yet, on any number of processes. The format is that of 
 """
 
 import fcntl
+import functools
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -39,18 +40,11 @@ from millrace.engine.data.latent_cache import (
     cache_path,
     common_path,
 )
-from millrace.engine.data.sources.shards import (
-    ShardsSource,
-)
+from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder
 from millrace.engine.encoders.frozen_networks import constants_tensors
-from millrace.engine.encoders.identity import (
-    Identity,
-    autoencoder_identity,
-    differing,
-    text_identity,
-)
+from millrace.engine.encoders.identity import Identity, autoencoder_identity, differing, text_identity
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, sha256_file, write_atomically
@@ -137,7 +131,7 @@ class _TextMaker(Maker):
         compute = getattr(torch, config.precision.compute)
         super().__init__(source, text_identity(text, dim, compute))
         self.dtype = _STORED[dtype]
-        self._tower = _Later(lambda: open_text_tower(text, dim, device, compute))
+        self._tower = functools.cache(lambda: open_text_tower(text, dim, device, compute))
 
     def common(self) -> bytes:
         ((rows, was_cut),) = self._tower().rows([""])
@@ -201,7 +195,7 @@ class _LatentMaker(Maker):
         super().__init__(source, autoencoder_identity(section))
         self.dtype = self.network["dtype"]
         self._config, self._device = config.data, device
-        self._autoencoder = _Later(lambda: open_autoencoder(section, device))
+        self._autoencoder = functools.cache(lambda: open_autoencoder(section, device))
 
     def common(self) -> bytes:
         tensors, numbers = constants_tensors(self._autoencoder().constants)
@@ -235,18 +229,6 @@ class _LatentMaker(Maker):
             self.unreadable.append(str(problem))
             return None
         return cut(image, crop_box(image.width, image.height, bucket, self._config, None, key), bucket)
-
-
-class _Later:
-    """What a function returns, called when it is first wanted."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make, self._made = make, None
-
-    def __call__(self) -> Any:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,7 @@ def test_an_exported_autoencoder_encodes_like_the_run(runs, tuned, whole, tmp_pa
         "diffusion_pytorch_model.safetensors",
         STATISTICS_FILE,
     }
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # readable like all others
     trainer = Trainer(runs.config(copy_until(whole, STEPS, tmp_path / "run"), tuned), "auto")
     trainer.stream.close()
     trainer.log.close()
