@@ -201,7 +201,7 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
         processor.append(time.process_time() - used)
     trainer.sample_log.close()
     trainer.stream.close()
-    trainer.log.close()
+    trainer.run_log.close()
     return {
         "seconds": seconds,
         "processor_seconds": processor,

@@ -108,7 +108,7 @@ def time_steps(
             wait_for(trainer.device)
             started = time.perf_counter()
             trainer.train_step()
-            request = trainer.stop.poll()
+            request = trainer.stop_requests.poll()
             wait_for(trainer.device)
             if i >= warmup:
                 seconds.append(time.perf_counter() - started)
@@ -120,7 +120,7 @@ def time_steps(
         gc.unfreeze()
         trainer.sample_log.close()
         trainer.stream.close()
-        trainer.log.close()
+        trainer.run_log.close()
     return seconds
 
 

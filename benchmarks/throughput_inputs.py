@@ -21,7 +21,7 @@ from millrace.engine.encoders.autoencoder import (
     published_factor,
 )
 from millrace.engine.encoders.autoencoders.pixels import Pixels
-from millrace.engine.encoders.batch_encoder import Prepared
+from millrace.engine.encoders.batch_encoder import EncodedBatch
 from millrace.engine.encoders.text_encoder import TextEncoder
 from millrace.engine.trainer import Trainer
 
@@ -82,10 +82,10 @@ class Live(Trainer):
 
             return run
 
-        prepare = self.prepare
-        parts = {"autoencoder": (prepare.autoencoder, "encode"), "text": (prepare.text_tower, "encode")}
-        if prepare.teacher is not None:
-            parts["teacher"] = (prepare.teacher, "features")
+        encoder = self.batch_encoder
+        parts = {"autoencoder": (encoder.autoencoder, "encode"), "text": (encoder.text_tower, "encode")}
+        if encoder.teacher is not None:
+            parts["teacher"] = (encoder.teacher, "features")
         with ExitStack() as stack:
             for name, (owner, method) in parts.items():
                 call = counting(name, getattr(owner, method))
@@ -93,14 +93,14 @@ class Live(Trainer):
             batch = self.make_batch()
         self.frozen_flops = {name: total / len(batch.keys) for name, total in totals.items()}
 
-    def next_batch(self) -> Prepared:
+    def next_batch(self) -> EncodedBatch:
         batch = self.make_batch()
         self.images += len(batch.keys)
         self.image_tokens += len(batch.clean)
         self.text_tokens += len(batch.text)
         return batch
 
-    def make_batch(self) -> Prepared:
+    def make_batch(self) -> EncodedBatch:
         """One micro-batch on the device."""
         return super().next_batch()
 
@@ -191,19 +191,19 @@ class Cached(Pictures):
         index = torch.arange(samples) + process_group.rank() * samples
         generator = torch.Generator().manual_seed(config.run.seed)
         pictures = list(torch.randint(256, (samples, 3, edge, edge), generator=generator, dtype=torch.uint8))
-        self.batch = self.prepare(Batch(pictures, names, names, index))
-        side = edge // (self.prepare.patch * self.prepare.autoencoder.factor)
+        self.batch = self.batch_encoder(Batch(pictures, names, names, index))
+        side = edge // (self.batch_encoder.patch * self.batch_encoder.autoencoder.factor)
         self.grids = [(side, side)] * samples
         self.pictures = (
             [signed_unit(picture.to(self.device)) for picture in pictures]
-            if self.prepare.teacher is not None
+            if self.batch_encoder.teacher is not None
             else []
         )
 
-    def make_batch(self) -> Prepared:
-        if self.prepare.teacher is None:
+    def make_batch(self) -> EncodedBatch:
+        if self.batch_encoder.teacher is None:
             return self.batch
-        features = self.prepare.teacher.features(self.pictures, self.grids, self.batch.keys)
+        features = self.batch_encoder.teacher.features(self.pictures, self.grids, self.batch.keys)
         return replace(self.batch, teacher=features)
 
     def look_ahead(self) -> None:

@@ -168,7 +168,7 @@ class OurStep:
             noisy = add_noise(self.clean, noise, self.t, layout.cu_seqlens, layout.max_seqlen)
         noisy = noisy.to(self.text.dtype)
         span = self.policy.draw(layout, self.config.run.seed, self.sample_index)
-        (prediction,) = self.denoiser(noisy, self.t, self.text, layout, span)
+        prediction = self.denoiser(noisy, self.t, self.text, layout, span).prediction
         return flow.loss(prediction, self.clean, noise, self.t, layout).mean()
 
 

@@ -29,7 +29,6 @@ from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.contrastive import mean_target
 from millrace.engine.model.flops import sampling_flops
 from millrace.engine.model.guidance_branches import describe
-from millrace.engine.repa_e.tuned_autoencoder import open_trained
 from millrace.engine.sampling.grids import save_grid
 from millrace.engine.sampling.sampler import (
     Sampler,
@@ -38,7 +37,7 @@ from millrace.engine.sampling.trained_model import (
     add_model_arguments,
     load_model,
     open_sampler,
-    run_of,
+    open_trained_autoencoder,
 )
 from millrace.engine.util.errors import UserError
 
@@ -102,7 +101,7 @@ def main() -> int:
 def _compute_mean_target(arguments: argparse.Namespace, config: Config, device: torch.device) -> int:
     """Write the mean target of the training pictures, in evaluation's crops; per channel if sizes differ."""
     path, source = arguments.compute_mean_target, open_source(config.data)
-    autoencoder = open_trained(config, run_of(arguments.checkpoint), device)
+    autoencoder = open_trained_autoencoder(config, arguments.checkpoint, device)
     edge = autoencoder.factor * config.model.patch_size
 
     def latents() -> Iterator[Tensor]:

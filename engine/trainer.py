@@ -1,7 +1,7 @@
-"""The training loop, on one page.
+"""Training loop, on one page.
 
-Batch ──preparation──▶ Prepared ──flow──▶ noisy tokens, t ──training model (+ span)──▶ Outputs
-  ──losses──▶ terms per sample ──DeepSpeed: backward, reduce, step──▶ EMA, log, checkpoint, samples
+Batch ──batch encoder──▶ EncodedBatch ──flow──▶ noisy tokens, t ──training model (+ span)──▶ Outputs
+  ──loss_fn──▶ terms per sample ──DeepSpeed: backward, reduce, step──▶ EMA, log, checkpoint, samples
 """
 
 import gc
@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from millrace.engine.checkpoint import train_state
-from millrace.engine.checkpoint.checkpoints import find_start, save_checkpoint
+from millrace.engine.checkpoint.checkpoints import CheckpointReader, find_start, save_checkpoint
 from millrace.engine.config import Config
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import (
@@ -39,18 +39,19 @@ from millrace.engine.distributed.zero_shards import (
 )
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import (
-    Preparation,
-    Prepared,
+    BatchEncoder,
+    EncodedBatch,
 )
-from millrace.engine.encoders.frozen_networks import open_frozen
-from millrace.engine.encoders.perceptual_networks import open_perceptual
-from millrace.engine.encoders.teacher import teacher_of
+from millrace.engine.encoders.frozen_networks import Frozen, open_frozen
+from millrace.engine.encoders.prefetch import BatchPrefetcher
+from millrace.engine.encoders.teacher import Teacher, teacher_of
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.evaluation.run_samples import RunSamples
 from millrace.engine.export import start_from
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.losses.total import Losses
+from millrace.engine.losses.loss_term import LossInputs
+from millrace.engine.losses.total import build_loss
 from millrace.engine.losses.training_model import TrainingModel
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
@@ -63,13 +64,15 @@ from millrace.engine.optim.build_optimizer import (
 )
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.planning.fit_check import check_fits
-from millrace.engine.repa_e.tuner import open_end_to_end
 from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
+
+if TYPE_CHECKING:  # an ordinary run imports nothing of repa_e
+    from millrace.engine.repa_e.tuner import RepaE
 
 
 def train(
@@ -106,124 +109,186 @@ class Trainer:
     open_teacher = staticmethod(teacher_of)
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
-        self.whole = config
+        self.run_config = config
         self.output = Path(config.run.output_dir)
         self.device = process_group.choose_device(config.run.device)
         process_group.initialize(self.device)
         self.stages = resolve_stages(config)
-        for part in self.stages:
-            deepspeed_engine.accumulation_steps(part.config)
-            deepspeed_engine.deepspeed_config(part.config)
-        sources = {data: self.open_source(data) for data in {part.config.data for part in self.stages}}
+        for stage in self.stages:  # what only a later stage would meet is refused now
+            deepspeed_engine.accumulation_steps(stage.config)
+            deepspeed_engine.deepspeed_config(stage.config)
+        sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
         make_output(self.output)
+
         reader, messages = find_start(self.output, resume)
+        self._choose_stage(reader)
+        self.source = sources[self.config.data]
+        messages += self._load_counters(reader)
+        frozen = open_frozen(
+            self.config, self.source, self.device, self.open_autoencoder, self.open_text_tower
+        )
+        messages += self._check_size(frozen.autoencoder.factor)
+        teacher = self.open_teacher(self.config.alignment, self.device, self.data_digest)
+        messages += self._build_model(reader, teacher.dim if teacher else 0)
+        messages += self._build_optimizer(reader)
+        self._build_loss(frozen.autoencoder.factor)
+        self._build_batches(frozen, teacher)
+        self.repa_e = self._open_repa_e(reader)
+
+        self.saved_at = self.step if reader is not None else -1
+        self.stop_requests = StopRequests(self.output)
+        self._open_logs(messages + self._describe(frozen.lines))
+        self.run_samples = RunSamples(
+            self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log
+        )
+
+    def _choose_stage(self, reader: CheckpointReader | None) -> None:
+        """Take the stage that the checkpoint's step lies in; from here on `config` is the stage's."""
         self.step = 0 if reader is None else reader.meta["step"]
         self.stage = stage_at(self.stages, self.step)
-        begins = self.stage.number > 0 and self.step == self.stage.first
-        self.config = config = self.stage.config
-        self.zero_stage = deepspeed_engine.zero_stage(config)
-        self.accumulate = deepspeed_engine.accumulation_steps(config)
-        seed = config.run.seed
+        self.stage_begins = self.stage.number > 0 and self.step == self.stage.first
+        self.config = self.stage.config
+        self.zero_stage = deepspeed_engine.zero_stage(self.config)
+        self.accumulate = deepspeed_engine.accumulation_steps(self.config)
 
-        self.source = sources[config.data]
+    def _load_counters(self, reader: CheckpointReader | None) -> list[str]:
+        """Counters of the run so far; lines about what differs from the checkpoint."""
         self.data_digest = fingerprint(self.source)
-        self.samples, self.skipped, updates = 0, 0, 0
-        if reader is not None:
-            saved = reader.meta
-            self.samples, self.skipped, updates = saved["samples"], saved["skipped"], saved["updates"]
-            if saved["data"] != self.data_digest and self.step > self.stage.data_step:
-                messages.append(
-                    "warning: the data set is not the checkpoint's; from here on its order differs"
-                )
-            changed = differences(saved["config"], self.whole.model_dump(mode="json"))
-            if changed:
-                messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
+        self.samples_seen, self.skipped, self.updates = 0, 0, 0
+        self.captions_cut, self.bad_in_row = 0, 0
+        if reader is None:
+            return []
+        saved, messages = reader.meta, []
+        self.samples_seen, self.skipped, self.updates = saved["samples"], saved["skipped"], saved["updates"]
+        if saved["data"] != self.data_digest and self.step > self.stage.data_step:
+            messages.append("warning: the data set is not the checkpoint's; from here on its order differs")
+        if changed := differences(saved["config"], self.run_config.model_dump(mode="json")):
+            messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
+        return messages
 
-        frozen = open_frozen(config, self.source, self.device, self.open_autoencoder, self.open_text_tower)
-        autoencoder = frozen.autoencoder
-        require_grid(config, autoencoder.factor * config.model.patch_size)
-        tight = check_fits(
-            config, self.zero_stage, process_group.world_size(), autoencoder.factor, self.device
-        )
-        messages += [tight] if tight else []
+    def _check_size(self, factor: int) -> list[str]:
+        """Refuse what cannot fit, before anything large is allocated; a line where it is close."""
+        require_grid(self.config, factor * self.config.model.patch_size)
+        tight = check_fits(self.config, self.zero_stage, process_group.world_size(), factor, self.device)
+        return [tight] if tight else []
 
-        aligned = config.alignment
-        teacher = self.open_teacher(aligned, self.device, self.data_digest)
-        denoiser = Denoiser(config.model, config.routing)
-        self.model = TrainingModel(denoiser, aligned, teacher.dim if teacher else 0)
-        self.init_weights(seed)
+    def _build_model(self, reader: CheckpointReader | None, teacher_dim: int) -> list[str]:
+        """The denoiser and the heads of its losses, with the weights that the run begins or goes on with."""
+        config, messages = self.config, []
+        self.denoiser = Denoiser(config.model, config.routing)
+        self.model = TrainingModel(self.denoiser, config.alignment, teacher_dim)
+        self.init_weights(config.run.seed)
         if reader is not None:
-            messages += train_state.load_weights(self.model, reader, str(reader.folder), begins)
+            messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
         elif config.run.init_from:
-            messages += start_from(denoiser, config.run.init_from)
+            messages += start_from(self.denoiser, config.run.init_from)
         self.model.to(self.device, getattr(torch, config.precision.master))
-        use_fp8(denoiser, config.precision.fp8, self.device)
-        denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=self.zero_stage == 3)
+        use_fp8(self.denoiser, config.precision.fp8, self.device)
+        # ZeRO-3 frees a block's weights after its forward; only reentrant recomputation fetches them again.
+        self.denoiser.checkpoint_activations(
+            config.run.activation_checkpointing, reentrant=self.zero_stage == 3
+        )
         if config.run.compile:
-            for block in denoiser.blocks:
-                block.compile()
-        self.denoiser = denoiser
+            for block in self.denoiser.blocks:
+                block.compile()  # one by one: all blocks share one graph, and compile once
+        # Taken before DeepSpeed: at stage 3 parameters lose their shapes.
         self.named_shapes = [(name, tuple(p.shape)) for name, p in self.model.named_parameters()]
+        return messages
 
+    def _build_optimizer(self, reader: CheckpointReader | None) -> list[str]:
+        """Optimizer, DeepSpeed engine and EMA, with the state of the checkpoint."""
+        config, messages = self.config, []
         self.optimizer = build_optimizer(
             self.model.named_parameters(), config.optimizer, self.device, config.model
         )
         self.engine, wrapped = deepspeed_engine.initialize_engine(config, self.model, self.optimizer)
         self.shards = local_shards(self.model, wrapped, self.zero_stage)
         self.optimizer.attach(self.shards, self.zero_stage)
+        # Averages of the masters, which DeepSpeed has just made.
         self.ema = EmaWeights(config.ema, self.shards) if config.ema.enabled else None
         if reader is not None:
-            messages += train_state.load_optimizer(self.shards, self.optimizer, reader, updates, begins)
+            messages += train_state.load_optimizer(
+                self.shards, self.optimizer, reader, self.updates, self.stage_begins
+            )
             if self.ema is not None:
                 train_state.load_ema(self.shards, self.ema, reader)
         require_masters(self.model, self.shards, self.optimizer.state, config.precision)
+        return messages
 
-        patch = config.model.patch_size
-        self.flow = FlowMatching(config.objective, seed, patch * autoencoder.factor)
-        self.score = Losses(self.flow, patch, open_perceptual(config.objective, self.device), aligned)
+    def _build_loss(self, factor: int) -> None:
+        """Flow matching, the loss's terms and the routing; `factor` is pixels per latent position."""
+        config = self.config
+        self.flow = FlowMatching(config.objective, config.run.seed, config.model.patch_size * factor)
+        self.loss_fn = build_loss(config, self.flow, self.device)
+        self.loss_buffer = LossBuffer(config.logging.every_steps, self.device, self.loss_fn.names)
         self.routing = routing_policy(config)
         if config.sampling.every_steps and config.sampling.contrastive:
             MeanTarget.load(config.sampling.mean_target)  # so that a bad file is refused now, not at a grid
-        keep = config.objective.perceptual
-        self.prepare = Preparation(
-            autoencoder, frozen.text_tower, denoiser.layouts, patch, seed, self.device, keep, teacher
+
+    def _build_batches(self, frozen: Frozen, teacher: Teacher | None) -> None:
+        """The stream of samples, and what encodes them."""
+        config, patch = self.config, self.config.model.patch_size
+        self.batch_encoder = BatchEncoder(
+            frozen.autoencoder,
+            frozen.text_tower,
+            self.denoiser.layouts,
+            patch,
+            config.run.seed,
+            self.device,
+            config.objective.perceptual,
+            teacher,
         )
+        self.batches = BatchPrefetcher(self.batch_encoder, None if config.conditioning.overlap else False)
         self.stream = SampleStream(
             self.source,
             config.data,
-            seed=seed,
-            patch=patch * autoencoder.factor,
+            seed=config.run.seed,
+            patch=patch * frozen.autoencoder.factor,
             caption_drop=config.conditioning.caption_drop,
             rank=process_group.rank(),
             world_size=process_group.world_size(),
-            first_sample=self.samples,
+            first_sample=self.samples_seen,
             origin=(self.stage.data_sample, self.stage.data_step),
             caches=frozen.caches,
             device=self.device,
         )
 
-        self.tuning = open_end_to_end(
-            config, self.prepare, self.model, self.flow, self.accumulate, self.source, reader
+    def _open_repa_e(self, reader: CheckpointReader | None) -> "RepaE | None":
+        """What tunes the autoencoder, where the run does."""
+        tuned = self.config.conditioning.autoencoder.tuning.enabled
+        if reader is not None:
+            train_state.require_same_autoencoder(reader, tuned)
+        if not tuned:
+            return None
+        from millrace.engine.repa_e.tuner import open_repa_e
+
+        return open_repa_e(
+            self.config, self.batch_encoder, self.model, self.flow, self.accumulate, self.source, reader
         )
-        self.losses = LossBuffer(config.logging.every_steps, self.device, self.score.terms)
+
+    def _open_logs(self, messages: list[str]) -> None:
+        """The files of the run's folder; then the lines that people read at the start."""
         self.records: list[dict[str, Any]] = []
-        self.saved_at = self.step if reader is not None else -1
-        self.bad_in_row = 0
-        self.stop = StopRequests(self.output)
-        self.log = RunLog(config, self.output, self.step)
-        self.sample_log = SampleLog(self.output, self.step, config.logging.sample_keys)
+        self.run_log = RunLog(self.config, self.output, self.step)
+        self.sample_log = SampleLog(self.output, self.step, self.config.logging.sample_keys)
         if process_group.rank() == 0:
-            write_atomically(self.output / "config.json", self.whole.model_dump_json(indent=2) + "\n")
-        averages = [] if self.ema is None else self.ema.tensors
-        rows = audit(self.model, self.shards, self.optimizer.state, averages, config.precision)
-        messages += introduction(self.stages, self.stage, self.named_shapes, self.source, self.prepare, rows)
-        messages += describe_optimizer(self.named_shapes, self.optimizer)
-        messages += [f"loader: {self.stream.loader}", *frozen.lines, *self.tuning.describe()]
-        if self.step > self.stage.first:
-            messages.append(f"resumed at step {self.step}, sample {self.samples}")
+            write_atomically(self.output / "config.json", self.run_config.model_dump_json(indent=2) + "\n")
         for line in messages:
-            self.log.say(line)
-        self.pictures = RunSamples(config, self.flow, self.prepare, self.source, self.output, self.log)
+            self.run_log.say(line)
+
+    def _describe(self, frozen_lines: list[str]) -> list[str]:
+        """Lines about what was built."""
+        averages = [] if self.ema is None else self.ema.tensors
+        rows = audit(self.model, self.shards, self.optimizer.state, averages, self.config.precision)
+        lines = introduction(
+            self.stages, self.stage, self.named_shapes, self.source, self.batch_encoder, rows
+        )
+        lines += describe_optimizer(self.named_shapes, self.optimizer)
+        lines += [f"loader: {self.stream.loader}", *frozen_lines]
+        lines += self.repa_e.describe() if self.repa_e is not None else []
+        if self.step > self.stage.first:
+            lines.append(f"resumed at step {self.step}, sample {self.samples_seen}")
+        return lines
 
     def init_weights(self, seed: int) -> None:
         """Fill the weights of a run that begins."""
@@ -235,19 +300,22 @@ class Trainer:
         Returns whether another stage follows.
         """
         config = self.config
+        # What lives now lives to the end of the stage: the collector need not look through it in every step.
         gc.collect()
         gc.freeze()
         try:
             while self.step < self.stage.last:
                 self.train_step()
-                if self.pictures.due(self.step):
+                if self.run_samples.due(self.step):
                     self._flush()
-                    self.tuning.settle()
-                    self.pictures.make(self.step, self.gathered())
-                request = self.stop.poll()
+                    self.batches.settle()
+                    self.run_samples.make(self.step, self.gathered())
+                request = self.stop_requests.poll()
                 if request.stop:
                     self.save()
-                    self.log.say(f"stopped at step {self.step} ({request.stop}); continue with --resume auto")
+                    self.run_log.say(
+                        f"stopped at step {self.step} ({request.stop}); continue with --resume auto"
+                    )
                     return False
                 if request.save or self.step % config.checkpoint.every_steps == 0:
                     self.save()
@@ -256,16 +324,18 @@ class Trainer:
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
             )
             if bad:
-                self.log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
+                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
             if self.stage.last < config.run.steps:
                 return True
-            self.log.say(f"finished: {self.step} steps, {self.samples} samples, {self.skipped} steps skipped")
+            self.run_log.say(
+                f"finished: {self.step} steps, {self.samples_seen} samples, {self.skipped} steps skipped"
+            )
             return False
         finally:
             self.sample_log.reject(self.stream.bad)
             self.sample_log.close()
             self.stream.close()
-            self.log.close()
+            self.run_log.close()
 
     def train_step(self) -> None:
         """One optimizer step over the global batch."""
@@ -276,13 +346,14 @@ class Trainer:
         flops = 0.0
         for _ in range(self.accumulate - 1):
             flops += self._micro_batch(seen)
-            self.engine.step()
+            self.engine.step()  # counts a micro-batch; DeepSpeed updates nothing before the last one
         flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
         norm, applied = deepspeed_engine.apply_gradients(self.engine, self.model, self.optimizer, self.config)
-        self.tuning.finish(applied, self.step - begun, end - begun)
+        if self.repa_e is not None:
+            self.repa_e.finish(applied, self.step - begun, end - begun)
 
         self.step += 1
-        self.samples += self.config.data.global_batch
+        self.samples_seen += self.config.data.global_batch
         if applied:
             self.bad_in_row = 0
             if self.ema is not None:
@@ -295,32 +366,37 @@ class Trainer:
     def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
         """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
         batch = self.next_batch()
+        self.captions_cut += batch.captions_cut
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
+        # The mean over samples: a batch of mixed sizes weighs the same however it is cut.
         self.engine.backward(per_sample.mean())
-        if not last:
+        if not last:  # the stage's last would take a micro-batch that nobody trains on
             self.look_ahead()
-        self.losses.add(terms, t)
+        self.loss_buffer.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
 
-    def next_batch(self) -> Prepared:
+    def next_batch(self) -> EncodedBatch:
         """The next micro-batch of this process, encoded and packed."""
-        return self.tuning.next_batch(self.stream, self.step)
+        if self.repa_e is not None:
+            return self.repa_e.next_batch(self.stream, self.step)
+        return self.batches.next_batch(self.stream)
 
     def look_ahead(self) -> None:
-        """Have the micro-batch after this one prepared while the device is busy with this one."""
-        self.tuning.look_ahead(self.stream)
+        """Have the micro-batch after this one encoded while the device is busy with this one."""
+        if self.repa_e is None:  # which makes the next latents only after this step's update
+            self.batches.look_ahead(self.stream)
 
-    def sample_losses(self, batch: Prepared) -> tuple[dict[str, Tensor], Tensor]:
+    def sample_losses(self, batch: EncodedBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
         layout, index = batch.layout, batch.sample_index
         t = self.flow.time(index)
         noisy, noise = self.flow.noisy(batch.clean, index, t, layout)
         span = self.routing.draw(layout, self.config.run.seed, index)
         outputs = self.engine(noisy, t, batch.text, layout, span)
-        return self.score(outputs, batch, noise, t, span), t
+        return self.loss_fn(LossInputs(outputs, batch, noise, t, span)), t
 
     def _record(
         self, rates: dict[str, float], norm: float, applied: bool, seconds: float, flops: float
@@ -334,26 +410,27 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
-            "captions_cut": self.tuning.captions_cut,
+            "captions_cut": self.captions_cut,
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
-        if given := self.stream.given(self.samples):
+        if given := self.stream.given(self.samples_seen):
             record["parts"] = given
         if peak is not None:
             record["mfu"] = flops / seconds / peak
         self.records.append(record)
-        if self.losses.end_step() or not applied:
+        if self.loss_buffer.end_step() or not applied:
             self._flush()
 
     def _flush(self) -> None:
-        if self.losses.filled:
-            for record, loss in zip(self.records, self.losses.flush(), strict=True):
+        if self.loss_buffer.filled:
+            for record, loss in zip(self.records, self.loss_buffer.flush(), strict=True):
                 record["loss"], record["loss_by_time"] = loss.loss, loss.by_time
                 if len(loss.terms) > 1:
                     record["losses"] = loss.terms
-        self.tuning.flush(self.records)
-        self.log.records(self.records)
+        if self.repa_e is not None:
+            self.repa_e.flush(self.records)
+        self.run_log.records(self.records)
         self.records = []
 
     def _report_bad(self, seen: list[tuple[list[str], Tensor]]) -> None:
@@ -368,7 +445,7 @@ class Trainer:
         ]
         bad = [key for keys in process_group.gather_objects(bad) for key in keys]
         among = ", ".join(bad) if bad else "none: the loss was finite, the gradient was not"
-        self.log.say(
+        self.run_log.say(
             f"step {self.step} skipped, weights unchanged; samples with a loss that is not finite: {among}"
         )
         if self.bad_in_row >= self.config.run.max_bad_steps:
@@ -385,19 +462,19 @@ class Trainer:
             return
         meta = {
             "step": self.step,
-            "samples": self.samples,
+            "samples": self.samples_seen,
             "skipped": self.skipped,
             "updates": train_state.optimizer_steps(self.shards, self.optimizer),
-            "text_tower": self.prepare.text_tower.identity,
-            "autoencoder": self.prepare.autoencoder.identity,
+            "text_tower": self.batch_encoder.text_tower.identity,
+            "autoencoder": self.batch_encoder.autoencoder.identity,
             "data": self.data_digest,
-            "config": self.whole.model_dump(mode="json"),
+            "config": self.run_config.model_dump(mode="json"),
         }
         pieces = train_state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers())
         folder = save_checkpoint(
             self.output / "checkpoints",
             self.step,
-            itertools.chain(pieces, self.tuning.state_pieces()),
+            itertools.chain(pieces, self.repa_e.state_pieces() if self.repa_e is not None else ()),
             meta,
             keep=self.config.checkpoint.keep,
             rank=process_group.rank(),
@@ -405,7 +482,7 @@ class Trainer:
             all_ok=process_group.all_ranks,
         )
         self.saved_at = self.step
-        self.log.say(f"saved {folder}")
+        self.run_log.say(f"saved {folder}")
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights and buffers of the denoiser, those that `sampling.weights` names. Collective."""

@@ -35,6 +35,8 @@ from millrace.engine.util.errors import UserError
 
 OPTIMIZER_STATE = (*ADAM_STATE, "momentum")
 """All that an optimizer stores in the layout of the weights."""
+TUNED_AUTOENCODER = "tuning/"
+"""What names of an autoencoder begin with that the run tunes (REPA-E), and of its discriminator."""
 
 
 def state_pieces(
@@ -200,3 +202,19 @@ def load_ema(shards: list[Shard], ema: EmaWeights, reader: CheckpointReader) -> 
 def _fill(shard: Shard, like_master: Tensor, reader: CheckpointReader, kind: str) -> None:
     if shard.count:
         shard.of(like_master).copy_(reader.read(f"{kind}/{shard.name}", shard.start, shard.count))
+
+
+def require_same_autoencoder(reader: CheckpointReader, tuned: bool) -> None:
+    """Raise UserError unless the checkpoint's run tuned its autoencoder, if this one does, or did not."""
+    if holds_autoencoder(reader) != tuned:
+        state = "an untuned" if tuned else "a tuned"
+        raise UserError(
+            f"{reader.folder} was trained with {state} autoencoder, but "
+            f"conditioning.autoencoder.tuning.enabled is {str(tuned).lower()}; it holds for the whole run: "
+            "start another one with run.init_from"
+        )
+
+
+def holds_autoencoder(reader: CheckpointReader) -> bool:
+    """Whether the checkpoint is of a run that tunes its autoencoder."""
+    return any(name.startswith(TUNED_AUTOENCODER) for name in reader.names())

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.engine import config as settings
+from millrace.engine.encoders.latent_statistics import load_statistics
 from millrace.engine.encoders.pretrained import (
     NetworkSize,
     Settings,
@@ -44,7 +45,6 @@ from millrace.engine.encoders.pretrained import (
     random_network,
     unreadable,
 )
-from millrace.engine.repa_e.latent_norm import load_statistics
 from millrace.engine.util import registry
 from millrace.engine.util.errors import UserError
 

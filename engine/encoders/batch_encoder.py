@@ -33,7 +33,7 @@ from millrace.kernels.support.philox import (
 
 
 @dataclass(frozen=True)
-class Prepared:
+class EncodedBatch:
     """A micro-batch on the device, packed."""
 
     clean: Tensor
@@ -60,7 +60,7 @@ class Prepared:
         yield from (self.clean, self.text, self.sample_index, self.unconditional, *self.images, *layout)
 
 
-class Preparation:
+class BatchEncoder:
     """Runs the frozen networks and packs their output.
 
     Args:
@@ -88,7 +88,7 @@ class Preparation:
         self.keep_images, self.teacher = keep_images, teacher
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Prepared:
+    def __call__(self, batch: Batch) -> EncodedBatch:
         """Encode captions and pictures, cut the latents into patches, and lay the samples end to end."""
         latents: list[Tensor] = [torch.empty(0)] * len(batch.images)
         images = list(latents)
@@ -130,13 +130,13 @@ class Preparation:
             shape = self.autoencoder.latent_shape(posterior)
             yield members, posterior, self._posterior_noise(shape, batch.sample_index[members])
 
-    def pack(self, batch: Batch, latents: Sequence[Tensor], images: Sequence[Tensor]) -> Prepared:
+    def pack(self, batch: Batch, latents: Sequence[Tensor], images: Sequence[Tensor]) -> EncodedBatch:
         """The batch with latents (channels, h, w) and pictures (3, h, w) of each sample, on the device."""
         sample_index = to_device(batch.sample_index, self.device)
         with torch.no_grad():
             text = self.text_tower.encode(batch.captions, batch.text)
         grids = [(z.shape[1] // self.patch, z.shape[2] // self.patch) for z in latents]
-        return Prepared(
+        return EncodedBatch(
             clean=torch.cat([patchify(z, self.patch) for z in latents]),
             text=text.embeddings,
             layout=self.layouts.layout(grids, text.cu_seqlens, text.max_seqlen),

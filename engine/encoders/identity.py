@@ -19,8 +19,8 @@ import torch
 
 from millrace.engine import config as settings
 from millrace.engine.encoders import autoencoder as autoencoders
+from millrace.engine.encoders.latent_statistics import STATISTICS_FILE
 from millrace.engine.encoders.text_encoder import CLEANING, text_encoder_entry
-from millrace.engine.repa_e.latent_norm import STATISTICS_FILE
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256, sha256_file
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
-from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.evaluation.evaluator import (
     Evaluation,
     untouched_randomness,
@@ -39,7 +39,7 @@ class RunSamples:
         self,
         config: Config,
         flow: FlowMatching,
-        prepare: Preparation,
+        prepare: BatchEncoder,
         source: Source,
         output: Path,
         log: RunLog,

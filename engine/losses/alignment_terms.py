@@ -1,14 +1,17 @@
-"""What alignment adds to the training loss, term by term."""
+"""Alignment terms of the training loss: REPA or iREPA, and HASTE's attention."""
 
 from collections.abc import Sequence
+from typing import Self
 
+import torch
 from torch import Tensor
 
-from millrace.engine.config import Alignment
+from millrace.engine.config import Alignment, Config
 from millrace.engine.losses.haste import (
     QueriesKeys,
     attention_loss,
 )
+from millrace.engine.losses.loss_term import LossInputs, LossTerm
 from millrace.engine.losses.repa import (
     normalise_over_space,
     repa_loss,
@@ -16,6 +19,22 @@ from millrace.engine.losses.repa import (
 )
 from millrace.engine.model.layout import Layout
 from millrace.engine.model.routing import RoutedSpan
+
+
+class AlignmentTerms(LossTerm):
+    """The terms of `alignment`; the teacher's features come with the batch."""
+
+    def __init__(self, config: Alignment) -> None:
+        self.config, self.names = config, alignment_terms(config)
+
+    @classmethod
+    def build(cls, config: Config, device: torch.device) -> Self | None:
+        return cls(config.alignment) if config.alignment.active else None
+
+    def __call__(self, inputs: LossInputs) -> dict[str, Tensor]:
+        outputs, batch, span = inputs.outputs, inputs.batch, inputs.span
+        ours, theirs = (outputs.projected, outputs.attention), (batch.teacher.tokens, batch.teacher.attention)
+        return alignment_losses(self.config, *ours, *theirs, batch.layout, span)
 
 
 def alignment_terms(config: Alignment) -> tuple[str, ...]:

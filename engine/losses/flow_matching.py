@@ -1,4 +1,4 @@
-"""Flow matching as PRX and JiT train it: the distribution of times, the noise, and the loss."""
+"""Flow matching as PRX and JiT train it: timestep sampling, the noise path, and the loss."""
 
 import torch
 from torch import Tensor

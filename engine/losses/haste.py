@@ -1,4 +1,4 @@
-"""HASTE's second term (arXiv 2505.16792): attention among image tokens follows the teacher's.
+"""HASTE's attention alignment (arXiv 2505.16792): attention among image tokens follows the teacher's.
 
     L = -mean over blocks, heads, query tokens of  sum_j p_ij log s_ij
     s = softmax_j(q_i k_j / sqrt(D)) of the denoiser's block,  p = the same of the teacher's layer

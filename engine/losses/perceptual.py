@@ -10,23 +10,89 @@ depend on its micro-batch. With t_max 1 the two are the same.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from millrace.engine.config import Objective
+from millrace.engine.config import Config, Objective
+from millrace.engine.encoders.dino import Dino, load_dino
+from millrace.engine.encoders.lpips import Lpips, load_lpips
+from millrace.engine.encoders.teacher import vision_entry
+from millrace.engine.losses.loss_term import LossInputs, LossTerm
 from millrace.engine.model.layout import (
     Grid,
     Layout,
     unpatchify,
 )
+from millrace.engine.util.errors import UserError
 from millrace.kernels.support.packed import to_device
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Pictures (B, 3, h, w) FP32 in [-1, 1] and the true ones -> distance (B,)."""
 Features = Callable[[Tensor], Tensor]
 """Pictures (B, 3, h, w) FP32 in [-1, 1] -> features of patches (B, n, dim)."""
+
+
+_DINO = "objective.dino.path"
+
+
+class PerceptualNetworks(NamedTuple):
+    """What judges predicted pictures; None where its weight is 0."""
+
+    lpips: Lpips | None = None
+    dino: Dino | None = None
+
+
+def open_perceptual(config: Objective, device: torch.device) -> PerceptualNetworks:
+    """The networks that the objective asks for, frozen, on `device`.
+
+    Raises UserError for weights that cannot be used, and for a size that is no multiple of DINO's patch.
+    """
+    lpips = dino = None
+    if config.lpips.weight:
+        lpips = load_lpips(config.lpips.path, device, getattr(torch, config.lpips.dtype))
+    if config.dino.weight:
+        kind, size = config.dino.kind, config.dino.size
+        dtype = getattr(torch, config.dino.dtype)
+        dino = load_dino(kind, config.dino.path, _DINO, device, dtype, vision_entry(kind).base.source)
+        if size % dino.patch:
+            near = max(round(size / dino.patch), 1) * dino.patch
+            raise UserError(
+                f"objective.dino.size {size} is no multiple of the {dino.patch} pixels of a patch of "
+                f"{dino.identity}; set it to {near}"
+            )
+    return PerceptualNetworks(lpips, dino)
+
+
+class PerceptualTerms(LossTerm):
+    """LPIPS and P-DINO of the predicted pictures.
+
+    Args:
+        config: the objective, whose prediction is of clean pixels.
+        patch: edge of a token in pixels.
+        networks: that look at the pictures.
+    """
+
+    def __init__(self, config: Objective, patch: int, networks: PerceptualNetworks) -> None:
+        self.config, self.patch, self.networks = config, patch, networks
+        self.names = perceptual_terms(config)
+
+    @classmethod
+    def build(cls, config: Config, device: torch.device) -> Self | None:
+        objective = config.objective
+        if not objective.perceptual:
+            return None
+        return cls(objective, config.model.patch_size, open_perceptual(objective, device))
+
+    def __call__(self, inputs: LossInputs) -> dict[str, Tensor]:
+        outputs, batch, _, t, _ = inputs
+        lpips, dino = self.networks
+        features = dino.patch_tokens if dino else None
+        return perceptual_losses(
+            outputs.prediction, batch.images, batch.layout, t, self.patch, self.config, lpips, features
+        )
 
 
 def perceptual_terms(config: Objective) -> tuple[str, ...]:

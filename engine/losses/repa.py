@@ -1,4 +1,4 @@
-"""Alignment of the denoiser's features with those of a frozen vision network.
+"""REPA and iREPA: alignment of the denoiser's features with those of a frozen vision network.
 
     REPA    (arXiv 2410.06940)  -mean over tokens of cos(projector(h), z)
     iREPA   (arXiv 2512.10794)  the same, with a 3x3 convolution as projector, and z normalised over space

@@ -1,4 +1,4 @@
-"""Everything that is trained, as one module for DeepSpeed: the denoiser, and what only training needs."""
+"""Training model: the denoiser and the heads that only training needs, as one module for DeepSpeed."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -72,10 +72,8 @@ class TrainingModel(nn.Module):
         self, tokens: Tensor, t: Tensor, text: Tensor, layout: Layout, span: RoutedSpan | None
     ) -> Outputs:
         """Noisy patches (T, P) at times (B,) with text (S, E) -> what the loss needs."""
-        prediction, *tapped = self.denoiser(
+        prediction, features, attention = self.denoiser(
             tokens, t, text, layout, span, self.taps, self.attention_taps, self.tapped_heads
         )
-        if self.alignment is None:
-            return Outputs(prediction, None, tuple(tapped))
-        features, *attention = tapped
-        return Outputs(prediction, self.alignment(features, layout, span), tuple(attention))
+        projected = self.alignment(features[0], layout, span) if self.alignment is not None else None
+        return Outputs(prediction, projected, attention)

@@ -1,6 +1,7 @@
-"""The parts of the PRX denoiser: embedders, the single-stream block, and the output layer."""
+"""Blocks of the PRX denoiser: embedders, the single-stream block, and the output layer."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,26 @@ class VectorEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(features)))
 
 
+class BlockInputs(NamedTuple):
+    """What a block reads besides its tokens."""
+
+    modulation: Tensor
+    """(B, 6, C): shift, scale, gate of attention, then of the MLP."""
+    text_kv: Tensor
+    """(S, 2, H, D) keys and values of the text."""
+    cos: Tensor
+    sin: Tensor
+    """(positions, D / 2) rotations of RoPE."""
+    positions: Tensor
+    """(T,) rows of the tables."""
+    cu_seqlens: Tensor
+    """(B + 1,) int32, where the tokens of each sample begin."""
+    max_seqlen: int
+    cu_seqlens_text: Tensor
+    """(B + 1,) int32, where the text of each sample begins."""
+    max_seqlen_text: int
+
+
 class Block(nn.Module):
     """Attention of image tokens over [image, text] keys, then a GeGLU MLP; both modulated and gated by time.
 
@@ -68,23 +89,14 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        text_kv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        cu_seqlens_text: Tensor,
-        max_seqlen: int,
-        max_seqlen_text: int,
-        tapped_heads: int = 0,
+        self, x: Tensor, inputs: BlockInputs, tapped_heads: int = 0
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """x (T, C); modulation (B, 6, C): shift, scale, gate of attention and MLP; text_kv (S, 2, H, D).
+        """x (T, C) -> (T, C); K rows of it inside a routed span.
 
         With `tapped_heads` queries and keys (T, tapped_heads, D) of the image tokens come after the result.
         """
+        modulation, text_kv, cos, sin, positions, cu_seqlens, max_seqlen, *of_text = inputs
+        cu_seqlens_text, max_seqlen_text = of_text
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
         y = norm_modulate(x, shift, scale, cu_seqlens, NORM_EPS, max_seqlen)
         qkv = self.qkv(y).unflatten(1, (3, self.heads, self.head_dim))

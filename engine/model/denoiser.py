@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.attention.varlen  # registers the operator that selective checkpointing keeps
@@ -16,6 +16,7 @@ from millrace.engine.model.blocks import (
     TIME_FEATURES,
     TIME_SCALE,
     Block,
+    BlockInputs,
     FinalLayer,
     VectorEmbedder,
     sinusoid,
@@ -31,6 +32,44 @@ from millrace.engine.model.resolution_tokens import ResolutionTokens
 from millrace.engine.model.routing import RoutedSpan
 from millrace.engine.model.sprint import Fusion
 from millrace.kernels import gather_tokens, scatter_tokens
+
+
+class DenoiserOutput(NamedTuple):
+    """What one forward pass gives."""
+
+    prediction: Tensor
+    """(T, P) velocity or clean patches."""
+    features: tuple[Tensor, ...]
+    """(T, C) for each tapped block, (K, C) for one inside the routed span."""
+    attention: tuple[tuple[Tensor, Tensor], ...]
+    """Queries and keys (T or K, tapped heads, D) for each block whose attention is tapped."""
+
+
+class _Taps:
+    """Collects what a loss wants of the blocks on the way."""
+
+    def __init__(self, blocks: Sequence[int], attention_blocks: Sequence[int], heads: int) -> None:
+        self.blocks, self.attention_blocks, self.heads = blocks, attention_blocks, heads
+        self._features: dict[int, Tensor] = {}
+        self._attention: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def heads_of(self, block: int) -> int:
+        """How many heads' queries and keys the block shall give."""
+        return self.heads if block in self.attention_blocks else 0
+
+    def take(self, block: int, result: Tensor | tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Keep what is wanted of a block's result; the rows that go on."""
+        if block in self.attention_blocks:
+            result, *queries_keys = result
+            self._attention[block] = tuple(queries_keys)
+        if block in self.blocks:
+            self._features[block] = result
+        return result
+
+    def found(self) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, Tensor], ...]]:
+        """Features, and queries and keys, in the order in which they were asked for."""
+        features = tuple(self._features[i] for i in self.blocks)
+        return features, tuple(self._attention[i] for i in self.attention_blocks)
 
 
 class Denoiser(nn.Module):
@@ -105,7 +144,7 @@ class Denoiser(nn.Module):
         taps: Sequence[int] = (),
         attention_taps: Sequence[int] = (),
         tapped_heads: int = 0,
-    ) -> tuple[Any, ...]:
+    ) -> DenoiserOutput:
         """Predict.
 
         Args:
@@ -116,74 +155,77 @@ class Denoiser(nn.Module):
             span: the route and the blocks it applies to; None for all tokens through all blocks.
             taps: blocks whose output is wanted too.
             attention_taps: blocks whose queries and keys are wanted too, of the first `tapped_heads` heads.
-
-        Returns:
-            prediction (T, P), then one (T, C) per tap, then a pair of (T, tapped_heads, D) per attention tap;
-            K rows for a block inside the routed span.
         """
-        config = self.config
-        vector = self.time_in(sinusoid(t, TIME_FEATURES, TIME_SCALE).to(tokens.dtype))
-        if self.resolution_in is not None:
-            sizes = layout.sizes.flatten() * config.patch_size
-            vector = vector + self.resolution_in(
-                sinusoid(sizes, TIME_FEATURES // 2).to(tokens.dtype).view(len(t), -1)
-            )
-        vector = F.silu(vector)
-        modulation = self.modulation(vector).unflatten(1, (config.depth, 6, config.width)).unbind(1)
-        text, text_where = self.txt_in(text), (layout.cu_seqlens_text, layout.max_seqlen_text)
-        if self.resolution_tokens is not None:
-            text, *text_where = self.resolution_tokens(text, layout, config.patch_size)
-        cu_seqlens_text, max_seqlen_text = text_where
-        text = self.text_kv(text)
-        text_kv = text.unflatten(1, (config.depth, 2, config.heads, config.head_dim)).unbind(1)
-
+        vector = self._condition(t, layout, tokens.dtype)
+        inputs = self._block_inputs(vector, text, layout)
+        wanted = _Taps(taps, attention_taps, tapped_heads)
         if span is None and self.fusion is not None:
-            span = RoutedSpan(None, self.routing.start, self.routing.last(config.depth))
-        x = dense = self.img_in(tokens)
-        everywhere = where = (layout.positions, layout.cu_seqlens, layout.max_seqlen)
-        tapped: dict[int, Tensor] = {}
-        attention: dict[int, tuple[Tensor, Tensor]] = {}
-        for i, block in enumerate(self.blocks):
-            if span is not None and span.skip and span.start <= i <= span.end:
-                # The route has no rows: nothing to run, and the fusion layer gets the mask token everywhere.
-                x = self.fusion(x, x[:0], span) if i == span.start else x
-                continue
-            if span is not None and i == span.start:
-                dense = x
-                if span.route is not None:
-                    index, *lengths = span.route
-                    x, where = gather_tokens(dense, index), (layout.positions[index], *lengths)
-            positions, cu_seqlens, max_seqlen = where
-            x = self.run_block(
-                i,
-                block,
-                x,
-                modulation[i],
-                text_kv[i],
-                layout.cos,
-                layout.sin,
-                positions,
-                cu_seqlens,
-                cu_seqlens_text,
-                max_seqlen,
-                max_seqlen_text,
-                *((tapped_heads,) if i in attention_taps else ()),
-            )
-            if i in attention_taps:
-                x, *queries_keys = x
-                attention[i] = tuple(queries_keys)
-            if i in taps:
-                tapped[i] = x
-            if span is not None and i == span.end:
-                if self.fusion is not None:
-                    x = self.fusion(dense, x, span)
-                else:
-                    # Rows that bypass stay where they are, unless a tap promises them as they were before.
-                    inplace = span.start - 1 not in taps
-                    x = scatter_tokens(dense, x, span.route.index, inplace=inplace)
-                where = everywhere
+            # SPRINT's fusion layer is part of the model: it runs where nothing is routed, too.
+            span = RoutedSpan(None, self.routing.start, self.routing.last(self.config.depth))
+        x, depth = self.img_in(tokens), self.config.depth
+        if span is None:
+            x = self._run_blocks(x, range(depth), inputs, wanted)
+        else:
+            x = self._run_blocks(x, range(span.start), inputs, wanted)
+            x = self._run_span(x, span, inputs, layout, wanted)
+            x = self._run_blocks(x, range(span.end + 1, depth), inputs, wanted)
         prediction = self.final_layer(x, vector, layout.cu_seqlens, layout.max_seqlen)
-        return (prediction, *(tapped[i] for i in taps), *(attention[i] for i in attention_taps))
+        return DenoiserOutput(prediction, *wanted.found())
+
+    def _condition(self, t: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """The vector (B, C) that modulates: time, and the picture's size where the model is told."""
+        vector = self.time_in(sinusoid(t, TIME_FEATURES, TIME_SCALE).to(dtype))
+        if self.resolution_in is not None:
+            sizes = layout.sizes.flatten() * self.config.patch_size
+            vector = vector + self.resolution_in(
+                sinusoid(sizes, TIME_FEATURES // 2).to(dtype).view(len(t), -1)
+            )
+        return F.silu(vector)
+
+    def _block_inputs(self, vector: Tensor, text: Tensor, layout: Layout) -> list[BlockInputs]:
+        """What each block reads besides its tokens, over all rows of the batch."""
+        config = self.config
+        # One product for all blocks: the text is static, and so is the vector. Their inputs are read once.
+        modulation = self.modulation(vector).unflatten(1, (config.depth, 6, config.width)).unbind(1)
+        text, cu_seqlens_text, max_seqlen_text = (
+            self.txt_in(text),
+            layout.cu_seqlens_text,
+            layout.max_seqlen_text,
+        )
+        if self.resolution_tokens is not None:
+            text, cu_seqlens_text, max_seqlen_text = self.resolution_tokens(text, layout, config.patch_size)
+        text_kv = self.text_kv(text).unflatten(1, (config.depth, 2, config.heads, config.head_dim)).unbind(1)
+        rows = layout.positions, layout.cu_seqlens, layout.max_seqlen
+        tables = layout.cos, layout.sin
+        return [
+            BlockInputs(*own, *tables, *rows, cu_seqlens_text, max_seqlen_text)
+            for own in zip(modulation, text_kv, strict=True)
+        ]
+
+    def _run_blocks(self, x: Tensor, blocks: range, inputs: list[BlockInputs], wanted: _Taps) -> Tensor:
+        """x (T, C), or the rows (K, C) that `inputs` are about, through these blocks."""
+        for i in blocks:
+            x = wanted.take(i, self.run_block(i, self.blocks[i], wanted.heads_of(i), x, inputs[i]))
+        return x
+
+    def _run_span(
+        self, dense: Tensor, span: RoutedSpan, inputs: list[BlockInputs], layout: Layout, wanted: _Taps
+    ) -> Tensor:
+        """dense (T, C): the route's rows through the span's blocks, then back among the others (T, C)."""
+        if span.skip:
+            # The route has no rows: nothing to run, and the fusion layer gets the mask token everywhere.
+            return self.fusion(dense, dense[:0], span)
+        x = dense
+        if span.route is not None:
+            index, cu_seqlens, max_seqlen = span.route
+            x, positions = gather_tokens(dense, index), layout.positions[index]
+            rows = {"positions": positions, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            inputs = [one._replace(**rows) for one in inputs]
+        x = self._run_blocks(x, range(span.start, span.end + 1), inputs, wanted)
+        if self.fusion is not None:
+            return self.fusion(dense, x, span)
+        # Rows that bypass stay where they are, unless a tap promises them as they were before.
+        return scatter_tokens(dense, x, span.route.index, inplace=span.start - 1 not in wanted.blocks)
 
     def predict(self, images: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Dense form: images (B, C, H, W), t (B,), text (B, S, E), text_mask (B, S) bool -> (B, C, H, W).
@@ -201,25 +243,36 @@ class Denoiser(nn.Module):
         grid: Grid = (height // patch, width // patch)
         layout = self.layouts.layout([grid] * samples, offsets, int(lengths.max()))
         packed = patchify(images, patch).flatten(0, 1)
-        (prediction,) = self(packed, t, text[text_mask], layout)
+        prediction = self(packed, t, text[text_mask], layout).prediction
         return unpatchify(prediction.unflatten(0, (samples, -1)), grid, patch)
 
 
-def _call(_index: int, block: Block, *args: Tensor) -> Tensor:
-    return block(*args)
+def _call(_index: int, block: Block, tapped_heads: int, x: Tensor, inputs: BlockInputs) -> Any:
+    return block(x, inputs, tapped_heads)
 
 
 def _checkpointed(
-    config: ActivationCheckpointing, reentrant: bool, index: int, block: Block, *args: Tensor
-) -> Tensor:
+    config: ActivationCheckpointing,
+    reentrant: bool,
+    index: int,
+    block: Block,
+    tapped_heads: int,
+    x: Tensor,
+    inputs: BlockInputs,
+) -> Any:
     if index % config.every or not torch.is_grad_enabled():
-        return block(*args)
+        return block(x, inputs, tapped_heads)
+
+    # The inputs one by one: reentrant checkpointing sees only tensors that are arguments themselves.
+    def run(x: Tensor, *inputs: Any) -> Any:
+        return block(x, BlockInputs(*inputs), tapped_heads)
+
     if config.policy == "selective":
         return checkpoint(
-            block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products
+            run, x, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_products
         )
     # A block draws no random numbers, so there is no generator to restore.
-    return checkpoint(block, *args, use_reentrant=reentrant, preserve_rng_state=False)
+    return checkpoint(run, x, *inputs, use_reentrant=reentrant, preserve_rng_state=False)
 
 
 _PRODUCTS = {

@@ -136,7 +136,7 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
             t = flow.time(index)
             noisy, noise = flow.noisy(clean, index, t, layout)
             span = routing_policy(config).draw(layout, 0, index)
-            (prediction,) = denoiser(noisy, t, text, layout, span)
+            prediction = denoiser(noisy, t, text, layout, span).prediction
         loss = flow.loss(prediction, clean, noise, t, layout).mean()
         del prediction
         kept = holder.held

@@ -1,4 +1,4 @@
-"""A tuned autoencoder outside training: out of a run's checkpoint, and as a folder of diffusers."""
+"""Tuned autoencoder outside training: out of a run's checkpoint, and as a folder of diffusers."""
 
 import shutil
 from pathlib import Path
@@ -8,23 +8,17 @@ from torch import nn
 
 from millrace.engine.checkpoint.model_weights import checkpoint_folder
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+from millrace.engine.checkpoint.train_state import TUNED_AUTOENCODER, holds_autoencoder
 from millrace.engine.config import Config
 from millrace.engine.encoders.autoencoder import (
     Autoencoder,
     open_autoencoder,
 )
-from millrace.engine.repa_e.latent_norm import save_statistics
+from millrace.engine.encoders.latent_statistics import save_statistics
 from millrace.engine.util.errors import UserError
 
-STATE = "tuning/"
-"""What names of end-to-end tuning begin with in a checkpoint."""
-STATISTICS = f"{STATE}latents/"
-_WEIGHTS = f"{STATE}autoencoder/master/"
-
-
-def holds_tuning(reader: CheckpointReader) -> bool:
-    """Whether the checkpoint is of a run that tunes its autoencoder."""
-    return any(name.startswith(STATE) for name in reader.names())
+STATISTICS = f"{TUNED_AUTOENCODER}latents/"
+_WEIGHTS = f"{TUNED_AUTOENCODER}autoencoder/master/"
 
 
 def open_trained(config: Config, checkpoint: str | Path | None, device: torch.device) -> Autoencoder:
@@ -49,7 +43,7 @@ def restore(latents: Autoencoder, config: Config, reader: CheckpointReader) -> N
 
     Raises UserError if they are another autoencoder's.
     """
-    if not holds_tuning(reader):
+    if not holds_autoencoder(reader):
         return
     weights = {n.removeprefix(_WEIGHTS): reader.tensor(n) for n in reader.names() if n.startswith(_WEIGHTS)}
     network, section = getattr(latents, "network", nn.Module()), config.conditioning.autoencoder
@@ -74,7 +68,7 @@ def save_autoencoder(checkpoint: str | Path, config: Config, folder: Path) -> st
 
     Raises UserError if the run did not tune it, or the folder cannot be written.
     """
-    if not holds_tuning(CheckpointReader(checkpoint_folder(checkpoint))):
+    if not holds_autoencoder(CheckpointReader(checkpoint_folder(checkpoint))):
         raise UserError(
             f"{checkpoint} did not tune its autoencoder (conditioning.autoencoder.tuning off); use the one "
             "that it was trained with as it is"

@@ -1,4 +1,4 @@
-"""End-to-end tuning of the autoencoder with the denoiser (REPA-E, arXiv 2504.10483).
+"""REPA-E: end-to-end tuning of the autoencoder with the denoiser (arXiv 2504.10483).
 
     pictures ──encoder, posterior sample──▶ z ──decoder──▶ reconstruction ──▶ L1, LPIPS, KL, adversarial
        z ──running statistics──▶ noisy ──denoiser and projector, frozen──▶ alignment
@@ -28,28 +28,24 @@ from millrace.engine.checkpoint.checkpoints import (
     CheckpointReader,
     Piece,
 )
+from millrace.engine.checkpoint.train_state import TUNED_AUTOENCODER
 from millrace.engine.config import Config
 from millrace.engine.data import Batch, SampleStream
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.autoencoder import Latents
 from millrace.engine.encoders.batch_encoder import (
-    Preparation,
-    Prepared,
+    BatchEncoder,
+    EncodedBatch,
 )
 from millrace.engine.encoders.lpips import load_lpips
-from millrace.engine.encoders.prefetch import Feed
 from millrace.engine.losses.alignment_terms import alignment_losses
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.optim.schedule import learning_rate
 from millrace.engine.repa_e.discriminator import Discriminator
 from millrace.engine.repa_e.latent_norm import LatentNorm
 from millrace.engine.repa_e.replicated import Replicated
-from millrace.engine.repa_e.tuned_autoencoder import (
-    STATE,
-    STATISTICS,
-    holds_tuning,
-)
+from millrace.engine.repa_e.tuned_autoencoder import STATISTICS
 from millrace.engine.repa_e.tuning_losses import (
     discriminator_loss,
     generator_loss,
@@ -81,7 +77,7 @@ class _Part(NamedTuple):
     """(n, C, h, w) FP32, a sample of the posterior; carries the gradient to the encoder."""
 
 
-class EndToEnd(Feed):
+class RepaE:
     """The autoencoder, its discriminator and the statistics of its latents, as they are trained.
 
     A step of the run is `next_batch` for each of its micro-batches, then `finish`. All state is replicated:
@@ -101,14 +97,13 @@ class EndToEnd(Feed):
     def __init__(
         self,
         config: Config,
-        prepare: Preparation,
+        prepare: BatchEncoder,
         model: nn.Module,
         flow: FlowMatching,
         accumulate: int,
     ) -> None:
         self.config, self.tuning = config, config.conditioning.autoencoder.tuning
-        super().__init__(prepare)
-        self.model, self.flow = model, flow
+        self.prepare, self.model, self.flow = prepare, model, flow
         self.accumulate, self.device = accumulate, prepare.device
         none = config.alignment.attention.model_copy(update={"weight": 0.0})
         weight = self.tuning.alignment_weight
@@ -130,18 +125,15 @@ class EndToEnd(Feed):
             self.latents.channels, prepare.patch, tuning.norm_momentum, tuning.norm_eps, device
         )
         self._follow()
-        self._ready: deque[Prepared] = deque()
+        self._ready: deque[EncodedBatch] = deque()
         self._norms: list[Tensor] = []
         self._losses = LossBuffer(config.logging.every_steps, device, TERMS)
 
-    def next_batch(self, stream: Iterator[Batch], step: int) -> Prepared:
+    def next_batch(self, stream: Iterator[Batch], step: int) -> EncodedBatch:
         """The next micro-batch for the denoiser; the first of a step brings the other two gradients."""
         if not self._ready:
             self._ready.extend(self._begin([next(stream) for _ in range(self.accumulate)], step))
-        return self.hand_out(self._ready.popleft())
-
-    def look_ahead(self, stream: Iterator[Batch]) -> None:
-        """Nothing: the next micro-batch's latents depend on this step's update of the autoencoder."""
+        return self._ready.popleft()
 
     def finish(self, applied: bool, step: int, steps: int) -> None:
         """End the step: all updates if the denoiser's was `applied`, else none. `step` of `steps`, both
@@ -175,7 +167,7 @@ class EndToEnd(Feed):
         )
         return [line]
 
-    def _begin(self, batches: list[Batch], step: int) -> list[Prepared]:
+    def _begin(self, batches: list[Batch], step: int) -> list[EncodedBatch]:
         """Gradients of autoencoder and discriminator over a step's micro-batches, and these for the
         denoiser."""
         adversarial = self.tuning.gan_weight > 0 and step >= self.tuning.gan_start
@@ -187,7 +179,7 @@ class EndToEnd(Feed):
         failed = ~torch.stack(self._norms).isfinite().all() & ~bad.any()
         return [self._for_denoiser(batch, own | failed) for batch, own, _ in done]
 
-    def _micro_batch(self, batch: Batch, adversarial: bool) -> tuple[Prepared, Tensor, Tensor]:
+    def _micro_batch(self, batch: Batch, adversarial: bool) -> tuple[EncodedBatch, Tensor, Tensor]:
         """Backward of autoencoder and discriminator.
 
         Returns the batch with raw latents, detached; which samples (B,) had a loss that is not finite; and a
@@ -245,7 +237,7 @@ class EndToEnd(Feed):
             terms[name] = terms[name].index_put((part.places,), loss)
         return fake.detach()
 
-    def alignment(self, batch: Prepared, t: Tensor) -> Tensor:
+    def alignment(self, batch: EncodedBatch, t: Tensor) -> Tensor:
         """Weighted alignment loss (B,) of a batch whose `clean` are raw latents, to which its gradient
         goes.
 
@@ -259,8 +251,8 @@ class EndToEnd(Feed):
         noisy = noisy + path * (clean - clean.detach())  # adds nothing but the derivative of the path
         compute = getattr(torch, self.config.precision.compute)
         with torch.autocast(self.device.type, compute, enabled=compute != torch.float32):
-            _, features = self.model.denoiser(noisy, t, batch.text, layout, None, taps=(head.block,))
-            projected = head(features, layout, None)
+            output = self.model.denoiser(noisy, t, batch.text, layout, None, taps=(head.block,))
+            projected = head(output.features[0], layout, None)
         losses = alignment_losses(self.aligned, projected, (), batch.teacher.tokens, (), layout, None)
         return losses[self.aligned.kind]
 
@@ -278,7 +270,7 @@ class EndToEnd(Feed):
         rows = rows[rows[:, -1].argsort()]
         return rows[:, :-2], rows[:, -2] > 0
 
-    def _for_denoiser(self, batch: Prepared, bad: Tensor) -> Prepared:
+    def _for_denoiser(self, batch: EncodedBatch, bad: Tensor) -> EncodedBatch:
         """The batch with normalised latents. Those of bad samples are NaN, so that the denoiser's step is
         skipped with the others and the samples are named."""
         clean, layout = self.norm.normalise(batch.clean, self._statistics), batch.layout
@@ -307,7 +299,7 @@ class EndToEnd(Feed):
         """Everything that later steps depend on, by its name in a checkpoint."""
         for part, held in (("autoencoder", self.autoencoder), ("discriminator", self.discriminator)):
             for name, tensor in held.state():
-                yield f"{STATE}{part}/{name}", tensor
+                yield f"{TUNED_AUTOENCODER}{part}/{name}", tensor
         yield f"{STATISTICS}mean", self.norm.mean
         yield f"{STATISTICS}variance", self.norm.variance
 
@@ -320,14 +312,15 @@ class EndToEnd(Feed):
     @torch.no_grad()
     def load(self, reader: CheckpointReader) -> None:
         """Take the state from a checkpoint. Raises UserError if it is another autoencoder's."""
-        stored = {name for name in reader.names() if name.startswith(STATE)}
+        stored = {name for name in reader.names() if name.startswith(TUNED_AUTOENCODER)}
         wanted = dict(self.named_state())
         for name, tensor in wanted.items():
             found = reader.tensor(name) if name in stored else None
             if found is None or found.shape != tensor.shape or len(stored) != len(wanted):
                 raise UserError(
                     f"{reader.folder}: its tuned autoencoder or discriminator is not of this configuration "
-                    f"({name.removeprefix(STATE)} differs); resume with conditioning.autoencoder of the run"
+                    f"({name.removeprefix(TUNED_AUTOENCODER)} differs); resume with "
+                    "conditioning.autoencoder of the run"
                 )
             tensor.copy_(found)
         self.autoencoder.share_updates()
@@ -353,28 +346,17 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def open_end_to_end(
+def open_repa_e(
     config: Config,
-    prepare: Preparation,
+    prepare: BatchEncoder,
     model: nn.Module,
     flow: FlowMatching,
     accumulate: int,
     source: Source,
     reader: CheckpointReader | None,
-) -> Feed:
-    """What `conditioning.autoencoder.tuning` asks for, in the state of the checkpoint or at its beginning.
-    Raises UserError if the checkpoint was made the other way."""
-    enabled = config.conditioning.autoencoder.tuning.enabled
-    if reader is not None and holds_tuning(reader) != enabled:
-        state = "an untuned" if enabled else "a tuned"
-        raise UserError(
-            f"{reader.folder} was trained with {state} autoencoder, but "
-            f"conditioning.autoencoder.tuning.enabled is {str(enabled).lower()}; it holds for the whole run: "
-            "start another one with run.init_from"
-        )
-    if not enabled:
-        return Feed(prepare, None if config.conditioning.overlap else False)
-    tuning = EndToEnd(config, prepare, model, flow, accumulate)
+) -> RepaE:
+    """The tuner in the state of the checkpoint, or with statistics of its latents at its beginning."""
+    tuning = RepaE(config, prepare, model, flow, accumulate)
     if reader is not None:
         tuning.load(reader)
         return tuning

@@ -15,7 +15,7 @@ from millrace.engine.distributed import (
 from millrace.engine.distributed.precision_audit import (
     AuditRow,
 )
-from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.model.routing import describe
 from millrace.kernels.attention.rope_attention import describe_choice
 
@@ -25,7 +25,7 @@ def introduction(
     stage: Stage,
     named_shapes: list[tuple[str, tuple[int, ...]]],
     source: Source,
-    prepare: Preparation,
+    prepare: BatchEncoder,
     rows: list[AuditRow],
 ) -> list[str]:
     """Lines for people: the stage, what was built, from what, and what is stored in which dtype.

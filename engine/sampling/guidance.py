@@ -103,7 +103,7 @@ class Guidance:
             )
         time = torch.full((len(self._grids) * len(batch),), t, device=tokens.device)
         with torch.autocast(tokens.device.type, self.compute, enabled=self.compute != torch.float32):
-            (out,) = self.denoiser(tokens.repeat(len(batch), 1), time, text, layout, span)
+            out = self.denoiser(tokens.repeat(len(batch), 1), time, text, layout, span).prediction
         return out.float()
 
     def _route_seed(self, branch: Branch, step: int) -> int:

@@ -19,12 +19,12 @@ from millrace.engine.config.loading import (
     parse_config,
 )
 from millrace.engine.config.sampling import SELF_ONLY
+from millrace.engine.encoders.autoencoder import Autoencoder, open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import expect_state
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.repa_e.tuned_autoencoder import open_trained
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
 
@@ -99,6 +99,15 @@ def _with_mean_target(values: dict[str, Any], arguments: argparse.Namespace) -> 
     return parse_config(values, arguments.config or str(arguments.checkpoint))
 
 
+def open_trained_autoencoder(config: Config, checkpoint: Path, device: torch.device) -> Autoencoder:
+    """The autoencoder that the model of `checkpoint` was trained with. Raises UserError."""
+    if not config.conditioning.autoencoder.tuning.enabled:
+        return open_autoencoder(config.conditioning.autoencoder, device)
+    from millrace.engine.repa_e.tuned_autoencoder import open_trained
+
+    return open_trained(config, run_of(checkpoint), device)
+
+
 def open_sampler(
     weights: dict[str, Tensor], config: Config, checkpoint: Path, device: torch.device
 ) -> Sampler:
@@ -108,7 +117,7 @@ def open_sampler(
     expect_state(weights, config.model, config.routing, f"weights of {checkpoint}")
     denoiser = Denoiser(config.model, config.routing)
     denoiser.load_state_dict(weights)
-    autoencoder = open_trained(config, run_of(checkpoint), device)
+    autoencoder = open_trained_autoencoder(config, checkpoint, device)
     edge = config.model.patch_size * autoencoder.factor
     return Sampler(
         denoiser.to(device).eval().requires_grad_(False),

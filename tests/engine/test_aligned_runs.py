@@ -68,21 +68,21 @@ def test_terms_of_the_loss(runs, tmp_path, teachers, route):
     trainer = Trainer(runs.config(tmp_path, *changes))
     trainer.train_step()
     trainer.train_step()
-    trainer.prepare.keep_images = True
+    trainer.batch_encoder.keep_images = True
     batch = trainer.next_batch()
     terms, t = trainer.sample_losses(batch)
-    assert set(terms) == {"flow", "repa", "attention"} == set(trainer.score.terms)
+    assert set(terms) == {"flow", "repa", "attention"} == set(trainer.loss_fn.names)
 
     layout, denoiser = batch.layout, trainer.denoiser
     span = trainer.routing.draw(layout, 42, batch.sample_index)
     noisy, _ = trainer.flow.noisy(batch.clean, batch.sample_index, t, layout)
     with torch.no_grad():
-        _, features, (q, k) = denoiser(
+        _, (features,), ((q, k),) = denoiser(
             noisy, t, batch.text, layout, span, taps=(1,), attention_taps=(1,), tapped_heads=2
         )
         projected = trainer.model.alignment.projector(features)
         larger = F.interpolate(torch.stack(batch.images), size=64, mode="bicubic", antialias=True)
-        teacher, keys = trainer.prepare.teacher.dino.tokens_and_attention(larger, (2,))
+        teacher, keys = trainer.batch_encoder.teacher.dino.tokens_and_attention(larger, (2,))
     start = 0
     for b, (length, own) in enumerate(zip(layout.lengths, teacher, strict=True)):
         inside = torch.arange(length)
@@ -163,5 +163,5 @@ def test_until_ends_it_and_the_teacher_leaves(runs, tmp_path, teachers):
     names = tensors_of(tmp_path)
     assert not [name for name in names if "alignment" in name]
     trainer = Trainer(runs.config(tmp_path, *changes), "2")
-    assert trainer.prepare.teacher is None
+    assert trainer.batch_encoder.teacher is None
     assert trainer.model.alignment is None

@@ -51,7 +51,7 @@ MAY_WAIT = {
     ("engine/encoders/teacher.py", "put"): "the first visit of a picture, if features are cached",
     ("engine/losses/contrastive.py", "save"): "writes a file of the command that makes the mean target",
     ("engine/model/denoiser.py", "predict"): "the dense form that sampling uses",
-    ("engine/repa_e/latent_norm.py", "save_statistics"): "with a checkpoint",
+    ("engine/encoders/latent_statistics.py", "save_statistics"): "with a checkpoint",
     ("engine/repa_e/tuned_autoencoder.py", "save_autoencoder"): "with a checkpoint",
     ("engine/run_log/loss_buffer.py", "flush"): "every `logging.every_steps` steps",
     ("engine/trainer.py", "_report_bad"): "after a step that was skipped",
@@ -261,7 +261,7 @@ def test_a_step_on_cuda_does_not_wait(policy, grids):
         t = flow.time(index)
         noisy, noise = flow.noisy(clean, index, t, layout)
         span = routing.draw(layout, 0, index)
-        (prediction,) = denoiser(noisy, t, text, layout, span)
+        prediction = denoiser(noisy, t, text, layout, span).prediction
         flow.loss(prediction, clean, noise, t, layout).mean().backward()
 
     step()  # compiles the kernels and fills the caches

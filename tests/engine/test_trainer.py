@@ -11,7 +11,7 @@ from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.data import SampleStream, open_source
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
@@ -114,7 +114,7 @@ def plain_run(config):
     autoencoder = open_autoencoder(config.conditioning.autoencoder, cpu)
     tower = open_text_tower(config.conditioning.text, config.model.context_dim, cpu, torch.float32)
     patch = config.model.patch_size
-    prepare = Preparation(autoencoder, tower, denoiser.layouts, patch, seed, cpu)
+    prepare = BatchEncoder(autoencoder, tower, denoiser.layouts, patch, seed, cpu)
     flow, routing = FlowMatching(config.objective, seed), routing_policy(config)
     stream = SampleStream(
         open_source(config.data),
@@ -135,7 +135,7 @@ def plain_run(config):
             time = t.repeat_interleave(torch.tensor(batch.layout.lengths))[:, None]
             noisy = (1 - time) * batch.clean + time * noise
             span = routing.draw(batch.layout, seed, batch.sample_index)
-            (prediction,) = denoiser(noisy, t, batch.text, batch.layout, span)
+            prediction = denoiser(noisy, t, batch.text, batch.layout, span).prediction
             error = ((batch.clean - prediction) / time.clamp_min(0.05)).square().mean(1)
             samples = torch.stack([part.mean() for part in error.split(batch.layout.lengths)])
             (samples.sum() / config.data.global_batch).backward()

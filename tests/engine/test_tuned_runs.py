@@ -16,11 +16,11 @@ from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Autoencoder
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.encoders.autoencoder import open_autoencoder
+from millrace.engine.encoders.latent_statistics import STATISTICS_FILE
 from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,
 )
-from millrace.engine.repa_e.latent_norm import STATISTICS_FILE
 from millrace.engine.repa_e.tuned_autoencoder import open_trained
 from millrace.engine.sampling import trained_model
 from millrace.engine.trainer import Trainer
@@ -156,12 +156,12 @@ def test_the_denoiser_is_skipped_with_the_autoencoder(runs, tuned, tmp_path):
     trainer = Trainer(runs.config(tmp_path, tuned, {"run": {"steps": 2}}))
     trainer.train_step()
     trainer.save()
-    loud = trainer.tuning.autoencoder.reduce
-    trainer.tuning.autoencoder.reduce = lambda: loud() * float("nan")
+    loud = trainer.repa_e.autoencoder.reduce
+    trainer.repa_e.autoencoder.reduce = lambda: loud() * float("nan")
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train_step()
     trainer.stream.close()
-    trainer.log.close()
+    trainer.run_log.close()
     assert trainer.skipped == 1
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
@@ -178,13 +178,13 @@ def test_an_exported_autoencoder_encodes_like_the_run(runs, tuned, whole, tmp_pa
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # readable like all others
     trainer = Trainer(runs.config(copy_until(whole, STEPS, tmp_path / "run"), tuned), "auto")
     trainer.stream.close()
-    trainer.log.close()
+    trainer.run_log.close()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    wanted = trainer.prepare.autoencoder.encode(images)
+    wanted = trainer.batch_encoder.autoencoder.encode(images)
     for kind in ("flux1", "repa_e"):
         found = open_autoencoder(Autoencoder(kind=kind, path=str(folder), dtype="float32"), CPU)
         torch.testing.assert_close(found.encode(images), wanted, rtol=1e-4, atol=1e-5)
-        pictures = trainer.prepare.autoencoder.decode(wanted)
+        pictures = trainer.batch_encoder.autoencoder.decode(wanted)
         torch.testing.assert_close(found.decode(wanted), pictures, rtol=1e-3, atol=1e-4)
     restored = open_trained(trainer.config, whole, CPU)
     torch.testing.assert_close(restored.encode(images), wanted, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import torch
 from millrace.engine.config import Autoencoder, TextTower
 from millrace.engine.data import Batch, signed_unit
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.model.layout import (
     LayoutCache,
@@ -38,7 +38,7 @@ def batch_of(first=0):
 
 def preparation(autoencoder, patch, seed=0):
     tower = open_text_tower(TextTower(kind="hash"), 8, CPU, torch.float32)
-    return Preparation(autoencoder, tower, LayoutCache((4, 4), 10_000.0), patch, seed, CPU)
+    return BatchEncoder(autoencoder, tower, LayoutCache((4, 4), 10_000.0), patch, seed, CPU)
 
 
 def pixels():

@@ -75,7 +75,7 @@ def test_every_file_that_is_loaded_counts(tower, weights, tmp_path):
 
 
 def test_statistics_of_a_tuned_autoencoder_count_in_either_folder(weights, tmp_path):
-    from millrace.engine.repa_e.latent_norm import save_statistics
+    from millrace.engine.encoders.latent_statistics import save_statistics
 
     copy = shutil.copytree(weights, tmp_path / "pipeline" / "vae")
     before = of_autoencoder(copy.parent)

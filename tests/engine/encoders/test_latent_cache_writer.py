@@ -21,7 +21,7 @@ from millrace.engine.data.latent_cache import (
 )
 from millrace.engine.encoders import latent_cache_writer
 from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder
-from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.encoders.frozen_networks import open_frozen
 from millrace.engine.encoders.latent_cache_writer import write_caches
 from millrace.engine.encoders.text_encoder import open_text_tower, text_encoder_entry
@@ -110,7 +110,7 @@ def prepared(config, batches=12):
         caches=frozen.caches,
     )
     layouts = LayoutCache((8, 8), 1e4)
-    prepare = Preparation(frozen.autoencoder, frozen.text_tower, layouts, config.model.patch_size, 0, CPU)
+    prepare = BatchEncoder(frozen.autoencoder, frozen.text_tower, layouts, config.model.patch_size, 0, CPU)
     try:
         return SimpleNamespace(frozen=frozen, batches=[prepare(next(stream)) for _ in range(batches)])
     finally:
@@ -232,7 +232,7 @@ def test_one_batch_may_hold_kept_and_live_samples(runs, networks, dataset):
         return [next(stream) for _ in range(6)]
 
     # Its networks load when they are asked for the samples that are not kept.
-    prepare = Preparation(frozen.autoencoder, frozen.text_tower, LayoutCache((8, 8), 1e4), 1, 0, CPU)
+    prepare = BatchEncoder(frozen.autoencoder, frozen.text_tower, LayoutCache((8, 8), 1e4), 1, 0, CPU)
     for whole, kept in zip(batches(live, None), batches(cached, frozen.caches), strict=True):
         assert kept.images == [None] * 4
         for chosen in ((0,), (1, 3), (0, 1, 2)):

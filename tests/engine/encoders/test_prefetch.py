@@ -1,4 +1,4 @@
-"""What is prepared when, and that it makes no difference."""
+"""Prefetch of micro-batches: what is encoded when, and that it makes no difference."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 
 from millrace.engine.config.loading import parse_config
 from millrace.engine.encoders import prefetch as module
-from millrace.engine.encoders.prefetch import Feed
+from millrace.engine.encoders.prefetch import BatchPrefetcher
 from millrace.engine.trainer import Trainer
 from millrace.engine.util.errors import UserError
 
@@ -34,62 +34,53 @@ class Log:
 
     def __call__(self, number):
         self.events.append(f"prepare {number}")
-        return SimpleNamespace(number=number, captions_cut=number, tensors=list)
+        return SimpleNamespace(number=number, tensors=list)
 
 
-def use(feed, log, batches):
+def use(batches, log, count):
     """A training loop: take a batch, work, look ahead."""
-    for step in range(batches):
-        log.events.append(f"use {feed.next_batch(log, step).number}")
-        if step < batches - 1:
-            feed.look_ahead(log)
+    for step in range(count):
+        log.events.append(f"use {batches.next_batch(log).number}")
+        if step < count - 1:
+            batches.look_ahead(log)
 
 
 def test_the_next_batch_is_prepared_once_while_this_one_is_used():
     log = Log()
-    use(Feed(log, ahead=True), log, 3)
+    use(BatchPrefetcher(log, ahead=True), log, 3)
     assert log.events == ["prepare 0", "use 0", "prepare 1", "use 1", "prepare 2", "use 2"]
     assert log.given == 3
 
 
 def test_asking_twice_prepares_once():
     log = Log()
-    feed = Feed(log, ahead=True)
-    feed.look_ahead(log)
-    feed.look_ahead(log)
-    assert feed.next_batch(log, 0).number == 0
+    batches = BatchPrefetcher(log, ahead=True)
+    batches.look_ahead(log)
+    batches.look_ahead(log)
+    assert batches.next_batch(log).number == 0
     assert log.events == ["prepare 0"]
 
 
 def test_on_a_cpu_nothing_is_prepared_before_its_turn():
     log = Log()
-    use(Feed(log), log, 2)
+    use(BatchPrefetcher(log), log, 2)
     assert log.events == ["prepare 0", "use 0", "prepare 1", "use 1"]
-    feed = Feed(log := Log())
-    feed.next_batch(log, 0)
-    feed.look_ahead(log)
+    batches = BatchPrefetcher(log := Log())
+    batches.next_batch(log)
+    batches.look_ahead(log)
     assert log.given == 1
-
-
-def test_a_batch_counts_when_it_is_handed_out():
-    log = Log()
-    feed = Feed(log, ahead=True)
-    for step, expected in enumerate([0, 1, 3]):
-        feed.next_batch(log, step)
-        feed.look_ahead(log)
-        assert feed.captions_cut == expected
 
 
 def test_an_error_ahead_waits_for_its_turn():
     log = Log(fails_at=1)
-    feed = Feed(log, ahead=True)
-    assert feed.next_batch(log, 0).number == 0
-    feed.look_ahead(log)
+    batches = BatchPrefetcher(log, ahead=True)
+    assert batches.next_batch(log).number == 0
+    batches.look_ahead(log)
     with pytest.raises(UserError, match="picture 3 is bad"):
-        feed.next_batch(log, 1)
+        batches.next_batch(log)
 
 
-class LookingAhead(Feed):
+class LookingAhead(BatchPrefetcher):
     """As on CUDA, in place."""
 
     def __init__(self, prepare):
@@ -103,19 +94,21 @@ class LookingAhead(Feed):
 
 
 def trained(runs, output, *changes, ahead, monkeypatch, resume=None):
-    feeds = []
+    made = []
 
-    def open_feed(_config, prepare, *_others):
-        feeds.append((LookingAhead if ahead else Feed)(prepare))
-        return feeds[0]
+    def prefetcher(encoder, _ahead):
+        made.append(LookingAhead(encoder) if ahead else BatchPrefetcher(encoder))
+        return made[0]
 
-    monkeypatch.setattr("millrace.engine.trainer.open_end_to_end", open_feed)
+    monkeypatch.setattr("millrace.engine.trainer.BatchPrefetcher", prefetcher)
     trainer = Trainer(parse_config(runs.values(output, *changes), "test"), resume)
     consumed = []
     inner = trainer.next_batch
     trainer.next_batch = lambda: consumed.append(batch := inner()) or batch
     trainer.train()
-    return SimpleNamespace(feed=feeds[0], consumed=[batch.keys for batch in consumed], stream=trainer.stream)
+    return SimpleNamespace(
+        batches=made[0], consumed=[batch.keys for batch in consumed], stream=trainer.stream
+    )
 
 
 @pytest.mark.slow
@@ -125,10 +118,13 @@ def test_looking_ahead_changes_neither_numbers_nor_the_cursor(runs, tmp_path, mo
     ahead = trained(runs, tmp_path / "ahead", changes, ahead=True, monkeypatch=monkeypatch)
     assert ahead.consumed == plain.consumed
     # Every batch but the first was prepared ahead, and none after the last.
-    assert ahead.feed.lying_ahead == len(ahead.consumed) - 1
+    assert ahead.batches.lying_ahead == len(ahead.consumed) - 1
     assert ahead.stream._submitted == plain.stream._submitted == len(ahead.consumed)
     runs.assert_same_bits(tmp_path / "ahead", tmp_path / "plain")
-    assert runs.log(tmp_path / "ahead")[-1]["captions_cut"] > 0
+    # A batch counts when it is handed out, not when it is encoded.
+    cut = [[line["captions_cut"] for line in runs.log(tmp_path / run)] for run in ("ahead", "plain")]
+    assert cut[0] == cut[1]
+    assert 0 < cut[0][0] < cut[0][-1]
 
     # A checkpoint knows nothing of the batch that lay ahead when it was written.
     middle = Path(tmp_path / "ahead" / "checkpoints" / "step-00000002")
@@ -168,6 +164,6 @@ def test_overlapped_and_sequential_runs_are_the_same_bits(runs, tmp_path, monkey
         "sampling": {"every_steps": 4, "count": 2, "steps": 2},
     }
     runs.here(tmp_path / "overlapped", changes)
-    monkeypatch.setattr(module.Feed, "look_ahead", lambda *_: None)
+    monkeypatch.setattr(module.BatchPrefetcher, "look_ahead", lambda *_: None)
     runs.here(tmp_path / "sequential", changes)
     runs.assert_same_bits(tmp_path / "overlapped", tmp_path / "sequential")

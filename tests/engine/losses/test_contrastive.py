@@ -144,11 +144,11 @@ def test_x_prediction_under_routing_and_contrast(policy, pixels):
     noisy, noise = flow.noisy(clean, index, t, layout)
     span = routing_policy(Config(model=model, routing=routing)).draw(layout, 3, index)
 
-    (guess,) = denoiser(noisy.double(), t, text, layout, span)
+    guess = denoiser(noisy.double(), t, text, layout, span).prediction
     flow.loss(guess.float(), clean, noise, t, layout).mean().backward()
     found = {name: parameter.grad.clone() for name, parameter in denoiser.named_parameters()}
     denoiser.zero_grad()
-    (guess,) = denoiser(noisy.double(), t, text, layout, span)
+    guess = denoiser(noisy.double(), t, text, layout, span).prediction
     parts = [x.double().split(layout.lengths) for x in (guess, noisy, clean, noise)]
     floored = t.double().clamp_min(0.05)
     outputs = [(x_t - g) / s for g, x_t, s in zip(parts[0], parts[1], floored, strict=True)]

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from millrace.engine.config import Config, Lpips, Objective, PerceptualDino
 from millrace.engine.config.loading import parse_config
 from millrace.engine.encoders.lpips import tiny_lpips
-from millrace.engine.encoders.perceptual_networks import open_perceptual
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.losses.perceptual import (
+    open_perceptual,
     perceptual_losses,
     perceptual_terms,
 )

@@ -253,7 +253,7 @@ def test_the_rows_are_those_of_the_denoisers_tap(grids, route):
     layout = make_layout(grids)
     span = draw(route, layout)
     tokens, text = torch.randn(sum(layout.lengths), 16), torch.randn(8, 12)
-    _, tapped = denoiser(tokens, torch.rand(3), text, layout, span, taps=(BLOCK,))
+    (tapped,) = denoiser(tokens, torch.rand(3), text, layout, span, taps=(BLOCK,)).features
     # Modulation starts at zero, so that every block is the identity.
     everything = denoiser.img_in(tokens)
     torch.testing.assert_close(tapped, rows_of_block(BLOCK, layout, span).take(everything))

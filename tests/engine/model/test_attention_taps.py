@@ -45,7 +45,7 @@ def test_they_are_those_of_the_kernels_prologue(policy, monkeypatch):
 
     monkeypatch.setattr(blocks, "rope_attention", noted)
     with torch.no_grad():
-        _, features, first, last = denoiser(*inputs, taps=(2,), attention_taps=(2, 4), tapped_heads=3)
+        _, (features,), (first, last) = denoiser(*inputs, taps=(2,), attention_taps=(2, 4), tapped_heads=3)
     rows = len(inputs[0]) if inputs[4] is None else len(inputs[4].route.index)
     assert len(features) == len(first[0]) == rows
     assert len(last[0]) == len(inputs[0])
@@ -60,7 +60,7 @@ def test_equations_of_one_row():
     projected = []
     handle = denoiser.blocks[0].qkv.register_forward_hook(lambda _module, _args, out: projected.append(out))
     with torch.no_grad():
-        _, (q, _) = denoiser(*inputs, attention_taps=(0,), tapped_heads=4)
+        ((q, _),) = denoiser(*inputs, attention_taps=(0,), tapped_heads=4).attention
     handle.remove()
     row = 16 + 7  # the second picture's row 1, column 2
     x = projected[0][row, :32].view(4, 8)[2].double()
@@ -79,8 +79,8 @@ def test_equations_of_one_row():
 def test_taps_change_nothing_else(policy):
     denoiser, inputs = case(policy)
     with torch.no_grad():
-        (plain,) = denoiser(*inputs)
-        tapped, *_ = denoiser(*inputs, attention_taps=(1, 3), tapped_heads=2)
+        plain = denoiser(*inputs).prediction
+        tapped = denoiser(*inputs, attention_taps=(1, 3), tapped_heads=2).prediction
     assert torch.equal(plain, tapped)
 
 
@@ -93,7 +93,7 @@ def test_gradients_under_activation_checkpointing(policy, activations, reentrant
         denoiser, inputs = case(policy)
         if checkpointed:
             denoiser.checkpoint_activations(ActivationCheckpointing(policy=activations), reentrant)
-        prediction, (q, k) = denoiser(*inputs, attention_taps=(2,), tapped_heads=2)
+        prediction, _, ((q, k),) = denoiser(*inputs, attention_taps=(2,), tapped_heads=2)
         (prediction.square().mean() + (q * k).sin().mean()).backward()
         return {name: parameter.grad for name, parameter in denoiser.named_parameters()}
 
@@ -105,7 +105,7 @@ def test_gradients_under_activation_checkpointing(policy, activations, reentrant
 
 def test_gradient_reaches_the_blocks_before_and_not_those_after():
     denoiser, inputs = case()
-    _, (q, k) = denoiser(*inputs, attention_taps=(2,), tapped_heads=2)
+    ((q, k),) = denoiser(*inputs, attention_taps=(2,), tapped_heads=2).attention
     (q * k).sum().backward()
     assert denoiser.blocks[1].down.weight.grad.abs().max() > 0
     assert denoiser.blocks[3].down.weight.grad is None

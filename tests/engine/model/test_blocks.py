@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from millrace.engine.config import Model
-from millrace.engine.model.blocks import Block, FinalLayer, VectorEmbedder, sinusoid
+from millrace.engine.model.blocks import Block, BlockInputs, FinalLayer, VectorEmbedder, sinusoid
 from millrace.engine.model.layout import LayoutCache
 
 CONFIG = Model(width=24, depth=1, heads=3, mlp_ratio=2.5, attention_backend="reference")
@@ -46,18 +46,9 @@ def _inputs():
 
 
 def _run(block, layout, x, modulation, text_kv):
-    return block(
-        x,
-        modulation,
-        text_kv,
-        layout.cos,
-        layout.sin,
-        layout.positions,
-        layout.cu_seqlens,
-        layout.cu_seqlens_text,
-        layout.max_seqlen,
-        layout.max_seqlen_text,
-    )
+    rows = layout.positions, layout.cu_seqlens, layout.max_seqlen
+    text = layout.cu_seqlens_text, layout.max_seqlen_text
+    return block(x, BlockInputs(modulation, text_kv, layout.cos, layout.sin, *rows, *text))
 
 
 def _rotate(x, grid):

@@ -104,7 +104,7 @@ def test_mixed_grids_in_one_forward_equal_diffusers_one_by_one(config, backend):
     layout = denoiser.layouts.layout(grids, offsets, max(texts))
     tokens = torch.cat([patchify(images[0], config.patch_size) for images, _, _ in samples])
     with torch.no_grad():
-        (packed,) = denoiser(tokens, times, torch.cat([text[0] for _, _, text in samples]), layout)
+        packed = denoiser(tokens, times, torch.cat([text[0] for _, _, text in samples]), layout).prediction
         for i, part in enumerate(packed.split(layout.lengths)):
             images, _, text = samples[i]
             wanted = theirs(images, times[i : i + 1], text).sample[0]
@@ -184,7 +184,8 @@ def test_taps_are_the_outputs_of_blocks():
         block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
     images, t, text = _inputs(LATENT, (2, 2))
     layout = denoiser.layouts.layout([(2, 2)] * 3, torch.tensor([0, 6, 12, 18], dtype=torch.int32), 6)
-    _, last, first = denoiser(patchify(images, 2).flatten(0, 1), t, text.flatten(0, 1), layout, taps=(2, 0))
+    tokens = patchify(images, 2).flatten(0, 1)
+    last, first = denoiser(tokens, t, text.flatten(0, 1), layout, taps=(2, 0)).features
     assert last is outputs[2]
     assert first is outputs[0]
 
@@ -325,7 +326,7 @@ def test_compiled_blocks_take_any_sizes(routed):
         layout = denoiser.layouts.layout(grids, offsets, max(lengths))
         span = policy.draw(layout, 0, torch.arange(3) + 3 * step) if routed else None
         tokens = torch.randn(sum(layout.lengths), 16)
-        (out,) = denoiser(tokens, torch.rand(3), torch.randn(sum(lengths), 12), layout, span)
+        out = denoiser(tokens, torch.rand(3), torch.randn(sum(lengths), 12), layout, span).prediction
         out.sum().backward()
     assert not torch._dynamo.utils.counters["graph_break"]
     assert 1 <= len(graphs) <= 5

@@ -65,7 +65,7 @@ def evaluate(routing, grids, device, backend, dtype) -> dict[str, Tensor]:
     offsets = torch.tensor([0, 3, 3], dtype=torch.int32, device=device)  # the second caption is empty
     layout = denoiser.layouts.layout(grids, offsets, 3)
     span = routing_policy(config).draw(layout, 11, torch.tensor([4, 9], device=device))
-    (prediction,) = denoiser(noise, t, text, layout, span)
+    prediction = denoiser(noise, t, text, layout, span).prediction
     loss, _ = flow_loss(prediction, clean, noise, t, layout.cu_seqlens, contrastive_weight=0.05)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in denoiser.named_parameters()}

@@ -37,7 +37,7 @@ def counted(config, grids, text_lengths, policy=None, routing=None):
     text = torch.randn(sum(text_lengths), config.context_dim)
     span = policy.draw(layout, 0, torch.arange(len(grids))) if policy else None
     with FlopCounterMode(display=False) as forward:
-        (prediction,) = denoiser(tokens, t, text, layout, span)
+        prediction = denoiser(tokens, t, text, layout, span).prediction
     with FlopCounterMode(display=False) as backward:
         prediction.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()

@@ -60,7 +60,7 @@ def batch(denoiser, lengths=(4, 6), text=(3, 5)):
 def evaluate(denoiser, span=None, **sizes):
     """Prediction and gradients of all parameters under autocast, as in training."""
     with torch.autocast("cpu", torch.bfloat16):
-        (prediction,) = denoiser(*batch(denoiser, **sizes), span)
+        prediction = denoiser(*batch(denoiser, **sizes), span).prediction
     parameters = dict(denoiser.named_parameters())
     found = torch.autograd.grad(prediction.float().square().mean(), parameters.values(), allow_unused=True)
     return prediction.detach().float(), dict(zip(parameters, found, strict=True))

@@ -50,7 +50,7 @@ def test_it_is_the_model_with_two_rows_in_front_of_the_embedded_text():
     model = filled(TOKENS)
     tokens, t, text = inputs()
     layout = model.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS))
-    (found,) = model(tokens, t, text, layout)
+    found = model(tokens, t, text, layout).prediction
 
     plain = Denoiser(PLAIN)
     state = {n: p for n, p in model.state_dict().items() if not n.startswith("resolution_tokens.")}
@@ -63,12 +63,13 @@ def test_it_is_the_model_with_two_rows_in_front_of_the_embedded_text():
     plain.txt_in = nn.Identity()
     longer = [length + 2 for length in TEXTS]
     layout = plain.layouts.layout(GRIDS, offsets_of(longer), max(longer))
-    (wanted,) = plain(tokens, t, torch.cat(rows), layout)
+    wanted = plain(tokens, t, torch.cat(rows), layout).prediction
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
     without = Denoiser(PLAIN)
     without.load_state_dict(state)
-    (other,) = without(tokens, t, text, without.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS)))
+    layout = without.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS))
+    other = without(tokens, t, text, layout).prediction
     assert (found - other).abs().max() > 1e-3
 
 
@@ -76,7 +77,7 @@ def test_both_embedders_and_the_text_learn():
     model = filled(TOKENS)
     tokens, t, text = inputs()
     text.requires_grad_()
-    (found,) = model(tokens, t, text, model.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS)))
+    found = model(tokens, t, text, model.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS))).prediction
     found.square().sum().backward()
     for name, parameter in model.resolution_tokens.named_parameters():
         assert parameter.grad.abs().max() > 0, name
@@ -86,9 +87,9 @@ def test_both_embedders_and_the_text_learn():
 def test_a_sample_does_not_depend_on_its_batch():
     model = filled(TOKENS)
     tokens, t, text = inputs()
-    (together,) = model(tokens, t, text, model.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS)))
+    together = model(tokens, t, text, model.layouts.layout(GRIDS, offsets_of(TEXTS), max(TEXTS))).prediction
     layout = model.layouts.layout(GRIDS[2:], offsets_of(TEXTS[2:]), TEXTS[2])
-    (alone,) = model(tokens[31:], t[2:], text[3:], layout)
+    alone = model(tokens[31:], t[2:], text[3:], layout).prediction
     torch.testing.assert_close(together[31:], alone, rtol=1e-4, atol=1e-5)
 
 

@@ -75,12 +75,20 @@ def test_span_runs_the_kept_rows_alone_and_leaves_the_others(grids, start, end):
         rows = span.route.index[(span.route.index >= offsets[b]) & (span.route.index < offsets[b + 1])]
         x = before[rows]
         for i in range(start, end + 1):
-            _, modulation, text_kv, cos, sin, *_ = dense[i]
-            text = text_kv[text_offsets[b] : text_offsets[b + 1]]
+            read = dense[i][1]
+            text = read.text_kv[text_offsets[b] : text_offsets[b + 1]]
             lengths = [torch.tensor([0, len(part)], dtype=torch.int32) for part in (x, text)]
-            where = (layout.positions[rows], *lengths, len(x), len(text))
+            own = read._replace(
+                modulation=read.modulation[b : b + 1],
+                text_kv=text,
+                positions=layout.positions[rows],
+                cu_seqlens=lengths[0],
+                max_seqlen=len(x),
+                cu_seqlens_text=lengths[1],
+                max_seqlen_text=len(text),
+            )
             with torch.no_grad():
-                x = denoiser.blocks[i](x, modulation[b : b + 1], text, cos, sin, *where)
+                x = denoiser.blocks[i](x, own)
         torch.testing.assert_close(after[rows], x, rtol=1e-4, atol=1e-4)
 
 
@@ -91,8 +99,8 @@ def test_blocks_outside_the_span_see_all_rows():
     seen, final = _block_inputs(denoiser, inputs, span)
     total, kept = sum(layout.lengths), len(span.route.index)
     assert [len(args[0]) for args in seen] == [total, kept, kept, total, total]
-    assert [args[6] is layout.cu_seqlens for args in seen] == [True, False, False, True, True]
-    assert torch.equal(seen[1][5], layout.positions[span.route.index])
+    assert [args[1].cu_seqlens is layout.cu_seqlens for args in seen] == [True, False, False, True, True]
+    assert torch.equal(seen[1][1].positions, layout.positions[span.route.index])
     assert len(final) == total
 
 
@@ -104,8 +112,8 @@ def test_a_route_of_all_rows_changes_nothing():
         index=torch.arange(sum(layout.lengths)), cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen
     )
     with torch.no_grad():
-        (routed,) = denoiser(*inputs, span=RoutedSpan(everything, 1, 3))
-        (dense,) = denoiser(*inputs)
+        routed = denoiser(*inputs, span=RoutedSpan(everything, 1, 3)).prediction
+        dense = denoiser(*inputs).prediction
     assert torch.equal(routed, dense)
 
 
@@ -122,7 +130,7 @@ def test_taps_inside_the_span_have_the_kept_rows():
     denoiser, inputs = _batch(UNIFORM)
     span = Tread(1, 2, drop=0.5).draw(inputs[3], 42, INDEX)
     with torch.no_grad():
-        _, outside, inside = denoiser(*inputs, span=span, taps=(0, 2))
+        outside, inside = denoiser(*inputs, span=span, taps=(0, 2)).features
         after = _block_inputs(denoiser, inputs, span)[0][3][0]
     assert len(outside) == 48
     assert torch.equal(inside, after[span.route.index])
@@ -134,8 +142,8 @@ def test_taps_before_the_span_are_what_went_into_it(start):
     denoiser, inputs = _batch(MIXED)
     span = Tread(start, 3, drop=0.5).draw(inputs[3], 42, INDEX)
     with torch.no_grad():
-        _, tapped = denoiser(*inputs, span=span, taps=(start - 1,))
-        _, wanted = denoiser(*inputs, taps=(start - 1,))
+        (tapped,) = denoiser(*inputs, span=span, taps=(start - 1,)).features
+        (wanted,) = denoiser(*inputs, taps=(start - 1,)).features
     assert torch.equal(tapped, wanted)
 
 

@@ -74,10 +74,18 @@ def by_hand(denoiser, routing, inputs, span):
         x = before[list(rows)]
         text_rows = slice(sum(TEXT[:b]), sum(TEXT[: b + 1]))
         for i in range(routing.start, routing.end + 1):
-            _, modulation, text_kv, cos, sin, *_ = arguments[i]
+            read = arguments[i][1]
             lengths = [torch.tensor([0, n], dtype=torch.int32) for n in (len(x), TEXT[b])]
-            where = (layout.positions[list(rows)], *lengths, len(x), TEXT[b])
-            x = denoiser.blocks[i](x, modulation[b : b + 1], text_kv[text_rows], cos, sin, *where)
+            own = read._replace(
+                modulation=read.modulation[b : b + 1],
+                text_kv=read.text_kv[text_rows],
+                positions=layout.positions[list(rows)],
+                cu_seqlens=lengths[0],
+                max_seqlen=len(x),
+                cu_seqlens_text=lengths[1],
+                max_seqlen_text=TEXT[b],
+            )
+            x = denoiser.blocks[i](x, own)
         deep.append(x)
         ran = dict(zip(rows, x, strict=True))
         if span is not None and span.dropped is not None and span.dropped[b]:
@@ -99,8 +107,9 @@ def test_training_is_the_definition_with_every_gradient(routing, grids):
     if routing is PAPER:
         assert span.dropped.tolist() == [True, False, True]  # otherwise the case would test nothing
     results = []
+    tapped = denoiser(*inputs, span=span, taps=(routing.end,))
     for prediction, deep in (
-        denoiser(*inputs, span=span, taps=(routing.end,)),
+        (tapped.prediction, *tapped.features),
         by_hand(denoiser, routing, inputs, span),
     ):
         named = dict(denoiser.named_parameters())
@@ -118,7 +127,7 @@ def test_sampling_runs_all_tokens_and_fuses(routing, grids):
     denoiser = random_denoiser(routing).eval()
     inputs = batch(denoiser, grids)
     with torch.no_grad():
-        (found,) = denoiser(*inputs)
+        found = denoiser(*inputs).prediction
         wanted, _ = by_hand(denoiser, routing, inputs, None)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
         denoiser.fusion.mask_token.add_(1)
@@ -155,8 +164,9 @@ def test_all_tokens_run_and_paths_are_dropped(grids):
     span = Sprint(1, 3, 0.0, path_drop=0.5).draw(inputs[3], 42, INDEX)
     assert span.dropped.tolist() == [True, False, True]
     with torch.no_grad():
-        (found,) = denoiser(*inputs, span=span)
-        (wanted,), (whole,) = by_hand(denoiser, PRX, inputs, span)[:1], denoiser(*inputs)
+        found = denoiser(*inputs, span=span).prediction
+        wanted, _ = by_hand(denoiser, PRX, inputs, span)
+        whole = denoiser(*inputs).prediction
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     start, end = inputs[3].cu_seqlens[1:3].tolist()
     torch.testing.assert_close(found[start:end], whole[start:end], rtol=1e-9, atol=1e-9)
@@ -196,12 +206,12 @@ def test_sixteen_bit():
     tokens, t, text, layout = batch(denoiser, UNIFORM)
     span = sprint(PRX).draw(layout, 42, INDEX)
     with torch.no_grad():
-        (wanted,) = denoiser(tokens, t, text, layout, span)
+        wanted = denoiser(tokens, t, text, layout, span).prediction
         denoiser = denoiser.float()
         with torch.autocast("cpu", torch.bfloat16):
-            (autocast,) = denoiser(tokens.float(), t.float(), text.float(), layout, span)
+            autocast = denoiser(tokens.float(), t.float(), text.float(), layout, span).prediction
         denoiser = denoiser.bfloat16()
-        (low,) = denoiser(tokens.bfloat16(), t.float(), text.bfloat16(), layout, span)
+        low = denoiser(tokens.bfloat16(), t.float(), text.bfloat16(), layout, span).prediction
     for found in (autocast, low):
         assert found.dtype == torch.bfloat16
         assert (found.double() - wanted).norm() < 0.05 * wanted.norm()

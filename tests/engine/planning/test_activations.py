@@ -39,7 +39,9 @@ def counted(config, samples, edge, text_tokens):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             t = flow.time(index)
             noisy, noise = flow.noisy(clean, index, t, layout)
-            (prediction,) = denoiser(noisy, t, text, layout, routing_policy(config).draw(layout, 0, index))
+            prediction = denoiser(
+                noisy, t, text, layout, routing_policy(config).draw(layout, 0, index)
+            ).prediction
         loss = flow.loss(prediction, clean, noise, t, layout).mean()
         del prediction
         loss.backward()

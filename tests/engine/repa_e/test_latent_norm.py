@@ -1,20 +1,12 @@
 """Batch normalisation of latents against torch.nn.BatchNorm2d in float64."""
 
-import pytest
 import torch
-from safetensors.torch import save_file
 
 from millrace.engine.model.layout import (
     patchify,
     unpatchify,
 )
-from millrace.engine.repa_e.latent_norm import (
-    STATISTICS_FILE,
-    LatentNorm,
-    load_statistics,
-    save_statistics,
-)
-from millrace.engine.util.errors import UserError
+from millrace.engine.repa_e.latent_norm import LatentNorm
 
 CPU = torch.device("cpu")
 CHANNELS, PATCH, MOMENTUM, EPS = 3, 2, 0.1, 1e-4
@@ -98,25 +90,3 @@ def test_a_large_offset_does_not_lose_the_variance():
     _, variance, _ = norm().statistics(LatentNorm.sums(z))
     wanted = z.double().transpose(0, 1).flatten(1).var(1, correction=0)
     torch.testing.assert_close(variance, wanted, rtol=1e-6, atol=0)
-
-
-def test_saved_statistics_come_back(tmp_path):
-    ours, z = norm(), latents()
-    ours.update(ours.statistics(ours.sums(z)))
-    save_statistics(tmp_path, ours.scale, ours.shift)
-    scale, shift = load_statistics(tmp_path, CHANNELS, CPU, "the.key")
-    assert torch.equal(scale, ours.scale)
-    assert torch.equal(shift, ours.shift)
-
-
-def test_a_folder_without_statistics_has_none(tmp_path):
-    assert load_statistics(tmp_path, CHANNELS, CPU, "the.key") is None
-
-
-def test_statistics_of_another_autoencoder_are_refused(tmp_path):
-    save_file({"scale": torch.ones(4), "shift": torch.ones(4)}, tmp_path / STATISTICS_FILE)
-    with pytest.raises(UserError, match=r"not the statistics of 3 channels.*the\.key"):
-        load_statistics(tmp_path, CHANNELS, CPU, "the.key")
-    (tmp_path / STATISTICS_FILE).write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"the\.key"):
-        load_statistics(tmp_path, CHANNELS, CPU, "the.key")

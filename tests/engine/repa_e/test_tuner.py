@@ -14,7 +14,7 @@ from millrace.engine.config.loading import (
 )
 from millrace.engine.data import Batch, SampleStream, open_source
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.batch_encoder import Preparation
+from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,
@@ -22,14 +22,15 @@ from millrace.engine.encoders.small_classifier import (
 from millrace.engine.encoders.teacher import open_teacher
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.losses.total import Losses
+from millrace.engine.losses.loss_term import LossInputs
+from millrace.engine.losses.total import build_loss
 from millrace.engine.losses.training_model import TrainingModel
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import patchify
 from millrace.engine.repa_e import tuner
 from millrace.engine.repa_e.tuner import (
     frozen,
-    open_end_to_end,
+    open_repa_e,
 )
 from millrace.engine.util.errors import UserError
 
@@ -93,7 +94,7 @@ def tuning(**values):
 
 
 def build(settings, *changes):
-    """An EndToEnd and what a trainer would build around it, with a denoiser that does not answer zero."""
+    """A RepaE and what a trainer would build around it, with a denoiser that does not answer zero."""
     for change in changes:
         settings = merge(settings, change)
     config = parse_config(settings, "test")
@@ -108,7 +109,7 @@ def build(settings, *changes):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     flow = FlowMatching(config.objective, 7, config.model.patch_size * 8)
     source = open_source(config.data)
-    prepare = Preparation(
+    prepare = BatchEncoder(
         open_autoencoder(section.autoencoder, CPU),
         open_text_tower(section.text, config.model.context_dim, CPU, torch.float32),
         denoiser.layouts,
@@ -118,7 +119,7 @@ def build(settings, *changes):
         teacher=teacher,
     )
     accumulate = config.data.global_batch // config.data.micro_batch
-    made = open_end_to_end(config, prepare, model, flow, accumulate, source, None)
+    made = open_repa_e(config, prepare, model, flow, accumulate, source, None)
     return SimpleNamespace(
         config=config, tuning=made, model=model, flow=flow, prepare=prepare, source=source, stream=stream
     )
@@ -234,9 +235,9 @@ def test_the_denoisers_losses_do_not_reach_the_autoencoder(tuned):
     before = made.tuning.autoencoder.flat.clone(), made.tuning.discriminator.flat.clone()
     t = made.flow.time(batch.sample_index)
     noisy, noise = made.flow.noisy(batch.clean, batch.sample_index, t, batch.layout)
-    score = Losses(made.flow, 2, alignment=made.config.alignment)
+    score = build_loss(made.config, made.flow, CPU)
     outputs = made.model(noisy, t, batch.text, batch.layout, None)
-    terms = score(outputs, batch, noise, t, None)
+    terms = score(LossInputs(outputs, batch, noise, t, None))
     assert terms.keys() == {"flow", "repa"}
     sum(terms.values()).mean().backward()
     assert all(p.grad is not None for p in made.model.parameters())

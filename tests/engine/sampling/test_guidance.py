@@ -124,7 +124,7 @@ def evaluate(denoiser, tokens, t, text, grid, kept=None, skip=False):
     ]
     handles.append(plain.final_layer.register_forward_pre_hook(lambda _, args: final.append(args)))
     shared = {name: own[name] for name, _ in plain.named_parameters()}
-    (dense,) = torch.func.functional_call(plain, shared, (tokens, torch.tensor([t]), text, layout))
+    dense = torch.func.functional_call(plain, shared, (tokens, torch.tensor([t]), text, layout)).prediction
     for handle in handles:
         handle.remove()
     if routing.policy == "none" or (routing.policy == "tread" and kept is None):
@@ -135,10 +135,9 @@ def evaluate(denoiser, tokens, t, text, grid, kept=None, skip=False):
     x = before[kept]
     for i in range(routing.start, routing.end + 1):
         if not skip:
-            _, modulation, text_kv, cos, sin, *_ = arguments[i]
             starts = torch.tensor([0, len(kept)], dtype=torch.int32)
-            where = (layout.positions[kept], starts, lengths, len(kept), len(text))
-            x = denoiser.blocks[i](x, modulation, text_kv, cos, sin, *where)
+            rows = {"positions": layout.positions[kept], "cu_seqlens": starts, "max_seqlen": len(kept)}
+            x = denoiser.blocks[i](x, arguments[i][1]._replace(**rows))
     if routing.policy == "tread":
         after = before.clone()
         after[kept] = x

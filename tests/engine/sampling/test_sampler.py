@@ -12,7 +12,7 @@ from millrace.engine.encoders.autoencoder import (
 from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.denoiser import Denoiser, DenoiserOutput
 from millrace.engine.model.layout import LayoutCache
 from millrace.engine.sampling.sampler import (
     Sampler,
@@ -36,7 +36,7 @@ class Known:
         self.calls.append(float(t[0]))
         captioned = layout.cu_seqlens_text.diff() > 1
         rows = captioned.repeat_interleave(torch.tensor(layout.lengths))[:, None].float()
-        return (self.field(tokens, float(t[0]), rows),)
+        return DenoiserOutput(self.field(tokens, float(t[0]), rows), (), ())
 
 
 def sampler(denoiser, objective=None, compute=torch.float32):
