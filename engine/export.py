@@ -50,7 +50,6 @@ from millrace.engine.model.conversion import (
     prx_state,
 )
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, write_atomically
 from millrace.engine.util.safetensors_file import write_safetensors
@@ -330,6 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
     reader = CheckpointReader(checkpoint_folder(options.checkpoint))
     if options.autoencoder:
         folder = _new_folder(options.autoencoder)
+        from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
+
         print(f"{folder}: {save_autoencoder(reader.folder, checkpoint_config(reader), folder)}")
         return
     weights, config = choose_weights(reader, options.weights), checkpoint_config(reader)

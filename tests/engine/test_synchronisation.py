@@ -30,6 +30,7 @@ OUTSIDE = {
     "engine/sampling": "between two steps",
     "engine/planning": "before the first step",
     "engine/export.py": "before the first step",
+    "engine/util/safetensors_file.py": "with a checkpoint or a cache",
     "engine/encoders/latent_cache_writer.py": "a command of its own",
 }
 """Rooms and files of which nothing runs in a step, each with the reason. All others are read."""

@@ -24,7 +24,7 @@ def test_a_run_on_one_process(runs, tmp_path):
     }
     done = subprocess.run(
         runs.command(output, changes, arguments=("--set", "run.steps=6")),
-        env=runs.environment(),
+        env=runs.environment() | {"PYTHONPROFILEIMPORTTIME": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -33,6 +33,12 @@ def test_a_run_on_one_process(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "finished: 6 steps, 48 samples, 0 steps skipped" in done.stderr
     assert "master weights (this rank)       float32" in done.stderr
+    # What was imported is on stderr too: nothing of the tuning of autoencoders.
+    imported = {
+        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line
+    }
+    assert "millrace.engine.losses.total" in imported
+    assert not {name for name in imported if name.startswith("millrace.engine.repa_e")}
     # The log is read from the device every 4 steps and before each checkpoint, and misses none.
     assert [record["step"] for record in runs.log(output)] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in list_checkpoints(output / "checkpoints")] == [4, 6]

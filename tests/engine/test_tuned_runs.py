@@ -21,8 +21,8 @@ from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,
 )
+from millrace.engine.repa_e import tuned_autoencoder
 from millrace.engine.repa_e.tuned_autoencoder import open_trained
-from millrace.engine.sampling import trained_model
 from millrace.engine.trainer import Trainer
 from millrace.engine.util.errors import UserError
 
@@ -210,7 +210,7 @@ def test_another_run_trains_on_an_exported_autoencoder(runs, tuned, whole, tmp_p
 def test_sampling_uses_the_tuned_autoencoder(whole, tmp_path, monkeypatch):
     picture, opened = tmp_path / "fox.png", []
     monkeypatch.setattr(
-        trained_model, "open_trained", lambda *given: opened.append(open_trained(*given)) or opened[-1]
+        tuned_autoencoder, "open_trained", lambda *given: opened.append(open_trained(*given)) or opened[-1]
     )
     words = ["--checkpoint", str(whole), "--prompt", "a fox", "--steps", "2", "--grid", str(picture)]
     monkeypatch.setattr(sys, "argv", ["sample.py", *words])
