@@ -36,8 +36,6 @@ ROOMS = (
 )
 """From the bottom up: at its top level a file imports its own room and those named before it; the last is the
 trainer and the commands. Inside a function it may import what only that function needs."""
-ENTRIES = ("text_encoders", "autoencoders", "vision")
-"""Folders of encoders/ that hold nothing but entries of a registry."""
 BARRED = {"engine.data": ("kernels", "engine.model"), "engine.config": ("kernels",)}
 """Rooms below a room that it must know nothing of, not even inside a function."""
 
@@ -123,10 +121,10 @@ def test_finds_the_sources():
 
 
 def test_no_base_name_occurs_twice_in_the_engine():
-    """A reader who remembers `schedule.py` finds one. Entries of a registry have the names of a setting."""
+    """A reader who remembers `schedule.py` finds one."""
     places: dict[str, list[str]] = {}
     for path in (ROOT / "engine").rglob("*.py"):
-        if path.name != "__init__.py" and path.parent.name not in ENTRIES:
+        if path.name != "__init__.py":
             places.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))
     twice = {name: found for name, found in places.items() if len(found) > 1}
     assert not twice

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teacher, check_alignment
+from millrace.engine.config.autoencoder_tuning import AutoencoderTuning, check_tuning
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
 from millrace.engine.config.evaluation import Evaluation, FeaturePaths
@@ -19,7 +20,6 @@ from millrace.engine.config.model import AttentionBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
 from millrace.engine.config.precision import Fp8, Precision, check_fp8
-from millrace.engine.config.repa_e import AutoencoderTuning, check_tuning
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Run
 from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
 from millrace.engine.config.section import Section

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from millrace.engine.config.repa_e import AutoencoderTuning
+from millrace.engine.config.autoencoder_tuning import AutoencoderTuning
 from millrace.engine.config.section import Section
 
 
