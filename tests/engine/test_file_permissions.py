@@ -10,6 +10,7 @@ from millrace.engine import export
 from millrace.engine.config import Teacher
 from millrace.engine.data.sources.key_subset import write_keys
 from millrace.engine.encoders.latent_cache_writer import write_caches
+from millrace.engine.encoders.latent_statistics import save_statistics
 from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     save_classifier,
@@ -17,7 +18,6 @@ from millrace.engine.encoders.small_classifier import (
 from millrace.engine.encoders.teacher import open_teacher
 from millrace.engine.evaluation import reference_statistics
 from millrace.engine.losses.contrastive import MeanTarget
-from millrace.engine.repa_e.latent_norm import save_statistics
 from millrace.engine.util.files import TEMPORARY
 
 
