@@ -235,7 +235,7 @@ class Trainer:
             patch,
             config.run.seed,
             self.device,
-            config.objective.perceptual,
+            self.loss_fn.needs_images,
             teacher,
         )
         self.batches = BatchPrefetcher(self.batch_encoder, None if config.conditioning.overlap else False)

@@ -35,6 +35,8 @@ class LossTerm(ABC):
 
     names: tuple[str, ...]
     """As the log calls them."""
+    needs_images = False
+    """Whether the batches must keep their pictures for it."""
 
     @classmethod
     @abstractmethod

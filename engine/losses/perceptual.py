@@ -75,6 +75,8 @@ class PerceptualTerms(LossTerm):
         networks: that look at the pictures.
     """
 
+    needs_images = True
+
     def __init__(self, config: Objective, patch: int, networks: PerceptualNetworks) -> None:
         self.config, self.patch, self.networks = config, patch, networks
         self.names = perceptual_terms(config)

@@ -26,6 +26,7 @@ class TrainingLoss:
     def __init__(self, flow: FlowMatching, terms: Sequence[LossTerm] = ()) -> None:
         self.flow, self.terms = flow, terms
         self.names = ("flow", *(name for term in terms for name in term.names))
+        self.needs_images = any(term.needs_images for term in terms)
 
     def __call__(self, inputs: LossInputs) -> dict[str, Tensor]:
         """Each term (B,) FP32 by name, weighted: the training loss is the mean over samples of their sum."""
