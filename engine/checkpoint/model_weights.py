@@ -10,7 +10,7 @@ from millrace.engine.checkpoint.manifest import MANIFEST
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
 from millrace.engine.config.loading import parse_config
-from millrace.engine.optim.build_optimizer import HEADS
+from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.util.errors import UserError
 
 Stored = Literal["model", "ema", "ema2"]

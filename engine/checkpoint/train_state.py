@@ -29,19 +29,21 @@ from millrace.engine.distributed.zero_shards import (
     Shard,
     masters,
 )
-from millrace.engine.optim.adamw import ADAM_STATE, SkippableAdamW
 from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.optim.training_optimizer import (
+    TrainingOptimizer,
+    optimizer_entry,
+    optimizer_kinds,
+)
 from millrace.engine.util.errors import UserError
 
-OPTIMIZER_STATE = (*ADAM_STATE, "momentum")
-"""All that an optimizer stores in the layout of the weights."""
 TUNED_AUTOENCODER = "tuning/"
 """What names of an autoencoder begin with that the run tunes (REPA-E), and of its discriminator."""
 
 
 def state_pieces(
     shards: list[Shard],
-    optimizer: SkippableAdamW,
+    optimizer: TrainingOptimizer,
     ema: EmaWeights | None,
     buffers: Iterable[tuple[str, Tensor]] = (),
 ) -> Iterator[Piece]:
@@ -53,7 +55,7 @@ def state_pieces(
             continue
         yield _piece("master", shard, shard.master)
         state = optimizer.state.get(shard.master, {})
-        for kind in OPTIMIZER_STATE:
+        for kind in optimizer.state_names(shard.name):
             if kind in state:
                 yield _piece(kind, shard, state[kind])
         if shard.start == 0 and updates.get(id(shard.master), latest) != latest:
@@ -69,14 +71,15 @@ def _piece(kind: str, shard: Shard, like_master: Tensor) -> Piece:
     return Piece(f"{kind}/{shard.name}", shard.shape, shard.start, shard.of(like_master))
 
 
-def _updates(shards: list[Shard], optimizer: SkippableAdamW) -> dict[int, int]:
+def _updates(shards: list[Shard], optimizer: TrainingOptimizer) -> dict[int, int]:
     """Adam's count of each master that has one, by the master's id."""
     states = {id(m): optimizer.state.get(m, {}) for m in masters(shards)}
     return {place: int(state["step"]) for place, state in states.items() if "step" in state}
 
 
-def optimizer_steps(shards: list[Shard], optimizer: SkippableAdamW) -> int:
-    """Updates that Adam has made, by which it corrects its bias; fewer than steps if some were skipped."""
+def optimizer_steps(shards: list[Shard], optimizer: TrainingOptimizer) -> int:
+    """Updates that Adam has made, by which it corrects its bias; fewer than steps if some were skipped, and 0
+    of an optimizer that does not count."""
     return max(_updates(shards, optimizer).values(), default=0)
 
 
@@ -132,7 +135,7 @@ def check_names(wanted: Set[str], stored: Set[str], origin: str) -> None:
 @torch.no_grad()
 def load_optimizer(
     shards: list[Shard],
-    optimizer: SkippableAdamW,
+    optimizer: TrainingOptimizer,
     reader: CheckpointReader,
     steps: int,
     allow_changes: bool = False,
@@ -141,15 +144,16 @@ def load_optimizer(
 
     Args:
         shards: of this rank, one for each parameter.
-        steps: as from `optimizer_steps`; 0 leaves the state empty.
+        steps: as from `optimizer_steps`.
         allow_changes: start state that the checkpoint lacks at zero and drop what has no place, named in the
             lines returned; else both are a UserError.
     """
-    if steps == 0:
-        return []
     names = set(reader.names())
     wanted = [f"{kind}/{shard.name}" for shard in shards for kind in optimizer.state_names(shard.name)]
-    stored = {name for name in names if name.partition("/")[0] in OPTIMIZER_STATE}
+    kinds_of_state = {name for kind in optimizer_kinds() for name in optimizer_entry(kind).state}
+    stored = {name for name in names if name.partition("/")[0] in kinds_of_state}
+    if steps == 0 and not stored:
+        return []  # no update yet
     missing, extra = [key for key in wanted if key not in stored], sorted(stored - set(wanted))
     if (missing or extra) and not allow_changes:
         raise UserError(
@@ -164,7 +168,7 @@ def load_optimizer(
         if not any(f"{kind}/{shard.name}" in stored for shard in held for kind in kinds):
             continue  # the optimizer begins it at its first step
         state = {kind: torch.zeros_like(master) for kind in kinds}
-        if kinds == ADAM_STATE:
+        if optimizer.counts_updates(held[0].name):
             counts = [_read_updates(reader, shard.name, names, steps) for shard in held]
             state["step"] = torch.tensor(float(max(counts)), device=master.device if fused else "cpu")
         optimizer.state[master] = state

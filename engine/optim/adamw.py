@@ -1,29 +1,68 @@
 """AdamW that can skip a step."""
 
+from typing import Any
+
 import torch
 
-from millrace.engine.distributed.zero_shards import Shard
+from millrace.engine.config import Model, Optimizer
+from millrace.engine.optim.training_optimizer import (
+    Named,
+    OptimizerEntry,
+    TrainingOptimizer,
+    elementwise_groups,
+)
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 """Adam's moments."""
+PASSES = 18
+"""Of an update as a loop: lerp 3, mul 2, addcmul 3, sqrt 2, quotient 2, add 2, addcdiv 4."""
+FUSED_PASSES = 7
+"""In one kernel: reads weight, gradient and two moments, writes all but the gradient."""
+TEMPORARIES = 2
+"""Of the loop: sqrt(v), and its quotient."""
 
 
-class SkippableAdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov & Hutter, arXiv 1711.05101) that changes nothing while `skip` is set.
+class SkippableAdamW(TrainingOptimizer, torch.optim.AdamW):
+    """torch's AdamW (Loshchilov & Hutter, arXiv 1711.05101) that changes nothing while `skip` is set."""
 
-    At ZeRO stage 0 DeepSpeed applies gradients that are not finite; the trainer sets `skip` instead.
-    """
-
-    skip = False
+    title = "AdamW"
 
     def state_names(self, _name: str) -> tuple[str, ...]:
-        """What is stored for the elements of a parameter."""
         return ADAM_STATE
 
-    def attach(self, shards: list[Shard], stage: int) -> None:
-        """Learn where the shards of this rank are; AdamW is element-wise and need not know. Collective."""
+    def counts_updates(self, _name: str) -> bool:
+        return True
 
     def step(self, closure: None = None) -> None:
         """Update the weights and moments, unless the step is skipped."""
         if not self.skip:
             super().step(closure)
+
+
+def adamw_settings(config: Optimizer, device: torch.device) -> dict[str, Any]:
+    """Arguments of torch's AdamW: one fused kernel on CUDA, one loop over tensors elsewhere."""
+    return {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "fused": True if device.type == "cuda" else None,
+    }
+
+
+def _build(named: Named, config: Optimizer, device: torch.device, _model: Model | None) -> TrainingOptimizer:
+    return SkippableAdamW(elementwise_groups(named, config), **adamw_settings(config, device))
+
+
+def _state_elements(named: Named, _config: Optimizer, _model: Model) -> dict[str, int]:
+    return {"Adam moments": 2 * sum(p.numel() for _, p in named)}
+
+
+ENTRY = OptimizerEntry(
+    build=_build,
+    state=ADAM_STATE,
+    state_elements=_state_elements,
+    passes=PASSES,
+    fused_passes=FUSED_PASSES,
+    temporaries=TEMPORARIES,
+)

@@ -12,20 +12,42 @@ is brought together on one process (`exchange.py`), chosen so that all have the 
 orthogonalised twice in a job.
 """
 
+import fnmatch
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from millrace.engine.config import Model, Optimizer
 from millrace.engine.config import Muon as MuonConfig
 from millrace.engine.distributed import process_group
 from millrace.engine.distributed.zero_shards import Shard
-from millrace.engine.optim.adamw import SkippableAdamW
+from millrace.engine.optim.adamw import (
+    ADAM_STATE,
+    FUSED_PASSES,
+    PASSES,
+    TEMPORARIES,
+    SkippableAdamW,
+    adamw_settings,
+)
 from millrace.engine.optim.exchange import Matrix, Part, Round, rounds
-from millrace.engine.optim.matrices import Stack
+from millrace.engine.optim.matrices import Stack, block_matrices
+from millrace.engine.optim.training_optimizer import (
+    Exchange,
+    Named,
+    OptimizerEntry,
+    TrainingOptimizer,
+    elementwise_groups,
+    parameter_group,
+)
+from millrace.engine.util.errors import UserError
 from millrace.kernels.ops.newton_schulz import newton_schulz
 
+RATE = "muon_lr"
+"""What the log calls the learning rate of the matrices, and by which their group is known."""
 ROUND_ELEMENTS = 2**27
 """Elements that a process orthogonalises before it exchanges the next: bounds the memory that this takes."""
 
@@ -41,14 +63,14 @@ def update_scale(kind: str, rows: int, columns: int) -> float:
 
 
 class Muon(SkippableAdamW):
-    """One optimizer of two kinds of parameter groups, told apart by their key "muon".
+    """One optimizer of two kinds of parameter groups, told apart by their key "rate".
 
     `attach` must be called before the first step: it says where the shards are. The gradients of Muon's
     groups serve as memory for the update and do not survive the step. A parameter without a gradient
     counts as one whose gradient is zero, because all processes must agree on what is exchanged.
 
     Args:
-        groups: parameter groups; one of Muon has "muon" true and "names", the names of its parameters.
+        groups: parameter groups; one of Muon has RATE as "rate" and "names", the names of its parameters.
         stacks: the matrices of each of Muon's parameters by name.
         config: `optimizer.muon`.
         settings: of AdamW.
@@ -59,11 +81,29 @@ class Muon(SkippableAdamW):
     ) -> None:
         super().__init__(groups, **settings)
         self.config, self.stacks = config, stacks
+        if stacks:
+            self.rest = "the rest"
         self._plans: dict[int, _Plan] = {}
 
     def state_names(self, name: str) -> tuple[str, ...]:
-        """What is stored for the elements of a parameter."""
         return ("momentum",) if name in self.stacks else super().state_names(name)
+
+    def counts_updates(self, name: str) -> bool:
+        return name not in self.stacks
+
+    def describe(self, group: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+        if group["rate"] != RATE:
+            return super().describe(group, shapes)
+        kinds: Counter[tuple[int, int]] = Counter()
+        for name in group["names"]:
+            kinds[self.stacks[name].rows, self.stacks[name].columns] += self.stacks[name].count
+        table = ", ".join(f"{count} of {m} x {n}" for (m, n), count in kinds.items())
+        elements = sum(torch.Size(shapes[name]).numel() for name in group["names"])
+        config = self.config
+        return (
+            f"Muon, lr {group['peak_lr']:g}, momentum {config.momentum:g}, {config.scale} scale, "
+            f"{config.dtype}: {sum(kinds.values())} matrices ({table}), {elements:,} elements"
+        )
 
     def attach(self, shards: list[Shard], stage: int) -> None:
         """Plan the exchange of matrices between all processes. Collective.
@@ -97,13 +137,13 @@ class Muon(SkippableAdamW):
             return
         # DeepSpeed, too, chooses what a step updates by changing the groups.
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["muon"]]
+        self.param_groups = [group for group in groups if group["rate"] != RATE]
         try:
             super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
-            if group["muon"] and group["params"]:
+            if group["rate"] == RATE and group["params"]:
                 self._step_matrices(group)
 
     @torch.no_grad()
@@ -191,3 +231,71 @@ class _Plan:
         """The master's elements (count,) of a part."""
         shard = self.shards[part.matrix.parameter]
         return shard.of(shard.master)[part.start : part.start + part.count]
+
+
+def muon_stacks(named: Named, config: Optimizer, model: Model | None) -> dict[str, Stack]:
+    """The matrices of each parameter that gets Muon, by name. Raises UserError."""
+    if model is None:
+        raise ValueError("Muon needs the model's configuration, which knows the matrices")
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named}
+    stacks = {name: block_matrices(name, shape, model, config.muon.chunked) for name, shape in shapes.items()}
+    if config.muon.parameters is None:
+        return {name: stack for name, stack in stacks.items() if stack is not None}
+    chosen: dict[str, Stack] = {}
+    for pattern in config.muon.parameters:
+        found = fnmatch.filter(shapes, pattern)
+        if not found:
+            raise UserError(
+                f"optimizer.muon.parameters: {pattern!r} is no parameter; names are such as {_some(shapes)}"
+            )
+        for name in found:
+            stack = stacks[name]
+            if stack is None:
+                kind = (
+                    "no matrix of a block" if len(shapes[name]) == 2 else f"{len(shapes[name])}-dimensional"
+                )
+                raise UserError(
+                    f"optimizer.muon.parameters: {pattern!r} names {name}, which is {kind}; Muon is for the "
+                    "matrices of the blocks, leave the others to AdamW"
+                )
+            chosen[name] = stack
+    return chosen
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join([name for name in names if name.endswith(".weight")][:3])
+
+
+def _build(named: Named, config: Optimizer, device: torch.device, model: Model | None) -> TrainingOptimizer:
+    named = list(named)
+    stacks = muon_stacks(named, config, model)
+    matrices = [(name, p) for name, p in named if name in stacks]
+    rest = [(name, p) for name, p in named if name not in stacks]
+    muon = config.muon
+    groups = parameter_group(matrices, muon.lr or config.lr, muon.weight_decay, RATE)
+    groups += elementwise_groups(rest, config)
+    return Muon(groups, stacks, muon, **adamw_settings(config, device))
+
+
+def _state_elements(named: Named, config: Optimizer, model: Model) -> dict[str, int]:
+    sizes = {name: p.numel() for name, p in named}
+    matrices = sum(sizes[name] for name in muon_stacks(named, config, model))
+    return {"Adam moments": 2 * (sum(sizes.values()) - matrices), "Muon momentum": matrices}
+
+
+def _exchange(named: Named, config: Optimizer, model: Model) -> Exchange:
+    stacks = muon_stacks(named, config, model).values()
+    matrices = [Matrix(0, 0, stack.rows, stack.columns) for stack in stacks for _ in range(stack.count)]
+    sent = getattr(torch, config.muon.dtype).itemsize * sum(m.size for m in matrices)
+    return Exchange(sent, config.muon.steps * sum(m.flops for m in matrices))
+
+
+ENTRY = OptimizerEntry(
+    build=_build,
+    state=(*ADAM_STATE, "momentum"),
+    state_elements=_state_elements,
+    passes=PASSES,  # as AdamW's, the products apart
+    fused_passes=FUSED_PASSES,
+    temporaries=TEMPORARIES,
+    exchange=_exchange,
+)

@@ -123,7 +123,7 @@ class Device:
     slack: float = 1.0
     """Time of forward and backward over the roofline of the two above."""
     fused_optimizer: bool = True
-    """Whether AdamW is one kernel; else a pass over memory for each of its operations."""
+    """Whether AdamW is one kernel; else passes over memory for each of its operations."""
     peak_flops: float | None = None
     """Of the data sheet."""
     gather_overhead: float = 0.0

@@ -15,13 +15,14 @@ At stage 3 weights, their masters and the gradients are Psi/N each. The peak is 
 several processes at once; alone it needs none.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from millrace.engine.config import Config
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.optim.build_optimizer import muon_stacks
+from millrace.engine.optim.training_optimizer import NO_EXCHANGE, Exchange, optimizer_entry
 from millrace.engine.planning.activations import Traced
 
 BUCKET = 500_000_000
@@ -30,8 +31,6 @@ LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
 PREFETCH = 50_000_000
 """Elements that ZeRO-3 fetches together by default."""
-UNFUSED = 2
-"""Temporaries of AdamW as a loop over operations: sqrt(v), and its quotient."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,20 @@ class Shape:
     largest: int
     """Of the largest single tensor."""
     tensors: int
-    matrices: int = 0
-    """Of those that Muon updates."""
+    state: Mapping[str, int] = field(default_factory=dict)
+    """Of the optimizer, by purpose."""
+    exchange: Exchange = NO_EXCHANGE
+    """What the optimizer sends and computes besides its element-wise update."""
 
 
 def shape_of(config: Config) -> Shape:
     """Of the denoiser of a configuration."""
     with torch.device("meta"):
-        named = dict(Denoiser(config.model, config.routing).named_parameters())
-    sizes = [p.numel() for p in named.values()]
-    stacks = {}
-    if config.optimizer.kind == "muon":
-        stacks = muon_stacks(named.items(), config.optimizer, config.model)
-    return Shape(sum(sizes), max(sizes), len(sizes), sum(named[name].numel() for name in stacks))
+        named = list(Denoiser(config.model, config.routing).named_parameters())
+    sizes = [p.numel() for _, p in named]
+    entry, settings = optimizer_entry(config.optimizer.kind), (config.optimizer, config.model)
+    state, exchange = entry.state_elements(named, *settings), entry.exchange(named, *settings)
+    return Shape(sum(sizes), max(sizes), len(sizes), state, exchange)
 
 
 def bucket_elements(config: Config, parameters: int) -> int:
@@ -130,8 +130,7 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     found = {
         "weights": stored * shape.parameters / (ranks if stage == 3 else 1),
         "master weights": 4 * shape.parameters / share if stage else 0.0,
-        "Adam moments": 2 * stored * (shape.parameters - shape.matrices) / share,
-        "Muon momentum": stored * shape.matrices / share,
+        **{name: stored * elements / share for name, elements in shape.state.items()},
         "EMA": averages * stored * shape.parameters / share,
         "FP32 copy for sampling": 4 * shape.parameters if samples else 0.0,
     }
@@ -152,7 +151,7 @@ def memory_of(
     Args:
         traced: one micro-batch of the configuration. Alignment heads are not in it.
         frozen: bytes of the frozen networks that the run loads.
-        fused: whether AdamW is one kernel.
+        fused: whether the device has optimizers that are one kernel.
     """
     parts = held_bytes(config, stage, ranks, shape)
     if frozen:
@@ -162,7 +161,9 @@ def memory_of(
     share = whole / ranks
     bucket = stored * bucket_elements(config, shape.parameters)
     flat = min(bucket, whole) if ranks > 1 else 0.0
-    update = 0.0 if fused else UNFUSED * (stored * shape.largest if stage == 0 else share)
+    entry = optimizer_entry(config.optimizer.kind)
+    alone = fused and entry.fused_passes is not None
+    update = 0.0 if alone else entry.temporaries * (stored * shape.largest if stage == 0 else share)
     buckets = bucket * (2 if overlaps(config, stage) else 1)
     if stage == 0:
         flat = stored * min(shape.parameters, BUCKET + shape.largest)

@@ -20,12 +20,8 @@ Stages 1 and 2 reduce with an all-reduce, of which each process keeps its part: 
 import math
 from dataclasses import dataclass
 
-import torch
-
 from millrace.engine.config import Config
-from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.optim.build_optimizer import muon_stacks
-from millrace.engine.optim.exchange import Matrix
+from millrace.engine.optim.training_optimizer import optimizer_entry
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Kind, sent_bytes
 from millrace.engine.planning.step_memory import (
@@ -36,10 +32,6 @@ from millrace.engine.planning.step_memory import (
     overlaps,
 )
 
-FUSED_UPDATE = 7
-"""Passes of AdamW in one kernel: reads weight, gradient and two moments, writes all but the gradient."""
-LOOPED_UPDATE = 18
-"""As a loop: lerp 3, mul 2, addcmul 3, sqrt 2, quotient 2, add 2, addcdiv 4."""
 AVERAGE = 3
 """EMA: reads both, writes one."""
 BACKWARD = 2 / 3
@@ -79,28 +71,11 @@ def transfers(config: Config, stage: int, ranks: int, shape: Shape, micro_batche
             Transfer("all_gather", times * passes * whole, calls, beside_backward=True),
             Transfer("reduce_scatter", times * gradients, times * buckets, beside_backward=True),
         ]
-    return found + _muon_transfers(config, stage)
-
-
-def _muon_transfers(config: Config, stage: int) -> list[Transfer]:
-    """Whole matrices to their owners and back, or at stage 0 their updates from owners to all."""
-    matrices = muon_matrices(config)
-    if not matrices:
-        return []
-    sent = {"bfloat16": 2, "float32": 4}[config.optimizer.muon.dtype] * sum(m.size for m in matrices)
-    if stage == 0:
-        return [Transfer("all_gather", sent, 1)]
-    return [Transfer("all_to_all", 2 * sent, 2)]
-
-
-def muon_matrices(config: Config) -> list[Matrix]:
-    """The matrices that Muon orthogonalises; none with AdamW."""
-    if config.optimizer.kind != "muon":
-        return []
-    with torch.device("meta"):
-        named = list(Denoiser(config.model, config.routing).named_parameters())
-    stacks = muon_stacks(named, config.optimizer, config.model).values()
-    return [Matrix(0, 0, stack.rows, stack.columns) for stack in stacks for _ in range(stack.count)]
+    sent = shape.exchange.bytes
+    if sent:
+        # Whole matrices to their owners and back, or at stage 0 their updates from owners to all.
+        found.append(Transfer("all_to_all", 2 * sent, 2) if stage else Transfer("all_gather", sent, 1))
+    return found
 
 
 def gathers(shape: Shape) -> int:
@@ -160,11 +135,13 @@ def copy_passes(stage: int, ranks: int) -> float:
 
 
 def update_bytes(config: Config, stage: int, ranks: int, shape: Shape, fused: bool) -> float:
-    """Bytes that optimizer and EMA move on each process; Muon counted as AdamW, its products apart."""
+    """Bytes that optimizer and EMA move on each process; what is done with whole matrices is apart."""
     stored = 4 if config.precision.master == "float32" else 2
     owned = stored * shape.parameters / (ranks if stage else 1)
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
-    return owned * ((FUSED_UPDATE if fused else LOOPED_UPDATE) + averages * AVERAGE / config.ema.every)
+    entry = optimizer_entry(config.optimizer.kind)
+    passes = entry.passes if entry.fused_passes is None or not fused else entry.fused_passes
+    return owned * (passes + averages * AVERAGE / config.ema.every)
 
 
 def step_of(
@@ -196,8 +173,7 @@ def step_of(
     stored = 4 if config.precision.master == "float32" else 2
     copies = copy_passes(stage, ranks) * stored * shape.parameters / device.copy_bandwidth
     update = update_bytes(config, stage, ranks, shape, device.fused_optimizer) / device.copy_bandwidth
-    orthogonal = config.optimizer.muon.steps * sum(m.flops for m in muon_matrices(config))
-    update += orthogonal / ranks / device.product_flops
+    update += shape.exchange.flops / ranks / device.product_flops
     communication, hidden, sent = 0.0, 0.0, 0.0
     for transfer in transfers(config, stage, ranks, shape, micro_batches):
         each = device.network.seconds(transfer.kind, transfer.size / transfer.calls, ranks)

@@ -9,7 +9,7 @@ from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.optim.build_optimizer import muon_stacks
+from millrace.engine.optim.muon import muon_stacks
 
 pytestmark = pytest.mark.slow
 

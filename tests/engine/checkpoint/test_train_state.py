@@ -12,6 +12,7 @@ from millrace.engine.distributed.zero_shards import local_shards
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.optim.build_optimizer import build_optimizer
 from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.optim.training_optimizer import TrainingOptimizer, parameter_group
 from millrace.engine.util.errors import UserError
 
 
@@ -168,6 +169,41 @@ def test_every_optimizer_goes_on_bit_for_bit(tmp_path, kind, head):
     for (name, one), (_, two) in zip(module.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(one, two), name
         assert all(torch.equal(v, fresh.state[two][k]) for k, v in optimizer.state[one].items()), name
+
+
+class Heavy(TrainingOptimizer):
+    """Momentum without a count of updates."""
+
+    def __init__(self, named):
+        super().__init__(parameter_group(named, 0.1, 0.0), {})
+
+    def state_names(self, name):
+        return ("momentum",)
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(0.9).add_(p.grad)
+            p.sub_(momentum, alpha=0.1)
+
+
+def test_an_optimizer_that_counts_no_updates_goes_on_too(tmp_path):
+    pairs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        module = WithHead(False)
+        optimizer = Heavy(module.named_parameters())
+        pairs.append((module, optimizer, local_shards(module, optimizer, 0)))
+    (module, optimizer, shards), (other, fresh, held) = pairs
+    update(module, optimizer, 3, seed=1)
+    reader = stored(tmp_path, "a", shards, optimizer)
+    assert train_state.optimizer_steps(shards, optimizer) == 0
+    assert train_state.load_weights(other, reader, "x") == []
+    assert train_state.load_optimizer(held, fresh, reader, 0) == []
+    for one, two in ((module, optimizer), (other, fresh)):
+        update(one, two, 2, seed=2)
+    for (name, one), (_, two) in zip(module.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])

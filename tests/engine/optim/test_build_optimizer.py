@@ -30,7 +30,7 @@ def groups(parameters, **settings):
     shapes = [(name, tuple(p.shape)) for name, p in parameters]
     return {
         "names": [group["names"] for group in optimizer.param_groups],
-        "muon": [group["muon"] for group in optimizer.param_groups],
+        "muon": [group["rate"] == "muon_lr" for group in optimizer.param_groups],
         "lines": describe_optimizer(shapes, optimizer),
         "optimizer": optimizer,
     }

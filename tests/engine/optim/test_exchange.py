@@ -12,8 +12,8 @@ from millrace.engine.config import Config, Model, Muon, Optimizer
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
 from millrace.engine.optim import exchange
-from millrace.engine.optim.build_optimizer import muon_stacks
 from millrace.engine.optim.exchange import Matrix, balanced_owners, rounds
+from millrace.engine.optim.muon import muon_stacks
 
 SHAPES = [(4, 3, 5), (1, 7, 5), (2, 6, 2), (6, 3, 5), (1, 1, 9)]
 """Parameters as stacks of matrices."""

@@ -197,7 +197,7 @@ def test_a_skipped_step_changes_nothing():
 def test_a_missing_gradient_is_zero():
     """All processes must agree on the matrices that they exchange."""
     _, _, after, optimizer = trained(Muon(dtype="float32"), steps=1)
-    (group,) = [group for group in optimizer.param_groups if group["muon"]]
+    (group,) = [group for group in optimizer.param_groups if group["rate"] == "muon_lr"]
     momentum = optimizer.state[group["params"][0]]["momentum"].clone()
     for p in group["params"]:
         p.grad = None
@@ -245,7 +245,7 @@ def test_each_group_has_its_learning_rate():
         settings = Optimizer(kind="muon", lr=0.1, muon=muon)
         optimizer = build_optimizer(denoiser.named_parameters(), settings, CPU, MODEL)
         assert set_learning_rates(optimizer, 4, schedule, 100) == pytest.approx(wanted)
-        rates = {group["muon"]: group["lr"] for group in optimizer.param_groups}
-        assert rates == pytest.approx({True: wanted.get("muon_lr", 0.05), False: 0.05})
+        rates = {group["rate"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == pytest.approx({"muon_lr": 0.05, "lr": 0.05} | wanted)
     optimizer = build_optimizer(denoiser.named_parameters(), Optimizer(lr=0.1), CPU)
     assert set_learning_rates(optimizer, 4, schedule, 100) == pytest.approx({"lr": 0.05})

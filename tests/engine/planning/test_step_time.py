@@ -2,17 +2,19 @@
 
 import pytest
 
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.optim.muon import muon_stacks
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Hierarchy, Link
 from millrace.engine.planning.step_memory import (
     LIVE,
     Shape,
+    shape_of,
 )
 from millrace.engine.planning.step_time import (
     copy_passes,
     fetches,
     gathers,
-    muon_matrices,
     step_of,
     transfers,
     update_bytes,
@@ -52,10 +54,19 @@ def test_reduction_in_bf16_moves_half(runs, tmp_path):
 
 def test_muon_brings_matrices_together(runs, tmp_path):
     muon = runs.config(tmp_path, {"optimizer": {"kind": "muon"}})
-    size = 2 * sum(matrix.size for matrix in muon_matrices(muon))
-    assert size > 0
-    assert ("all_to_all", 2 * size) in moved(muon, 2, 2)
-    assert ("all_gather", size) in moved(muon, 0, 2)
+    shape = shape_of(muon)
+    named = Denoiser(muon.model).named_parameters()
+    stacks = muon_stacks(named, muon.optimizer, muon.model).values()
+    size = 2 * sum(stack.count * stack.rows * stack.columns for stack in stacks)  # BF16
+    assert shape.exchange.bytes == size > 0
+    assert ("all_to_all", 2 * size) in moved(muon, 2, 2, shape=shape)
+    assert ("all_gather", size) in moved(muon, 0, 2, shape=shape)
+    # The products of the orthogonalisation are shared by the processes.
+    plain = runs.config(tmp_path)
+    less = step_of(plain, 1, 1, DEVICE, TRACED, shape_of(plain), flops=25.0).update
+    assert step_of(muon, 1, 1, DEVICE, TRACED, shape, flops=25.0).update == pytest.approx(
+        less + shape.exchange.flops / DEVICE.product_flops
+    )
 
 
 def test_weights_are_fetched_in_groups(runs, tmp_path):

@@ -6,17 +6,19 @@ from typing import get_args
 
 import pytest
 
-from millrace.engine.config import Autoencoder, PerceptualDino, Teacher, TextTower
+from millrace.engine.config import Autoencoder, Optimizer, PerceptualDino, Teacher, TextTower
 from millrace.engine.encoders.autoencoder import AutoencoderEntry, autoencoder_entry
 from millrace.engine.encoders.dino import DinoEntry
 from millrace.engine.encoders.teacher import VisionEntry, vision_entry
 from millrace.engine.encoders.text_encoder import TextEncoderEntry, text_encoder_entry
+from millrace.engine.optim.training_optimizer import OptimizerEntry
 from millrace.engine.util.registry import entry
 
 KINDS = {
     "encoders.text_encoders": (TextTower, "kind", TextEncoderEntry),
     "encoders.autoencoders": (Autoencoder, "kind", AutoencoderEntry),
     "encoders.vision": (Teacher, "kind", VisionEntry),
+    "optim": (Optimizer, "kind", OptimizerEntry),
 }
 """Package of the entries: section and key that choose one, and the entries' type."""
 

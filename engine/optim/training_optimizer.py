@@ -1,0 +1,128 @@
+"""Optimizer interface: what training asks of an optimizer besides its update; the registry of its kinds."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from millrace.engine.config import Model, Optimizer
+from millrace.engine.distributed.zero_shards import Shard
+from millrace.engine.util import registry
+
+HEADS = "alignment."
+"""What the names of parameters start with that only training has."""
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class TrainingOptimizer(torch.optim.Optimizer):
+    """An optimizer that training can skip, save, shard and describe.
+
+    It updates flat FP32 tensors: at ZeRO stages 1 to 3 a master is a slice of many parameters.
+    """
+
+    title: str
+    """For people."""
+    skip = False
+    """`step` changes nothing while this is set: at stage 0 DeepSpeed applies gradients that are infinite."""
+    rest = "everything"
+    """What the group besides those of special parameters is called."""
+
+    def state_names(self, name: str) -> tuple[str, ...]:
+        """What is stored for each element of a parameter."""
+        raise NotImplementedError
+
+    def counts_updates(self, _name: str) -> bool:
+        """Whether the state of a parameter has "step", the number of its updates."""
+        return False
+
+    def attach(self, shards: list[Shard], stage: int) -> None:
+        """Learn where the shards of this rank are; what is element-wise need not know. Collective."""
+
+    def describe(self, group: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """A parameter group in one line for people."""
+        names = group["names"]
+        what = "heads" if names[0].startswith(HEADS) else self.rest
+        elements = sum(torch.Size(shapes[name]).numel() for name in names)
+        return (
+            f"{self.title}, lr {group['peak_lr']:g}: {what}, {len(names)} parameters, {elements:,} elements"
+        )
+
+
+def parameter_group(
+    named: Named, peak_lr: float, weight_decay: float, rate: str = "lr"
+) -> list[dict[str, Any]]:
+    """A parameter group, or none for no parameters; `rate` is what the log calls its learning rate."""
+    named = list(named)
+    group = {
+        "params": [parameter for _, parameter in named],
+        "names": [name for name, _ in named],
+        "rate": rate,
+        "lr": peak_lr,
+        "peak_lr": peak_lr,
+        "weight_decay": weight_decay,
+    }
+    return [group] if named else []
+
+
+def elementwise_groups(named: Named, config: Optimizer) -> list[dict[str, Any]]:
+    """Groups of an element-wise update. Heads that only training has are one of their own: where they come or
+    go between the stages of a run, nothing changes for the others."""
+    named = list(named)
+    rest = [(name, p) for name, p in named if not name.startswith(HEADS)]
+    heads = [(name, p) for name, p in named if name.startswith(HEADS)]
+    return [
+        *parameter_group(rest, config.lr, config.weight_decay),
+        *parameter_group(heads, config.lr, config.weight_decay),
+    ]
+
+
+class Exchange(NamedTuple):
+    """Matrices that a step brings together on one process each and takes back."""
+
+    bytes: float
+    """Of all of them, as they are sent."""
+    flops: float
+    """Of what is done with them, over all processes."""
+
+
+NO_EXCHANGE = Exchange(0.0, 0.0)
+
+
+def _nothing(_named: Named, _config: Optimizer, _model: Model) -> Exchange:
+    return NO_EXCHANGE
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """A kind of optimizer (`optimizer.kind`): all that the engine asks of it.
+
+    Its module in `optim/` has the kind's name.
+    """
+
+    build: Callable[[Named, Optimizer, torch.device, Model | None], TrainingOptimizer]
+    """As `build_optimizer`, of parameters that need a gradient."""
+    state: tuple[str, ...]
+    """All that it stores for each element of some parameter, as checkpoints name it."""
+    state_elements: Callable[[Named, Optimizer, Model], dict[str, int]]
+    """Elements of that state for some parameters, by purpose, for people and the planner."""
+    passes: int
+    """Passes over memory of an update, reads and writes, as a loop over operations."""
+    fused_passes: int | None = None
+    """The same in one kernel on CUDA; None where there is none."""
+    temporaries: int = 0
+    """Temporaries of the loop, in units of the largest tensor that it updates at once."""
+    exchange: Callable[[Named, Optimizer, Model], Exchange] = _nothing
+    """What is sent and computed besides the element-wise update."""
+
+
+def optimizer_entry(kind: str) -> OptimizerEntry:
+    """The entry of a kind."""
+    return registry.entry("optim", kind)
+
+
+def optimizer_kinds() -> tuple[str, ...]:
+    """All that a configuration can name."""
+    return get_args(Optimizer.model_fields["kind"].annotation)
