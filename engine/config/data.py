@@ -12,8 +12,11 @@ LAST_STEP = 10_000_000
 Points = tuple[tuple[int, float], ...]
 """(optimizer step, value) of a piecewise linear function of the step, constant before and after."""
 
-_WITHOUT_BUCKETS = ("builtin", "digits", "folder")
-"""Sources whose pictures are not sorted by size."""
+SourceKind = Literal["builtin", "digits", "folder", "shards", "mds"]
+_WITHOUT_PATH = ("builtin", "digits", "mixture")
+"""Sources that lie in no folder of the user's."""
+_WITH_BUCKETS = ("shards", "mds")
+"""Sources whose pictures are sorted by size."""
 
 
 def _scheduled(high: float | None) -> BeforeValidator:
@@ -72,7 +75,7 @@ class Part(Section):
 
     name: str = Field(pattern=r"^[\w.-]+$")
     """Names the part in keys, log and errors: letters, digits, `_`, `.` and `-`."""
-    source: Literal["builtin", "digits", "folder", "shards", "mds"] = "folder"
+    source: SourceKind = "folder"
     """As `data.source`."""
     path: str | None = None
     """As `data.path`."""
@@ -95,7 +98,7 @@ class Part(Section):
 class Data(Section):
     """Pictures, captions, mixtures, crops and batches."""
 
-    source: Literal["builtin", "digits", "folder", "shards", "mds", "mixture"] = "builtin"
+    source: Literal[SourceKind, "mixture"] = "builtin"
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
     `folder`: images with a .txt or .json file of the same name beside each.
@@ -174,7 +177,7 @@ class Data(Section):
 
 
 def _check_path(section: Data | Part, where: str) -> None:
-    if section.source in ("folder", "shards", "mds") and not section.path:
+    if section.source not in _WITHOUT_PATH and not section.path:
         raise ValueError(f"{where}source {section.source} needs data.path")
 
 
@@ -200,7 +203,7 @@ def _check_mixture(data: Data) -> None:
 
 def _check_buckets(data: Data) -> None:
     for where, source in data.named_sources.items():
-        if source in _WITHOUT_BUCKETS:
+        if source not in _WITH_BUCKETS:
             raise ValueError(
                 f"{where} is {source}, which is not sorted into buckets; prepare shards of it, or set "
                 "data.aspect to mixed"

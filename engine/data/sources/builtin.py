@@ -16,8 +16,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
 from millrace.engine.data.sources.pictures import (
     Captions,
+    OpenSource,
+    Source,
     read_picture,
 )
 from millrace.engine.util.errors import UserError
@@ -64,3 +68,10 @@ def installed(package: str, file: str) -> Path:
             f"{_PROJECTS[package]}, or set data.source to folder"
         )
     return path
+
+
+def _open(_part: Data | Part, _data: Data) -> Source:
+    return BuiltinSource()
+
+
+ENTRY: OpenSource = _open

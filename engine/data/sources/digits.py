@@ -20,8 +20,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
 from millrace.engine.data.sources.builtin import installed
-from millrace.engine.data.sources.pictures import Captions
+from millrace.engine.data.sources.pictures import Captions, OpenSource, Source
 
 EDGE = 32
 """Pixels of a picture's edge."""
@@ -192,3 +194,10 @@ def _captions() -> list[Captions]:
 def _enlarged(ink: np.ndarray) -> Image.Image:
     grey = Image.fromarray(np.rint(ink * (255 / 16)).astype(np.uint8))
     return grey.resize((EDGE, EDGE), Image.Resampling.LANCZOS).convert("RGB")
+
+
+def _open(_part: Data | Part, _data: Data) -> Source:
+    return DigitsSource()
+
+
+ENTRY: OpenSource = _open

@@ -14,8 +14,12 @@ from typing import NoReturn
 
 from PIL import Image
 
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
 from millrace.engine.data.sources.pictures import (
     Captions,
+    OpenSource,
+    Source,
     read_file,
     read_picture,
 )
@@ -131,3 +135,10 @@ def _checked(value: object, path: Path, name: str) -> str:
     if not caption:
         raise UserError(f"{path}: {name} is empty; write one or remove the picture")
     return caption
+
+
+def _open(part: Data | Part, _data: Data) -> Source:
+    return FolderSource(part.path)
+
+
+ENTRY: OpenSource = _open

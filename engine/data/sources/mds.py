@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from millrace.engine.config.data import Columns
+from millrace.engine.config import Data
+from millrace.engine.config.data import Columns, Part
 from millrace.engine.data.formats.mds_shards import (
     FILES,
     PIXELS,
@@ -30,6 +31,8 @@ from millrace.engine.data.formats.mds_shards import (
 )
 from millrace.engine.data.sources.pictures import (
     Captions,
+    OpenSource,
+    Source,
     UnreadablePicture,
     decode_picture,
     to_rgb,
@@ -242,3 +245,10 @@ def _again(kind: type[MdsSource], made_with: tuple[Any, ...]) -> MdsSource:
     """Open a data set once more, in another process."""
     *where, verify = made_with
     return kind(*where, verify=verify)
+
+
+def _open(part: Data | Part, data: Data) -> Source:
+    return MdsSource(part.path, part.columns, data.resolution, verify=data.verify)
+
+
+ENTRY: OpenSource = _open

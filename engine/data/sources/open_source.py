@@ -1,29 +1,25 @@
-"""Choice of the data source that a configuration names."""
+"""Opening of the data source that a configuration names; each kind is `ENTRY` of the module of its name."""
 
 import json
 from collections.abc import Iterator
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.sources.builtin import BuiltinSource
-from millrace.engine.data.sources.digits import DigitsSource
-from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.key_subset import (
     KeptSource,
     keep_listed,
 )
-from millrace.engine.data.sources.mds import MdsSource
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
-from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.util import registry
 from millrace.engine.util.files import sha256
 
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of all keys and captions in order, by which a resumed run knows whether its data changed.
 
-    Of a mixture also the names, sizes and weights of its parts, on which its order depends. Shards have a
-    digest of their own, which stands for their samples without reading them.
+    Of a mixture also the names, sizes and weights of its parts, on which its order depends. A source may have
+    a `digest` of its own, as shards have, which stands for its samples without reading them.
     """
     return sha256(_description(source, ""))
 
@@ -34,9 +30,9 @@ def _description(source: Source, prefix: str) -> Iterator[bytes]:
         yield source.description().encode()
         for part, inner in zip(source.parts, source.sources, strict=True):
             yield from _description(inner, f"{prefix}{part.name}/")
-    elif isinstance(source, ShardsSource | MdsSource):
+    elif hasattr(source, "digest"):
         yield json.dumps([prefix, source.digest]).encode()
-    elif isinstance(source, KeptSource) and isinstance(source.whole, ShardsSource | MdsSource):
+    elif isinstance(source, KeptSource) and hasattr(source.whole, "digest"):
         yield json.dumps([prefix, source.whole.digest, *source.kept]).encode()
     else:
         for i in range(len(source)):
@@ -51,17 +47,5 @@ def open_source(config: Data) -> Source:
 
 
 def _open(part: Data | Part, config: Data) -> Source:
-    source = _whole(part, config)
+    source = registry.entry("data.sources", part.source)(part, config)
     return source if part.keys is None else keep_listed(source, part.keys)
-
-
-def _whole(part: Data | Part, config: Data) -> Source:
-    if part.source == "builtin":
-        return BuiltinSource()
-    if part.source == "digits":
-        return DigitsSource()
-    if part.source == "shards":
-        return ShardsSource(part.path, config.verify)
-    if part.source == "mds":
-        return MdsSource(part.path, part.columns, config.resolution, verify=config.verify)
-    return FolderSource(part.path)

@@ -6,7 +6,7 @@ turns into an error or, where the configuration tolerates it, into a counted rep
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
 from millrace.engine.data.reject_reasons import (
     Reason,
     Rejected,
@@ -58,6 +60,11 @@ class Source(Protocol):
 
     def image(self, index: int) -> Image.Image:
         """The picture upright in mode RGB; may be shared, so do not modify it. Raises UnreadablePicture."""
+
+
+OpenSource = Callable[[Data | Part, Data], Source]
+"""`ENTRY` of the module that has a source's name. It opens what a part of a mixture, or the data section
+itself, names; the second argument is the data section."""
 
 
 class Files(Source, Protocol):

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
 from millrace.engine.data.formats.shard_index import (
     Manifest,
     Shard,
@@ -24,6 +26,8 @@ from millrace.engine.data.formats.shard_index import (
 )
 from millrace.engine.data.sources.pictures import (
     Captions,
+    OpenSource,
+    Source,
     UnreadablePicture,
     decode_picture,
 )
@@ -235,3 +239,10 @@ class _OpenFiles:
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)
         return file
+
+
+def _open(part: Data | Part, data: Data) -> Source:
+    return ShardsSource(part.path, data.verify)
+
+
+ENTRY: OpenSource = _open

@@ -1,12 +1,14 @@
 """Registry: every name that a configuration offers has its entry, and every entry is offered."""
 
 import pkgutil
+from collections.abc import Callable
 from importlib import import_module
 from typing import get_args
 
 import pytest
 
 from millrace.engine.config import Autoencoder, Optimizer, PerceptualDino, Teacher, TextTower
+from millrace.engine.config.data import Part
 from millrace.engine.encoders.autoencoder import AutoencoderEntry, autoencoder_entry
 from millrace.engine.encoders.dino import DinoEntry
 from millrace.engine.encoders.teacher import VisionEntry, vision_entry
@@ -19,6 +21,7 @@ KINDS = {
     "encoders.autoencoders": (Autoencoder, "kind", AutoencoderEntry),
     "encoders.vision": (Teacher, "kind", VisionEntry),
     "optim": (Optimizer, "kind", OptimizerEntry),
+    "data.sources": (Part, "source", Callable),
 }
 """Package of the entries: section and key that choose one, and the entries' type."""
 
