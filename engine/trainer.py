@@ -17,6 +17,7 @@ from torch import Tensor
 
 from millrace.engine.checkpoint import train_state
 from millrace.engine.checkpoint.checkpoints import CheckpointReader, find_start, save_checkpoint
+from millrace.engine.checkpoint.weight_formats import start_from
 from millrace.engine.config import Config
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import (
@@ -47,7 +48,6 @@ from millrace.engine.encoders.prefetch import BatchPrefetcher
 from millrace.engine.encoders.teacher import Teacher, teacher_of
 from millrace.engine.encoders.text_encoder import open_text_tower
 from millrace.engine.evaluation.run_samples import RunSamples
-from millrace.engine.export import start_from
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.losses.loss_term import LossInputs

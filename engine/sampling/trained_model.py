@@ -11,6 +11,7 @@ from millrace.engine.checkpoint.model_weights import (
     checkpoint_folder,
     checkpoint_state,
 )
+from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.config import Config, Sampling
 from millrace.engine.config.loading import (
     dict_from_overrides,
@@ -21,7 +22,6 @@ from millrace.engine.config.loading import (
 from millrace.engine.config.sampling import SELF_ONLY
 from millrace.engine.encoders.autoencoder import Autoencoder, open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_tower
-from millrace.engine.export import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import expect_state
 from millrace.engine.model.denoiser import Denoiser

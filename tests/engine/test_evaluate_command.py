@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from millrace.engine import evaluate
-from millrace.engine.export import main as export
+from millrace.engine.checkpoint.weight_formats import main as export
 from millrace.engine.util.errors import UserError
 
 SCRIPT = Path(evaluate.__file__).resolve()

@@ -11,8 +11,8 @@ from diffusers import PRXTransformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import millrace.engine.model.denoiser as denoiser_module
+from millrace.engine.checkpoint.weight_formats import to_diffusers
 from millrace.engine.config import ActivationCheckpointing, Model
-from millrace.engine.export import to_diffusers
 from millrace.engine.model.blocks import Block
 from millrace.engine.model.conversion import diffusers_config, diffusers_state
 from millrace.engine.model.denoiser import Denoiser

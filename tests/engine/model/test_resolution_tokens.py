@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from millrace.engine.checkpoint.weight_formats import save_diffusers, start_from
 from millrace.engine.config import Model, Routing
-from millrace.engine.export import save_diffusers, start_from
 from millrace.engine.model.conversion import diffusers_state
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
@@ -135,6 +135,8 @@ def test_starting_from_weights_without_them(tmp_path):
 
 def test_starting_without_them_from_their_weights_is_refused(monkeypatch):
     state = filled(TOKENS).state_dict()
-    monkeypatch.setattr("millrace.engine.export.load_weights", lambda *_: (state, TOKENS, Routing()))
+    monkeypatch.setattr(
+        "millrace.engine.checkpoint.weight_formats.load_weights", lambda *_: (state, TOKENS, Routing())
+    )
     with pytest.raises(UserError, match=r"with resolution tokens; set model\.resolution_tokens to true"):
         start_from(Denoiser(PLAIN), "a run")

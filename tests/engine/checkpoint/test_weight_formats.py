@@ -10,7 +10,7 @@ import torch
 from diffusers import PRXTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-import millrace.engine.export as export
+from millrace.engine.checkpoint import weight_formats as export
 from millrace.engine.checkpoint.checkpoints import save_checkpoint
 from millrace.engine.checkpoint.sharded_tensors import Piece
 from millrace.engine.config import Config, Model, Routing
