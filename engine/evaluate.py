@@ -1,85 +1,78 @@
 """Compare a model's samples with reference pictures: FID, CMMD and DINO-MMD.
 
-python engine/evaluate.py --checkpoint runs/latent_256 --features.fid weights/inception.pth
-python engine/evaluate.py --checkpoint runs/latent_256 --reference datasets/coco-val --metrics cmmd dino_mmd
-python engine/evaluate.py --checkpoint runs/jit_1024_tread --guidance 1.5 --method self --output scores.json
-python engine/evaluate.py --checkpoint runs/quickstart --smoke
+millrace evaluate --checkpoint runs/latent_256 --features.fid weights/inception.pth
+millrace evaluate --checkpoint runs/latent_256 --reference datasets/coco-val --metrics cmmd dino_mmd
+millrace evaluate --checkpoint runs/jit_1024_tread --guidance 1.5 --method self --output scores.json
+millrace evaluate --checkpoint runs/quickstart --smoke
 deepspeed --num_gpus 8 engine/evaluate.py --checkpoint runs/latent_256 --steps 50 --guidance 3.5
 torchrun --nproc-per-node 8 engine/evaluate.py --checkpoint prx-latent-256 --config configs/latent_256.json
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    # A script's own folder is searched first, and engine/ has names (data, config) that others use too.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 import argparse
 import json
 import os
-from dataclasses import asdict
-from importlib.metadata import version
-from typing import Any, get_args
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
-from millrace.engine.checkpoint.model_weights import checkpoint_folder
-from millrace.engine.cli import command_parser, run_command
-from millrace.engine.config import Config, guidance_warnings
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
-from millrace.engine.config.smoke import made_once
-from millrace.engine.distributed import process_group
-from millrace.engine.evaluation.evaluator import (
-    TITLES,
-    Evaluation,
-    Scores,
-)
-from millrace.engine.evaluation.features import (
-    MetricName,
-    tiny_features,
-    tiny_networks,
-)
-from millrace.engine.model.guidance_branches import describe
-from millrace.engine.sampling.trained_model import (
-    add_model_arguments,
-    load_model,
-    open_sampler,
-    run_of,
-)
+from millrace.engine.cli import command_parser, number, require_path, run_command
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from millrace.engine.config import Config
+    from millrace.engine.config.loading import Given
+    from millrace.engine.evaluation.evaluator import Evaluation, Scores
 
 SMOKE_SAMPLES = 32
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = command_parser(__doc__)
+    from millrace.engine.config.evaluation import TITLES, MetricName
+    from millrace.engine.sampling.model_arguments import add_model_arguments
+
+    parser = command_parser(__doc__, "millrace evaluate", launched=True)
     add_model_arguments(parser)
     parser.add_argument(
-        "--metrics", nargs="+", choices=get_args(MetricName), help="default evaluation.metrics"
+        "--metrics",
+        nargs="+",
+        choices=get_args(MetricName),
+        help="what is computed; default evaluation.metrics",
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="pictures to sample; default 10000")
+    parser.add_argument(
+        "--samples", type=number(int, 2), metavar="N", help="pictures to sample; default evaluation.samples"
+    )
     parser.add_argument(
         "--reference",
         metavar="FOLDER",
         help="pictures to compare with; default those of the configuration's data",
     )
     parser.add_argument(
-        "--reference-samples", type=int, metavar="N", help="how many of them; default as many as samples"
+        "--reference-samples",
+        type=number(int, 2),
+        metavar="N",
+        help="how many of them; default as many as samples",
     )
-    parser.add_argument("--seed", type=int, help="of the samples' noise; default evaluation.seed")
-    parser.add_argument("--cache", metavar="FOLDER", help="for statistics of the reference pictures")
-    for metric in get_args(MetricName):
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        metavar="N",
+        help="of the samples' noise; default evaluation.seed",
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="where statistics of reference pictures are kept for the next time; default evaluation.cache",
+    )
+    for metric, title in TITLES.items():
         parser.add_argument(
             f"--features.{metric}",
             dest=f"features_{metric}",
             metavar="PATH",
-            help=f"network of {TITLES[metric]}",
+            help=f"weights of the feature network of {title}: file, folder or hub id",
         )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything there")
     parser.add_argument(
@@ -87,16 +80,30 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help=f"try it: small random feature networks, {SMOKE_SAMPLES} samples; the values mean nothing",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Load the model, sample, compare, print a table."""
+    parser = build_parser()
+    arguments = parser.parse_args(words)
     if arguments.output and arguments.output.suffix != ".json":
         parser.error(f"--output {arguments.output}: it is a JSON file, name it so")
-    return arguments
 
+    from millrace.engine.config import guidance_warnings
+    from millrace.engine.config.loading import check_given
+    from millrace.engine.sampling.model_arguments import check_model_arguments
 
-def main() -> int:
-    """Load the model, sample, compare, print a table."""
-    arguments = parse()
+    check_model_arguments(arguments)
+    check_given(_given(arguments))
+    if arguments.reference is not None:
+        require_path("--reference", arguments.reference)
+
+    from millrace.engine.distributed import process_group
+    from millrace.engine.evaluation.evaluator import Evaluation
+    from millrace.engine.sampling.trained_model import load_model, open_sampler
+    from millrace.engine.util.files import write_atomically
+
     weights, config = load_model(arguments)
     config = _with_arguments(config, arguments)
     device = process_group.choose_device(config.run.device)
@@ -112,7 +119,8 @@ def main() -> int:
 
     sampler = open_sampler(weights, config, arguments.checkpoint, device)
     del weights
-    evaluation = Evaluation(config, config.model.patch_size * sampler.autoencoder.factor, device)
+    edge = config.model.patch_size * sampler.autoencoder.factor
+    evaluation = Evaluation(config, edge, device, features_key="--features")
     for line in guidance_warnings(config.sampling, config.routing, config.objective) + evaluation.describe():
         say(line)
     scores = evaluation(sampler, say)
@@ -126,19 +134,38 @@ def main() -> int:
     return 0
 
 
-def _with_arguments(config: Config, arguments: argparse.Namespace) -> Config:
+def _given(arguments: argparse.Namespace) -> "list[Given]":
+    """The settings that the command's own flags give."""
+    from millrace.engine.config.evaluation import TITLES
+    from millrace.engine.config.loading import Given
+
+    flags = {
+        f"--{name.replace('_', '-')}": (name, getattr(arguments, name))
+        for name in ("metrics", "samples", "reference", "reference_samples", "seed", "cache")
+    }
+    flags |= {f"--features.{m}": (f"features.{m}", getattr(arguments, f"features_{m}")) for m in TITLES}
+    return [
+        Given(f"{flag} {' '.join(value) if flag == '--metrics' else value}", f"evaluation.{key}", value)
+        for flag, (key, value) in flags.items()
+        if value is not None
+    ]
+
+
+def _with_arguments(config: "Config", arguments: argparse.Namespace) -> "Config":
     """The configuration with what the command says about the evaluation."""
-    names = ("metrics", "samples", "reference", "reference_samples", "seed", "cache")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    features = {metric: getattr(arguments, f"features_{metric}") for metric in get_args(MetricName)}
-    features = {metric: path for metric, path in features.items() if path is not None}
+    from millrace.engine.config.loading import merge, parse_config
+
+    values, given = config.model_dump(mode="json"), _given(arguments)
     if arguments.smoke:
-        folder = Path(given.get("cache", config.evaluation.cache)) / "smoke"
+        from millrace.engine.config.smoke import made_once
+        from millrace.engine.evaluation.features import tiny_features, tiny_networks
+
+        folder = Path(arguments.cache or config.evaluation.cache) / "smoke"
         tiny = tiny_features(made_once(folder / "metrics", tiny_networks))
-        given = {"samples": SMOKE_SAMPLES, **given, "cache": str(folder)}
-        features = tiny | features
-    values = merge(config.model_dump(mode="json"), {"evaluation": {**given, "features": features}})
-    return parse_config(values, "evaluate.py")
+        values = merge(values, {"evaluation": {"samples": SMOKE_SAMPLES, "features": tiny}})
+        given = [setting for setting in given if setting.key != "evaluation.cache"]
+        values["evaluation"]["cache"] = str(folder)
+    return parse_config(values, arguments.config or str(arguments.checkpoint), given)
 
 
 def _require_writable(path: Path) -> None:
@@ -153,12 +180,22 @@ def _require_writable(path: Path) -> None:
 
 def _report(
     arguments: argparse.Namespace,
-    config: Config,
-    evaluation: Evaluation,
-    scores: Scores,
-    device: torch.device,
+    config: "Config",
+    evaluation: "Evaluation",
+    scores: "Scores",
+    device: "torch.device",
 ) -> dict[str, Any]:
     """Everything that the values depend on, beside them."""
+    from dataclasses import asdict
+    from importlib.metadata import version
+
+    import torch
+
+    from millrace.engine.checkpoint.model_weights import checkpoint_folder
+    from millrace.engine.distributed import process_group
+    from millrace.engine.model.guidance_branches import describe
+    from millrace.engine.sampling.trained_model import run_of
+
     run = run_of(arguments.checkpoint)
     cuda = device.type == "cuda"
     return {
@@ -189,6 +226,8 @@ def _report(
 
 def _table(report: dict[str, Any]) -> str:
     """The values, and what people ask next."""
+    from millrace.engine.config.evaluation import TITLES
+
     rows = [(TITLES[metric], f"{value:.6g}") for metric, value in report["metrics"].items()]
     rows += [
         ("samples", f"{report['samples']}, {report['guidance']}"),

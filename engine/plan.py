@@ -1,19 +1,60 @@
 """Plan a run: the settings that fit best, their memory, speed and duration, before anything is opened.
 
-python -m millrace.engine.plan --config configs/latent_256.json --gpus 8
-python -m millrace.engine.plan --config configs/speedrun_24h.json --gpus 32 --device h200
-python -m millrace.engine.plan --config configs/jit_1024.json --gpus 16 --set data.global_batch=512
-python -m millrace.engine.plan --config configs/quickstart.json --device cpu --gpus 2
+millrace plan --config latent_256 --gpus 8
+millrace plan --config speedrun_24h --gpus 32 --device h200
+millrace plan --config jit_1024 --gpus 16 --set data.global_batch=512
+millrace plan --config quickstart --device cpu --gpus 2
 """
 
-from millrace.engine.cli import run_command
+import argparse
+from collections.abc import Sequence
+
+from millrace.engine.cli import add_config_arguments, command_parser, number, run_command
+
+DEVICES = ("h200", "h100", "cpu")
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = command_parser(__doc__, "millrace plan")
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--gpus",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="devices of the job, one process on each (default 1)",
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default=DEVICES[0], help="what they are; cpu is this machine"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="plan the shrunken run that millrace train --smoke makes"
+    )
+    parser.add_argument(
+        "--loader",
+        type=number(float, 1e-6, 1e9),
+        metavar="IMAGES",
+        help="images/s that the loader delivers to one process (benchmarks/dataloader.py measures it)",
+    )
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
     """Print the plan of a configuration on some devices."""
-    from millrace.engine.planning.report import parse, run
+    arguments = build_parser().parse_args(words)
 
-    print("\n".join(run(parse(__doc__))))
+    from millrace.engine.config.loading import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.smoke:
+        from millrace.engine.config.smoke import smoke
+
+        config = smoke(config, arguments.overrides)
+
+    from millrace.engine.planning.report import plan
+
+    print("\n".join(plan(config, arguments.gpus, arguments.device, arguments.loader)))
     return 0
 
 

@@ -1,41 +1,30 @@
 """Train a model.
 
-deepspeed engine/train.py --config configs/latent_256.json
-deepspeed --num_gpus 2 engine/train.py --config configs/quickstart.json --resume auto
-python engine/train.py --config configs/jit_1024_tread.json --smoke
-python engine/train.py --config configs/quickstart.json --set run.steps=20 --print-config
-python engine/train.py --config configs/jit_1024_sprint.json --plan 8
+millrace train --config latent_256
+millrace train --config jit_1024_tread --smoke
+millrace train --config quickstart --set run.steps=20 --print-config
+millrace train --config jit_1024_sprint --plan 8
+deepspeed --num_gpus 8 engine/train.py --config configs/latent_256.json --resume auto
+deepspeed --num_gpus 8 --module millrace.engine.train --config latent_256     (where engine/ is not at hand)
 """
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    # A script's own folder is searched first, and engine/ has names (data, config) that others use too.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from millrace.engine.cli import command_parser, run_command
-from millrace.engine.config.loading import (
-    json_schema,
-    load_config,
-)
-from millrace.engine.config.smoke import (
-    SUFFIX,
-    smoke,
-)
+from millrace.engine.cli import add_config_arguments, command_parser, number, run_command
+
+if TYPE_CHECKING:
+    from millrace.engine.config import Config
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    parser = command_parser(__doc__)
-    parser.add_argument("--config", help="JSON configuration file")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value"
-    )
+    parser = command_parser(__doc__, "millrace train", launched=True)
+    add_config_arguments(parser, required=False)
     parser.add_argument(
         "--smoke", action="store_true", help="shrink everything and run all the code on a CPU"
     )
@@ -51,34 +40,33 @@ def parse() -> argparse.Namespace:
         "--plan",
         nargs="?",
         const=1,
-        type=int,
+        type=number(int, 1),
         metavar="PROCESSES",
-        help="print the plan of the run on so many GPUs (as millrace.engine.plan --gpus does), and exit",
+        help="print the plan of the run on so many GPUs (as millrace plan --gpus does), and exit",
     )
     parser.add_argument(
         "--print-schema", action="store_true", help="print the JSON Schema of configurations and exit"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Resolve the configuration, then train."""
+    parser = build_parser()
+    arguments = parser.parse_args(words)
     if not arguments.config and not arguments.print_schema:
         parser.error("--config FILE is needed; the folder configs/ has one per kind of run")
-    if arguments.plan is not None and arguments.plan < 1:
-        parser.error(f"--plan {arguments.plan}: the number of processes is 1 or more")
-    return arguments
 
+    from millrace.engine.config.loading import json_schema, load_config
 
-def main() -> int:
-    """Resolve the configuration, then train."""
-    arguments = parse()
     if arguments.print_schema:
         print(json.dumps(json_schema(), indent=2))
         return 0
     config = load_config(arguments.config, arguments.overrides)
     if arguments.smoke:
+        from millrace.engine.config.smoke import smoke
+
         config = smoke(config, arguments.overrides)
-        if not arguments.resume and config.run.output_dir.endswith(SUFFIX):
-            # A smoke run is thrown away, so the next one may start over in its folder.
-            shutil.rmtree(Path(config.run.output_dir) / "checkpoints", ignore_errors=True)
     if arguments.print_config:
         print(config.model_dump_json(indent=2))
         return 0
@@ -87,6 +75,8 @@ def main() -> int:
 
         print("\n".join(plan(config, arguments.plan)))
         return 0
+    if arguments.smoke and not arguments.resume:
+        _discard_smoke_run(config)
 
     from millrace.engine.distributed.process_group import wait_for_all
     from millrace.engine.run_log.logs import set_up_logging
@@ -96,6 +86,22 @@ def main() -> int:
     train(config, arguments.resume)
     wait_for_all()
     return 0
+
+
+def _discard_smoke_run(config: "Config") -> None:
+    """Remove the checkpoints of the smoke run before this one: it is thrown away, this one starts over.
+
+    Elsewhere than in a folder of smoke's own name (`--set run.output_dir=...`) only if it was the same run.
+    """
+    from millrace.engine.config.smoke import SUFFIX
+
+    folder = Path(config.run.output_dir)
+    try:
+        same = json.loads((folder / "config.json").read_text()) == config.model_dump(mode="json")
+    except (OSError, ValueError):
+        same = False
+    if same or config.run.output_dir.endswith(SUFFIX):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,13 @@
-"""Weights in and out: diffusers' PRXTransformer2DModel, Photoroom/PRX state dicts, and ours.
-
-    python engine/export.py --checkpoint runs/jit --output jit-diffusers --dtype bfloat16
-    python engine/export.py --checkpoint runs/repa_e_tuning --autoencoder tuned-vae
+"""Weight formats: diffusers' PRXTransformer2DModel, Photoroom/PRX state dicts and ours, read and written.
 
 What each format calls a tensor is in `model/conversion.py`. diffusers itself is imported by `to_diffusers`
 alone; everything else works without it.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    # A script's own folder is searched first, and engine/ has names (data, config) that others use too.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
-import argparse
 import json
 import pickle
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,15 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from millrace.engine.checkpoint.model_weights import (
-    checkpoint_config,
-    checkpoint_folder,
-    checkpoint_state,
-    choose_weights,
-    read_weights,
-)
-from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
-from millrace.engine.cli import run_command
+from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.config import Model, Routing
 from millrace.engine.model.conversion import (
     CLASS_NAME,
@@ -240,7 +222,7 @@ def save_diffusers(
     complete. Raises UserError if `folder` has content, or for weights that do not fit `config`.
     """
     theirs = diffusers_state(state, config)
-    folder = _new_folder(folder)
+    folder = new_folder(folder)
     shards = _shard(theirs, dtype, max_shard_bytes)
     if len(shards) == 1:
         _write_tensors(theirs, shards[0], dtype, folder / f"{STEM}.safetensors")
@@ -259,10 +241,11 @@ def save_diffusers(
 def save_prx(state: State, config: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write our weights as a Photoroom/PRX state dict, `denoiser.safetensors` in an empty `folder`."""
     theirs = prx_state(state, config)
-    _write_tensors(theirs, theirs, dtype, _new_folder(folder) / PRX_FILE)
+    _write_tensors(theirs, theirs, dtype, new_folder(folder) / PRX_FILE)
 
 
-def _new_folder(folder: str | Path) -> Path:
+def new_folder(folder: str | Path) -> Path:
+    """`folder`, created where it is not there. Raises UserError if it has content or cannot be created."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,46 +284,3 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(values, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Write the weights of a run for diffusers or Photoroom/PRX.",
-        epilog="example: python engine/export.py --checkpoint runs/jit --output jit --dtype bfloat16",
-    )
-    parser.add_argument("--checkpoint", required=True, help="run folder (newest checkpoint) or checkpoint")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", metavar="FOLDER", help="folder to create")
-    where.add_argument(
-        "--autoencoder",
-        metavar="FOLDER",
-        help="folder to create for the autoencoder that the run tuned, in FP32, for diffusers",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "ema", "ema2", "model"),
-        default="auto",
-        help="auto takes EMA where there is one",
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--format", choices=("diffusers", "prx"), default="diffusers")
-    options = parser.parse_args(arguments)
-
-    reader = CheckpointReader(checkpoint_folder(options.checkpoint))
-    if options.autoencoder:
-        folder = _new_folder(options.autoencoder)
-        from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
-
-        print(f"{folder}: {save_autoencoder(reader.folder, checkpoint_config(reader), folder)}")
-        return
-    weights, config = choose_weights(reader, options.weights), checkpoint_config(reader)
-    save = save_diffusers if options.format == "diffusers" else save_prx
-    save(read_weights(reader, weights), config.model, options.output, dtype=getattr(torch, options.dtype))
-    kind = {"ema": "EMA weights", "ema2": "weights of the second EMA", "model": "weights"}[weights]
-    print(f"{options.output}: {kind} of {reader.folder} in {options.dtype}, format {options.format}")
-    space = config.conditioning.autoencoder.kind
-    print(f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind)")
-
-
-if __name__ == "__main__":
-    run_command(main)

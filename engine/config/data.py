@@ -9,6 +9,9 @@ from millrace.engine.config.section import Section
 LAST_STEP = 10_000_000
 """Last step that a schedule may name: what a mixture gives is counted step by step up to there."""
 
+CacheKind = Literal["text", "latents"]
+"""What a cache beside the shards holds: outputs of the text encoder, or of the autoencoder."""
+
 Points = tuple[tuple[int, float], ...]
 """(optimizer step, value) of a piecewise linear function of the step, constant before and after."""
 
@@ -138,7 +141,7 @@ class Data(Section):
     loader: Literal["auto", "dali", "python"] = "auto"
     """What decodes pictures: NVIDIA DALI, or Pillow in threads. `auto` takes DALI where it is installed and
     the source has JPEG files. Samples and their order are the same."""
-    cached: tuple[Literal["text", "latents"], ...] = ()
+    cached: tuple[CacheKind, ...] = ()
     """Which caches of shards training reads in place of running the frozen network."""
     verify: bool = False
     """Compare the checksum of each shard when it is first read."""

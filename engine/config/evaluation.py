@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from millrace.engine.config.section import Section
 
+MetricName = Literal["fid", "cmmd", "dino_mmd"]
+TITLES: dict[MetricName, str] = {"fid": "FID", "cmmd": "CMMD", "dino_mmd": "DINO-MMD"}
+
 
 class FeaturePaths(Section):
     """Weights of the feature networks: a local file or folder, or a hub id."""
@@ -27,7 +30,7 @@ class Evaluation(Section):
 
     every_steps: int = Field(0, ge=0)
     """Steps between evaluations during training; 0 is never."""
-    metrics: tuple[Literal["fid", "cmmd", "dino_mmd"], ...] = ("fid", "cmmd", "dino_mmd")
+    metrics: tuple[MetricName, ...] = ("fid", "cmmd", "dino_mmd")
     """What is computed."""
     samples: int = Field(10_000, ge=2)
     """Pictures that are sampled. Sample i has the caption of the i-th reference picture; where there are

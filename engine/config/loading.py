@@ -2,30 +2,126 @@
 
 import difflib
 import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
 from millrace.engine.config import Config
-from millrace.engine.util.errors import UserError
+from millrace.engine.util.errors import UserError, did_you_mean
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+"""The configurations that come with Millrace: `configs/` of the repository, `millrace/configs` of a wheel."""
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+class Given(NamedTuple):
+    """A setting given on the command line."""
+
+    words: str
+    """What was typed: `--set run.steps=3`, `--steps 50`."""
+    key: str
+    """`section.key`."""
+    value: Any
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.key.split("."))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a JSON configuration, follow its `extends`, apply `a.b=c` overrides and validate.
+
+    Args:
+        path: a file, or the name of a configuration that comes with Millrace, such as `jit_1024_tread`.
 
     Raises UserError with one line per problem.
     """
-    return parse_config(merge(read_json(Path(path)), dict_from_overrides(overrides)), str(path))
+    given = [parse_override(item) for item in overrides]
+    return parse_config(read_json(find_config(path)), str(path), given)
 
 
-def parse_config(values: dict[str, Any], origin: str) -> Config:
-    """Validate plain values; `origin` names them in errors."""
+def find_config(path: str | Path) -> Path:
+    """The file `path`, or else the shipped configuration of that name. Raises UserError with the nearest."""
+    path, shipped = Path(path), shipped_configs()
+    name = path.as_posix().removesuffix(".json")
+    if path.is_file() or (path.exists() and name not in shipped):
+        return path
+    if name in shipped:
+        return shipped[name]
+    raise UserError(f"{path}: no such configuration file; {_near_files(path)}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with Millrace by name: `quickstart`, `models/prx_1b`, ..."""
+    files = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in CONFIGS.rglob("*.json")}
+    return {name: files[name] for name in sorted(files) if name != "schema"}
+
+
+def _near_files(path: Path) -> str:
+    """What the name of a file that is not there may have been meant to be: a neighbour, or a shipped one."""
+    neighbours = [str(file) for file in sorted(path.parent.glob("*.json"))]
+    names = {Path(name).stem: name for name in (*shipped_configs(), *neighbours)}
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    return f"did you mean {names[near[0]]}?" if near else f"those that come with Millrace lie in {CONFIGS}"
+
+
+def parse_config(values: dict[str, Any], origin: str, given: Sequence[Given] = ()) -> Config:
+    """Validate plain values under settings of the command line.
+
+    Args:
+        values: what a file holds.
+        origin: names the values in errors.
+        given: settings laid over them, in order; an error that comes from one names what was typed.
+
+    Raises UserError with one line per problem.
+    """
+    problems: list[Any] = []
     try:
-        # As JSON: strict validation (no "5" or true for a number) takes lists for tuples only there.
-        return Config.model_validate_json(json.dumps(values), strict=True)
+        return _validate(merge(values, nested(given)))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem, origin) for problem in error.errors())) from None
+        problems = error.errors()
+    of_values = []
+    if given:
+        try:
+            _validate(values)
+        except ValidationError as error:
+            of_values = [(problem["loc"], problem["msg"]) for problem in error.errors()]
+    lines = []
+    for problem in problems:
+        known = not given or (problem["loc"], problem["msg"]) in of_values
+        lines.append(_explain(problem, origin if known else _blamed(problem, origin, given), given))
+    raise UserError("\n".join(lines))
+
+
+def check_given(given: Sequence[Given]) -> None:
+    """Raise UserError for settings that are wrong in every configuration: unknown keys, values of no use."""
+    try:
+        _validate(nested(given))
+    except ValidationError as error:
+        own = [problem for problem in error.errors() if problem["type"] != "value_error"]
+        if own:
+            raise UserError(
+                "\n".join(_explain(problem, _blamed(problem, "", given), given) for problem in own)
+            ) from None
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    # As JSON: strict validation (no "5" or true for a number) takes lists for tuples only there.
+    return Config.model_validate_json(json.dumps(values), strict=True)
+
+
+def _blamed(problem: Any, origin: str, given: Sequence[Given]) -> str:
+    """What was typed that a problem comes from: one setting, or the values under all that it may be."""
+    where = tuple(str(part) for part in problem["loc"])
+    exact = [g.words for g in given if where[: len(g.parts)] == g.parts]
+    if exact:
+        return exact[-1]
+    inside = [g.words for g in given if g.parts[: len(where)] == where]
+    if inside and problem["type"] == "extra_forbidden":
+        return inside[-1]
+    return " ".join([f"{origin} with", *(inside or [g.words for g in given])])
 
 
 def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -36,7 +132,7 @@ def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(), object_pairs_hook=_object)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(f"{path}: no such configuration file; {_near_files(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -83,30 +179,39 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def dict_from_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`; values are JSON where they parse as JSON."""
+def parse_override(item: str) -> Given:
+    """A setting from `a.b=c`; the value is JSON where it parses as JSON, and text elsewhere."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {item}: write it as section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    return Given(f"--set {item}", key, value)
+
+
+def nested(given: Iterable[Given]) -> dict[str, Any]:
+    """`a.b` = 1 and `c` = "x" as `{"a": {"b": 1}, "c": "x"}`; the later of two wins."""
     values: dict[str, Any] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {item}: write it as section.key=value")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        for part in reversed(key.split(".")):
+    for setting in given:
+        value = setting.value
+        for part in reversed(setting.parts):
             value = {part: value}
         values = merge(values, value)
     return values
 
 
-def _explain(problem: Any, origin: str) -> str:
+def dict_from_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=x"]` -> `{"a": {"b": 1}, "c": "x"}`."""
+    return nested(parse_override(item) for item in overrides)
+
+
+def _explain(problem: Any, origin: str, given: Sequence[Given]) -> str:
     """One pydantic problem as one line: where, what, and the nearest valid name for an unknown key."""
     where = ".".join(str(part) for part in problem["loc"]) or "configuration"
     if problem["type"] == "extra_forbidden":
-        names = _keys_of(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(names)}"
+        hint = did_you_mean(str(problem["loc"][-1]), _keys_of(problem["loc"][:-1]), "keys")
         return f"{origin}: unknown key {where!r}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
     got = (
@@ -114,6 +219,10 @@ def _explain(problem: Any, origin: str) -> str:
         if isinstance(problem["input"], dict) or problem["type"] == "value_error"
         else f" (got {problem['input']!r})"
     )
+    for setting in given:
+        flag = setting.words.split()[0]
+        if flag != "--set":
+            message = re.sub(rf"\b{re.escape(setting.key)}\b", flag, message)
     return f"{origin}: {where}: {message}{got}"
 
 

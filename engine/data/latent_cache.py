@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from millrace.engine.config.data import CacheKind as Kind
 from millrace.engine.data.formats.shard_index import (
     Manifest,
     Shard,
@@ -41,7 +42,6 @@ from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
 
-Kind = Literal["text", "latents"]
 VERSION = 1
 MAPPED_FILES = 512
 """Files of one cache that are mapped at a time."""

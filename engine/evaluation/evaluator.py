@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from millrace.engine.config import Config
+from millrace.engine.config.evaluation import TITLES
 from millrace.engine.data import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.evaluation import reference_statistics
@@ -42,7 +43,6 @@ from millrace.engine.util.errors import UserError
 
 PART = Sampler.CHUNK
 """Pictures that are sampled, and looked at, together."""
-TITLES = {"fid": "FID", "cmmd": "CMMD", "dino_mmd": "DINO-MMD"}
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,26 @@ class Evaluation:
         edge: of a token in pixels.
         device: of sampler and feature networks.
         source: of `config.data`, if it is open already.
+        features_key: what errors call the place where the networks' paths are given.
 
     Opens networks and reference, so that what is wrong with them is refused before anything is computed.
     Between evaluations the networks lie in host memory.
     """
 
-    def __init__(self, config: Config, edge: int, device: torch.device, source: Source | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        edge: int,
+        device: torch.device,
+        source: Source | None = None,
+        features_key: str = "evaluation.features",
+    ) -> None:
         section = config.evaluation
         self.config, self.edge, self.device = config, edge, device
         self.networks: dict[str, FeatureNetwork] = {}
         with untouched_randomness(device):
             for metric in section.metrics:
-                path, key = getattr(section.features, metric), f"evaluation.features.{metric}"
+                path, key = getattr(section.features, metric), f"{features_key}.{metric}"
                 self.networks[metric] = open_network(metric, path, key, torch.device("cpu"))
         self.reference = Reference(config, edge, source)
         self._of_reference: dict[str, Statistics] = {}

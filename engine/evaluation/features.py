@@ -15,7 +15,7 @@ the published weights were trained at, and a network of another size gets its ow
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from millrace.engine.config.evaluation import MetricName
 from millrace.engine.encoders.dino import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -42,8 +43,6 @@ from millrace.engine.evaluation.inception import (
     tiny_inception,
 )
 from millrace.engine.util.errors import UserError
-
-MetricName = Literal["fid", "cmmd", "dino_mmd"]
 
 CLIP = "openai/clip-vit-large-patch14-336"
 CLIP_SIZE = 336

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from millrace.engine.config import Config
+from millrace.engine.data import evaluation_view, open_source
+from millrace.engine.sampling.sampler import Sampler
+
 
 def nearest_picture(generated: Tensor, references: Tensor) -> Tensor:
     """Index (M,) of the reference (N, 3, h, w) with the least mean squared difference of pixels to each
@@ -13,3 +17,25 @@ def nearest_picture(generated: Tensor, references: Tensor) -> Tensor:
 def recall(generated: Tensor, references: Tensor, own: Tensor) -> float:
     """Share of generated pictures whose nearest reference is `own` (M,), the one their caption describes."""
     return (nearest_picture(generated, references) == own.to(generated.device)).double().mean().item()
+
+
+def training_recall(sampler: Sampler, config: Config, seed: int) -> tuple[Tensor, str]:
+    """Pictures (M, 3, h, w) of every long and short training caption, and a line with the share that is
+    nearest to its own training picture."""
+    source = open_source(config.data)
+    square = config.data.model_copy(update={"aspect": "square"})
+    edge = sampler.autoencoder.factor * config.model.patch_size
+    views = [evaluation_view(source.image(i), square, edge, source.key(i)) for i in range(len(source))]
+    prompts, own = [], []
+    for i in range(len(source)):
+        for caption in dict.fromkeys(source.captions(i)):
+            prompts.append(caption)
+            own.append(i)
+    size = (config.data.resolution, config.data.resolution)
+    pictures = sampler(prompts, size, config.sampling, seed)
+    share = recall(pictures, torch.stack(views), torch.tensor(own))
+    line = (
+        f"recall: {share:.1%} of {len(prompts)} training captions gave a picture whose nearest training "
+        f"picture (of {len(source)}) is their own"
+    )
+    return pictures, line

@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from millrace.engine.config.evaluation import MetricName
 from millrace.engine.distributed.process_group import (
     gather_objects,
     rank,
     sum_over_ranks,
     world_size,
 )
-from millrace.engine.evaluation.features import MetricName
 from millrace.engine.evaluation.frechet import (
     Moments,
     frechet_distance,

@@ -1,56 +1,16 @@
 """Report of the planner: what `plan` and `train.py --plan` print."""
 
-import argparse
-import math
 from typing import Any
 
-from millrace.engine.cli import command_parser
 from millrace.engine.config import Config
-from millrace.engine.config.loading import load_config
-from millrace.engine.config.smoke import smoke
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.model.flops import dense_training_flops
 from millrace.engine.model.routing import describe as describe_routing
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.search import TIE, Option, Planner
-from millrace.engine.util.errors import UserError
 
-DEVICES = (*GPUS, "cpu")
 DEFAULT_DEVICE = "h200"
-
-
-def parse(doc: str, words: list[str] | None = None) -> argparse.Namespace:
-    """Arguments of the command whose module docstring is `doc`."""
-    parser = command_parser(doc)
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="JSON configuration file")
-    add(
-        "--gpus", type=int, default=1, metavar="N", help="devices of the job, one process on each (default 1)"
-    )
-    add("--device", choices=DEVICES, default=DEFAULT_DEVICE, help="what they are; cpu is this machine")
-    add("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="override one value")
-    add("--smoke", action="store_true", help="plan the shrunken run that train.py --smoke makes")
-    add(
-        "--loader",
-        type=float,
-        metavar="IMAGES",
-        help="images/s that the loader delivers to one process (benchmarks/dataloader.py measures it)",
-    )
-    arguments = parser.parse_args(words)
-    if arguments.gpus < 1:
-        raise UserError(f"--gpus {arguments.gpus}: the number of devices is 1 or more")
-    if arguments.loader is not None and not (arguments.loader > 0 and math.isfinite(arguments.loader)):
-        raise UserError(f"--loader {arguments.loader:g}: it is a number of images a second above 0")
-    return arguments
-
-
-def run(arguments: argparse.Namespace) -> list[str]:
-    """The plan as lines, of every stage of the run."""
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.smoke:
-        config = smoke(config, arguments.overrides)
-    return plan(config, arguments.gpus, arguments.device, arguments.loader)
 
 
 def plan(
@@ -60,7 +20,7 @@ def plan(
 
     Args:
         gpus: devices of the job, one process on each.
-        device_name: one of DEVICES.
+        device_name: one of GPUS, or cpu: this machine.
         images_per_second: that the loader delivers to one process; None if it never starves.
     """
     device = GPUS[device_name] if device_name in GPUS else this_machine(gpus)

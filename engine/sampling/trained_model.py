@@ -1,8 +1,9 @@
 """Trained model on disk, opened for sampling and evaluation."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,60 +14,25 @@ from millrace.engine.checkpoint.model_weights import (
 )
 from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.config import Config, Sampling
-from millrace.engine.config.loading import (
-    dict_from_overrides,
-    load_config,
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import Given, load_config, merge, nested, parse_config
 from millrace.engine.config.sampling import SELF_ONLY
+from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.encoders.autoencoder import Autoencoder, open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.losses.contrastive import MeanTarget, mean_target
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import expect_state
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.flops import sampling_flops
+from millrace.engine.model.guidance_branches import describe
+from millrace.engine.sampling.model_arguments import given_settings
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which model, and how it is sampled."""
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="run folder, checkpoint folder, or diffusers folder"
-    )
-    parser.add_argument("--config", help="configuration for a folder that holds none (diffusers weights)")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides")
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "ema", "ema2", "model"),
-        default="auto",
-        help="auto: EMA if there is one",
-    )
-    parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--guidance", type=float, help="scale of the guidance; 1 is off")
-    parser.add_argument(
-        "--method",
-        choices=get_args(Sampling.model_fields["method"].annotation),
-        help="what the guidance leads away from (docs/guidance.md)",
-    )
-    parser.add_argument("--solver", choices=("euler", "heun"))
-    parser.add_argument(
-        "--mean-target",
-        type=Path,
-        metavar="FILE",
-        help="take back the shift of contrastive flow matching, with the weight of the training",
-    )
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
     """Weights, and the configuration that they were trained with under the arguments of
     `add_model_arguments`."""
-    names = ("steps", "guidance", "solver", "method")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    changes = merge(dict_from_overrides(arguments.overrides), {"sampling": given})
-    if arguments.method not in (None, "self"):
-        # What the run had set for its own method would be refused beside another one.
-        changes = merge({"sampling": Sampling().model_dump(mode="json", include=set(SELF_ONLY))}, changes)
     if _holds_weights_only(arguments.checkpoint):
         if not arguments.config:
             raise UserError(
@@ -78,25 +44,29 @@ def load_model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config
         )
         # Such weights are of no SPRINT model, whatever the run was that the configuration is for.
         found = {"model": model.model_dump(mode="json"), "routing": routing.model_dump(mode="json")}
-        values = wanted.model_dump(mode="json") | found
-        return weights, _with_mean_target(merge(values, changes), arguments)
+        return weights, _under_arguments(wanted.model_dump(mode="json") | found, arguments)
     weights, config = checkpoint_state(checkpoint_folder(arguments.checkpoint), arguments.weights)
-    values = config.model_dump(mode="json")
-    return weights, _with_mean_target(merge(values, changes), arguments)
+    return weights, _under_arguments(config.model_dump(mode="json"), arguments)
 
 
-def _with_mean_target(values: dict[str, Any], arguments: argparse.Namespace) -> Config:
-    """The configuration of `values`, with --mean-target and the weight that goes with it."""
+def _under_arguments(values: dict[str, Any], arguments: argparse.Namespace) -> Config:
+    """The configuration of `values` under what the command line says about sampling."""
+    given = given_settings(arguments)
+    if arguments.method not in (None, "self"):
+        # What the run had set for its own method would be refused beside another one.
+        values = merge(values, {"sampling": Sampling().model_dump(mode="json", include=set(SELF_ONLY))})
     if arguments.mean_target is not None:
-        sampling = values["sampling"]
-        sampling["mean_target"] = str(arguments.mean_target)
-        sampling["contrastive"] = sampling["contrastive"] or values["objective"]["contrastive_weight"]
-        if not sampling["contrastive"]:
+        words = f"--mean-target {arguments.mean_target}"
+        now = merge(values, nested(given))
+        weight = now["sampling"]["contrastive"] or now["objective"]["contrastive_weight"]
+        if not weight:
             raise UserError(
                 "--mean-target takes back what objective.contrastive_weight does, which is 0 for this model; "
                 "leave it out, or --set sampling.contrastive"
             )
-    return parse_config(values, arguments.config or str(arguments.checkpoint))
+        given.append(Given(words, "sampling.mean_target", str(arguments.mean_target)))
+        given.append(Given(words, "sampling.contrastive", weight))
+    return parse_config(values, arguments.config or str(arguments.checkpoint), given)
 
 
 def open_trained_autoencoder(config: Config, checkpoint: Path, device: torch.device) -> Autoencoder:
@@ -142,3 +112,35 @@ def _holds_weights_only(path: Path) -> bool:
 def run_of(path: Path) -> Path | None:
     """`path` if it is a run or one of its checkpoints, None if it is weights alone."""
     return None if _holds_weights_only(path) else path
+
+
+def training_mean_target(config: Config, checkpoint: Path, device: torch.device) -> MeanTarget:
+    """Mean velocity target of the training pictures, in evaluation's crops; per channel if sizes differ."""
+    source = open_source(config.data)
+    autoencoder = open_trained_autoencoder(config, checkpoint, device)
+    edge = autoencoder.factor * config.model.patch_size
+
+    def latents() -> Iterator[Tensor]:
+        for i in range(len(source)):
+            view = evaluation_view(source.image(i), config.data, edge, source.key(i))
+            yield autoencoder.encode(view[None].to(device))
+
+    per = "position" if config.data.aspect == "square" else "channel"
+    return mean_target(latents(), per, autoencoder.identity)
+
+
+def describe_cost(sampler: Sampler, config: Config, pictures: Tensor) -> str:
+    """One line for people: the guidance, and the FLOPs of a picture by the shapes of the model."""
+    edge = sampler.autoencoder.factor * config.model.patch_size
+    image_tokens = (pictures.shape[2] // edge) * (pictures.shape[3] // edge)
+    text_tokens = sampler.caption_tokens / len(pictures)
+    empty_tokens = len(sampler.text_tower.encode([""]).embeddings)
+    flops = sampling_flops(config, image_tokens, text_tokens, empty_tokens)
+    alone = config.sampling.model_copy(update={"method": "none", "strong_drop": 0.0})
+    unguided = sampling_flops(
+        config.model_copy(update={"sampling": alone}), image_tokens, text_tokens, empty_tokens
+    )
+    return (
+        f"sampling: {describe(config)}; {flops / 1e9:,.4f} GFLOP a picture, {flops / unguided:.3g} times "
+        "those without guidance"
+    )

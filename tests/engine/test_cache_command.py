@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from millrace.engine import cache
 from millrace.engine import prepare as prepare_command
 from millrace.engine.data.formats.shard_index import read_manifest
 from millrace.engine.encoders.autoencoder import autoencoder_entry
@@ -108,25 +109,28 @@ def test_a_run_with_grids_loads_what_it_draws_with(world, runs):
     assert len(list((root / "grids" / "samples").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--cache", "text"), "--cache needs --dataset"),
-        (("--cache", "text", "--dataset", "x"), "--cache needs --config"),
-        (("--cache", "pixels", "--dataset", "x", "--config", "CONFIG"), "'pixels' is no cache"),
-        (("--cache", "text", "--dataset", "nowhere", "--config", "CONFIG"), "nowhere: no such folder"),
-    ],
-)
-def test_what_is_missing_is_said_in_one_line(world, arguments, words):
+def test_a_data_set_that_is_not_there(world):
     root, _ = world
-    arguments = [str(root / "config.json") if word == "CONFIG" else word for word in arguments]
+    (root / "sett").mkdir(exist_ok=True)
     with pytest.raises(UserError) as caught:
-        prepare_command.main(arguments)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+        cache.main(["text", "--dataset", str(root / "seet"), "--config", str(root / "config.json")])
+    assert str(caught.value).startswith(f"--dataset {root / 'seet'}: no such file or folder; did you mean")
+    with pytest.raises(UserError, match="manifest"):
+        cache.main(["text", "--dataset", str(root / "sett"), "--config", str(root / "config.json")])
 
 
-def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
+def test_the_former_spelling_is_the_same_command(monkeypatch):
+    given = []
+    monkeypatch.setattr(cache, "main", lambda words: given.append(cache.build_parser().parse_args(words)))
+    rest = ["--dataset", "d", "--config", "c", "--replace"]
+    for words in (["--cache", "text,latents", *rest], ["--local_rank=0", *rest, "--cache=text,latents"]):
+        prepare_command.main(words)
+    assert [(a.kinds, a.dataset, a.config, a.replace) for a in given] == [
+        (("text", "latents"), "d", "c", True)
+    ] * 2
+
+
+def test_threads_are_shared_between_processes_of_a_machine(monkeypatch, tmp_path):
     from millrace.engine.config import loading
     from millrace.engine.encoders import latent_cache_writer
 
@@ -139,19 +143,16 @@ def test_threads_are_shared_between_processes_of_a_machine(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "64"), ("LOCAL_SIZE", "64")):
         monkeypatch.setenv(name, value)
-    options = argparse.Namespace(
-        dataset="x", config="y", cache="text", overrides=[], text_dtype="bf16", replace=False
-    )
     try:
-        assert prepare_command.write_caches_command(options) == 0
+        assert cache.main(["text", "--dataset", str(tmp_path), "--config", "y"]) == 0
         assert seen == [max(1, len(os.sched_getaffinity(0)) // 64)]
     finally:
         torch.set_num_threads(before)
 
 
 def test_kinds_on_the_command_line():
-    assert prepare_command.cache_kinds("text,latents") == ("text", "latents")
-    assert prepare_command.cache_kinds(" latents ") == ("latents",)
+    assert cache.cache_kinds("text,latents") == ("text", "latents")
+    assert cache.cache_kinds(" latents ") == ("latents",)
     for wrong in ("", "txt", "text,pixels"):
-        with pytest.raises(UserError, match="--cache"):
-            prepare_command.cache_kinds(wrong)
+        with pytest.raises(argparse.ArgumentTypeError, match="is no cache; give text, latents or both"):
+            cache.cache_kinds(wrong)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from millrace.engine import evaluate
-from millrace.engine.checkpoint.weight_formats import main as export
+from millrace.engine.export import main as export
 from millrace.engine.util.errors import UserError
 
 SCRIPT = Path(evaluate.__file__).resolve()
@@ -95,9 +95,9 @@ def test_exported_weights(command, trained, runs, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--reference", "/nowhere"), "/nowhere: no such folder"),
-        (("--features.fid", "/nowhere"), "cannot load '/nowhere'.*set evaluation.features.fid"),
-        (("--samples", 1), "evaluation.samples"),
+        (("--reference", "/nowhere"), "--reference /nowhere: no such file or folder"),
+        (("--features.fid", "/nowhere"), "cannot load '/nowhere'.*set --features.fid"),
+        (("--set", "evaluation.samples=1"), "--set evaluation.samples=1: evaluation.samples"),
         (("--output", "/proc/nowhere/x.json"), "--output /proc/nowhere/x.json: cannot be written"),
     ],
 )

@@ -92,10 +92,3 @@ def test_published_runs(name, quick):
 def test_what_the_start_would_refuse(values, message):
     with pytest.raises(UserError, match=message):
         plan(Config.model_validate(values), 1)
-
-
-def test_processes_are_counted_from_one(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.json", "--plan", "0"])
-    with pytest.raises(SystemExit):
-        train.main()
-    assert "--plan 0: the number of processes is 1 or more" in capsys.readouterr().err

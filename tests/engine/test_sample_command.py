@@ -84,8 +84,9 @@ def test_mean_target_there_and_back(command, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--mean-target", "nowhere"), "cannot load the mean target 'nowhere'"),
-        (("--mean-target", "x", "--set", "objective.contrastive_weight=0"), "which is 0 for this model"),
+        (("--mean-target", "nowhere"), "--mean-target nowhere: no such file"),
+        (("--mean-target", __file__), "cannot load the mean target"),
+        (("--mean-target", __file__, "--set", "objective.contrastive_weight=0"), "which is 0 for this model"),
         (("--method", "self", "--set", "sampling.strong_drop=0.8"), "strong_drop 0.8 is not below"),
         (("--set", "sampling.interval=[1,0]"), "interval is"),
     ],

@@ -29,7 +29,6 @@ OUTSIDE = {
     "engine/evaluation": "between two steps",
     "engine/sampling": "between two steps",
     "engine/planning": "before the first step",
-    "engine/export.py": "before the first step",
     "engine/util/safetensors_file.py": "with a checkpoint or a cache",
     "engine/encoders/latent_cache_writer.py": "a command of its own",
 }

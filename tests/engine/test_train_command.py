@@ -58,7 +58,7 @@ def test_help_shows_examples(runs):
 def test_no_configuration_is_a_usage_error(runs):
     done = runs.finish(runs.command_without_config())
     assert done.returncode == 2
-    assert "--config FILE is needed" in done.stderr
+    assert done.stderr.startswith("error: --config FILE is needed")
 
 
 def test_print_config_is_the_resolved_configuration(runs, tmp_path):

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 
-from millrace.engine import sample
-from millrace.engine.checkpoint import weight_formats as export
+from millrace.engine import export, sample
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Autoencoder

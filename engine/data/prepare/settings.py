@@ -95,16 +95,6 @@ class Settings:
         }
 
 
-def parse_bytes(text: str) -> int:
-    """A size such as 256M, 1G or 500000. Raises ValueError."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    scale = units.get(text[-1:].upper(), 1)
-    number = float(text[:-1] if scale > 1 else text)
-    if not 0 < number * scale < 2**43:
-        raise ValueError(text)
-    return int(number * scale)
-
-
 def relative(path: Path, root: Path) -> str:
     """Path below `root` for people: characters that are no text are written as escapes."""
     return readable(path.relative_to(root).as_posix())

@@ -10,7 +10,8 @@ import torch
 from diffusers import PRXTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from millrace.engine.checkpoint import weight_formats as export
+from millrace.engine import export
+from millrace.engine.checkpoint import weight_formats
 from millrace.engine.checkpoint.checkpoints import save_checkpoint
 from millrace.engine.checkpoint.sharded_tensors import Piece
 from millrace.engine.config import Config, Model, Routing
@@ -56,9 +57,9 @@ def _assert_equal(found, wanted):
 @DTYPES
 def test_through_a_diffusers_model_and_back(config, dtype):
     denoiser = _random_denoiser(config, dtype=dtype)
-    theirs = export.to_diffusers(denoiser)
+    theirs = weight_formats.to_diffusers(denoiser)
     assert theirs.dtype == dtype
-    found = export.from_diffusers(theirs)
+    found = weight_formats.from_diffusers(theirs)
     assert found.config == config
     _assert_equal(found.state_dict(), denoiser.state_dict())
 
@@ -66,9 +67,9 @@ def test_through_a_diffusers_model_and_back(config, dtype):
 def test_conversion_copies():
     denoiser = _random_denoiser(LATENT)
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
-    theirs = export.to_diffusers(denoiser)
+    theirs = weight_formats.to_diffusers(denoiser)
     with torch.no_grad():
-        for parameter in export.from_diffusers(theirs).parameters():
+        for parameter in weight_formats.from_diffusers(theirs).parameters():
             assert parameter.requires_grad
             parameter.zero_()
         _assert_equal(theirs.state_dict(), diffusers_state(before, LATENT))
@@ -83,7 +84,7 @@ def test_conversion_copies():
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["whole", "sharded"])
 def test_folder_loads_in_diffusers_and_here(config, dtype, shard_bytes, tmp_path):
     denoiser = _random_denoiser(config)
-    export.save_diffusers(denoiser.state_dict(), config, tmp_path / "out", dtype, shard_bytes)
+    weight_formats.save_diffusers(denoiser.state_dict(), config, tmp_path / "out", dtype, shard_bytes)
 
     theirs, report = PRXTransformer2DModel.from_pretrained(
         tmp_path / "out", torch_dtype=dtype, output_loading_info=True
@@ -93,7 +94,7 @@ def test_folder_loads_in_diffusers_and_here(config, dtype, shard_bytes, tmp_path
     _assert_equal(theirs.state_dict(), diffusers_state(wanted, config))
 
     for source in (theirs, tmp_path / "out", str(tmp_path / "out")):
-        found = export.from_diffusers(source)
+        found = weight_formats.from_diffusers(source)
         assert found.config == config
         _assert_equal(found.state_dict(), wanted)
 
@@ -101,8 +102,10 @@ def test_folder_loads_in_diffusers_and_here(config, dtype, shard_bytes, tmp_path
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["whole", "sharded"])
 def test_folder_is_laid_out_as_diffusers_does(shard_bytes, tmp_path):
     denoiser = _random_denoiser(LATENT)
-    export.to_diffusers(denoiser).save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
-    export.save_diffusers(denoiser.state_dict(), LATENT, tmp_path / "ours", max_shard_bytes=shard_bytes)
+    weight_formats.to_diffusers(denoiser).save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
+    weight_formats.save_diffusers(
+        denoiser.state_dict(), LATENT, tmp_path / "ours", max_shard_bytes=shard_bytes
+    )
     ours, theirs = ({file.name: file for file in (tmp_path / who).iterdir()} for who in ("ours", "theirs"))
     config = json.loads(theirs["config.json"].read_text())
     del config["_diffusers_version"]
@@ -129,9 +132,11 @@ def test_folder_is_laid_out_as_diffusers_does(shard_bytes, tmp_path):
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["whole", "sharded"])
 def test_reads_what_diffusers_saves_also_inside_a_pipeline(shard_bytes, tmp_path):
     denoiser = _random_denoiser(PIXEL)
-    export.to_diffusers(denoiser).save_pretrained(tmp_path / "transformer", max_shard_size=shard_bytes)
+    weight_formats.to_diffusers(denoiser).save_pretrained(
+        tmp_path / "transformer", max_shard_size=shard_bytes
+    )
     for folder in (tmp_path, tmp_path / "transformer"):
-        state, config, _ = export.load_weights(folder)
+        state, config, _ = weight_formats.load_weights(folder)
         assert config == PIXEL
         _assert_equal(state, denoiser.state_dict())
 
@@ -146,12 +151,12 @@ def test_photoroom_state_dict(suffix, under, tmp_path):
         save_file(theirs, path)
     else:
         torch.save({under: theirs} if under else theirs, path)
-    found, config, _ = export.load_weights(path)
+    found, config, _ = weight_formats.load_weights(path)
     assert config == LATENT.model_copy(update={"rope_axes": None})
     _assert_equal(found, state)
     # What shapes cannot tell is the caller's to decide.
     folded = LATENT.model_copy(update={"in_channels": 4, "patch_size": 4, "rope_theta": 7.0})
-    found, config, _ = export.load_weights(path, folded)
+    found, config, _ = weight_formats.load_weights(path, folded)
     assert config == folded
     _assert_equal(found, state)
 
@@ -159,9 +164,9 @@ def test_photoroom_state_dict(suffix, under, tmp_path):
 @DTYPES
 def test_save_prx_round_trip(dtype, tmp_path):
     state = dict(_random_denoiser(PIXEL).state_dict())
-    export.save_prx(state, PIXEL, tmp_path / "out", dtype)
+    weight_formats.save_prx(state, PIXEL, tmp_path / "out", dtype)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["denoiser.safetensors"]
-    found, *_ = export.load_weights(tmp_path / "out" / "denoiser.safetensors", PIXEL)
+    found, *_ = weight_formats.load_weights(tmp_path / "out" / "denoiser.safetensors", PIXEL)
     _assert_equal(found, {name: tensor.to(dtype) for name, tensor in state.items()})
 
 
@@ -172,37 +177,37 @@ class _Arbitrary:
 def test_pickles_of_code_are_refused(tmp_path):
     torch.save({"model": _Arbitrary()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match=r"evil\.pt: cannot be read as a state dict"):
-        export.load_weights(tmp_path / "evil.pt")
+        weight_formats.load_weights(tmp_path / "evil.pt")
 
 
 def test_unreadable_weights(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
-        export.load_weights(tmp_path / "absent")
+        weight_formats.load_weights(tmp_path / "absent")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match=r"cut\.safetensors: cannot be read as a state dict"):
-        export.load_weights(tmp_path / "cut.safetensors")
+        weight_formats.load_weights(tmp_path / "cut.safetensors")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(UserError, match="not a state dict"):
-        export.load_weights(tmp_path / "list.pt")
+        weight_formats.load_weights(tmp_path / "list.pt")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text(json.dumps(diffusers_config(LATENT)))
     with pytest.raises(UserError, match=rf"half/{WHOLE}: cannot be read"):
-        export.load_weights(tmp_path / "half")
+        weight_formats.load_weights(tmp_path / "half")
     (tmp_path / "half" / f"{WHOLE}.index.json").write_text("{}")
     with pytest.raises(UserError, match=r"index\.json: there is no weight_map"):
-        export.load_weights(tmp_path / "half")
+        weight_formats.load_weights(tmp_path / "half")
     for text, problem in (("{", "cannot be read"), ("[]", "expected a JSON object, this is a list")):
         (tmp_path / "half" / "config.json").write_text(text)
         with pytest.raises(UserError, match=rf"config\.json: {problem}"):
-            export.load_weights(tmp_path / "half")
+            weight_formats.load_weights(tmp_path / "half")
 
 
 def test_folder_of_another_model_is_refused(tmp_path):
-    export.save_diffusers(_random_denoiser(LATENT).state_dict(), LATENT, tmp_path / "out")
-    assert export.load_weights(tmp_path / "out", LATENT)[1] is LATENT
+    weight_formats.save_diffusers(_random_denoiser(LATENT).state_dict(), LATENT, tmp_path / "out")
+    assert weight_formats.load_weights(tmp_path / "out", LATENT)[1] is LATENT
     wanted = LATENT.model_copy(update={"rope_theta": 500.0, "in_channels": 4, "patch_size": 4})
     with pytest.raises(UserError) as caught:
-        export.load_weights(tmp_path / "out", wanted)
+        weight_formats.load_weights(tmp_path / "out", wanted)
     assert str(caught.value).endswith(
         "is another model: in_channels 16 instead of 4, patch_size 2 instead of 4, theta 10000 instead of 500"
     )
@@ -211,7 +216,7 @@ def test_folder_of_another_model_is_refused(tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "notes").write_text("mine")
     state = _random_denoiser(LATENT).state_dict()
-    for save in (export.save_diffusers, export.save_prx):
+    for save in (weight_formats.save_diffusers, weight_formats.save_prx):
         with pytest.raises(UserError, match="is not empty"):
             save(state, LATENT, tmp_path)
         with pytest.raises(UserError, match="cannot be created"):
@@ -222,7 +227,7 @@ def test_nothing_is_overwritten(tmp_path):
 def test_missing_diffusers_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match="pip install 'diffusers"):
-        export.to_diffusers(_random_denoiser(LATENT))
+        weight_formats.to_diffusers(_random_denoiser(LATENT))
 
 
 def _save_run(run, model, *, ema=True, routing=None):
@@ -245,11 +250,11 @@ def _save_run(run, model, *, ema=True, routing=None):
 def test_load_weights_of_a_run(tmp_path):
     _, average = _save_run(tmp_path, LATENT)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-00000007"):
-        state, config, _ = export.load_weights(path, LATENT)
+        state, config, _ = weight_formats.load_weights(path, LATENT)
         assert config == LATENT
         _assert_equal(state, average)
     with pytest.raises(UserError, match=r"is another model: .*hidden_size 32 instead of 48"):
-        export.load_weights(tmp_path, PIXEL)
+        weight_formats.load_weights(tmp_path, PIXEL)
 
 
 SPRINT = Routing(policy="sprint", start=0, end=1)
@@ -260,18 +265,18 @@ FROZEN = SPRINT.model_copy(update={"mask_token": "frozen"})
 def test_sprint_round_trip(routing, tmp_path):
     _, average = _save_run(tmp_path, LATENT, routing=routing)
     assert "fusion.mask_token" in average
-    state, config, found = export.load_weights(tmp_path)
+    state, config, found = weight_formats.load_weights(tmp_path)
     assert (config, found) == (LATENT, routing)
     _assert_equal(state, average)
-    denoiser = export.from_diffusers(tmp_path)
+    denoiser = weight_formats.from_diffusers(tmp_path)
     _assert_equal(denoiser.state_dict(), average)
     other = Denoiser(LATENT, routing)
-    assert export.start_from(other, tmp_path) == []
+    assert weight_formats.start_from(other, tmp_path) == []
     _assert_equal(other.state_dict(), average)
     for refused in (
-        lambda: export.to_diffusers(denoiser),
-        lambda: export.save_diffusers(state, config, tmp_path / "out"),
-        lambda: export.save_prx(state, config, tmp_path / "out"),
+        lambda: weight_formats.to_diffusers(denoiser),
+        lambda: weight_formats.save_diffusers(state, config, tmp_path / "out"),
+        lambda: weight_formats.save_prx(state, config, tmp_path / "out"),
         lambda: export.main(["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]),
     ):
         with pytest.raises(UserError, match=r"SPRINT model, whose fusion layer has no place in diffusers'"):
@@ -284,7 +289,7 @@ def test_starting_sprint_from_weights_without_it(tmp_path):
     denoiser = Denoiser(LATENT, FROZEN)
     denoiser.init_weights(5)
     fresh = {name: tensor.clone() for name, tensor in denoiser.state_dict().items() if "fusion" in name}
-    (message,) = export.start_from(denoiser, tmp_path)
+    (message,) = weight_formats.start_from(denoiser, tmp_path)
     assert message == (
         f"warning: {tmp_path} has no SPRINT fusion layer; this run's starts from random weights"
     )
@@ -295,7 +300,7 @@ def test_starting_sprint_from_weights_without_it(tmp_path):
 def test_starting_without_sprint_from_its_weights(tmp_path):
     master, _ = _save_run(tmp_path, LATENT, ema=False, routing=FROZEN)
     denoiser = Denoiser(LATENT, Routing(policy="tread"))
-    (message,) = export.start_from(denoiser, tmp_path)
+    (message,) = weight_formats.start_from(denoiser, tmp_path)
     assert message.startswith(f"warning: {tmp_path} is a SPRINT model; its fusion layer is left out")
     assert "routing.policy is tread" in message
     _assert_equal(denoiser.state_dict(), {n: tensor for n, tensor in master.items() if "fusion" not in n})
@@ -307,9 +312,16 @@ def test_sprint_of_other_blocks_or_order_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"routing: end 1 instead of 2, fuse_order dense_deep instead of deep_d"
     ):
-        export.start_from(Denoiser(LATENT, other), tmp_path)
+        weight_formats.start_from(Denoiser(LATENT, other), tmp_path)
     learned = Denoiser(LATENT, FROZEN)  # the other kind of mask token holds the same numbers
-    assert export.start_from(learned, tmp_path) == []
+    assert weight_formats.start_from(learned, tmp_path) == []
+
+
+def test_public_names_of_the_export_module():
+    assert export.to_diffusers is weight_formats.to_diffusers
+    assert export.from_diffusers is weight_formats.from_diffusers
+    with pytest.raises(AttributeError, match="no attribute 'to_difusers'"):
+        export.to_difusers  # noqa: B018 - the attribute's absence is what is tested
 
 
 @pytest.mark.parametrize("choice", ["auto", "ema", "model"])
@@ -349,22 +361,3 @@ def test_command_runs_as_a_script_from_any_folder(tmp_path):
     assert refused.stderr.startswith("error: ")
     assert "no EMA weights" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_script_folder_shadows_no_package(tmp_path):
-    """engine/data must not answer to `import data` when engine/export.py is run."""
-    code = (
-        "import runpy, sys; script = sys.argv[1]; sys.argv = [script, '--help']\n"
-        "try: runpy.run_path(script, run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "import importlib.util; print(importlib.util.find_spec('data'))"
-    )
-    script = Path(export.__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(script.parent)!r})\n{code}", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines()[-1] == "None"

@@ -11,7 +11,6 @@ from millrace.engine.config import Data
 from millrace.engine.data.crop import output_size
 from millrace.engine.data.prepare.settings import (
     Settings,
-    parse_bytes,
     readable,
     relative,
 )
@@ -58,14 +57,6 @@ def test_description_comes_back_from_json():
     settings = Settings(512, caption_columns=("long", "short"))
     assert json.loads(json.dumps(settings.described())) == settings.described()
     assert settings.described()["pillow"]
-
-
-def test_sizes_in_bytes():
-    sizes = {"256M": 256 * 2**20, "1g": 2**30, "500": 500, "0.5K": 512}
-    assert {text: parse_bytes(text) for text in sizes} == sizes
-    for text in ("", "M", "x", "-1", "0", "nan", "1e30"):
-        with pytest.raises(ValueError, match=r"^could not convert|^" + re.escape(text) + "$"):
-            parse_bytes(text)
 
 
 def test_names_that_are_no_text_can_be_printed():

@@ -1,0 +1,94 @@
+"""Export the weights of a run for diffusers or Photoroom/PRX.
+
+millrace export --checkpoint runs/latent_256 --output prx-latent-256 --dtype bfloat16
+millrace export --checkpoint runs/latent_256 --output prx-latent-256 --format prx
+millrace export --checkpoint runs/repa_e_tuning --autoencoder tuned-vae
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from millrace.engine.cli import command_parser, require_path, run_command
+
+if TYPE_CHECKING:
+    from millrace.engine.checkpoint.weight_formats import from_diffusers, to_diffusers
+
+__all__ = ["from_diffusers", "to_diffusers"]
+
+
+def __getattr__(name: str) -> Any:
+    """`from_diffusers` and `to_diffusers`, imported when asked for: the command's help needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from millrace.engine.checkpoint import weight_formats
+
+    return getattr(weight_formats, name)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    parser = command_parser(__doc__, "millrace export")
+    parser.add_argument("--checkpoint", required=True, help="run folder (newest checkpoint) or checkpoint")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="FOLDER", help="folder to create")
+    where.add_argument(
+        "--autoencoder",
+        metavar="FOLDER",
+        help="folder to create for the autoencoder that the run tuned, in FP32, for diffusers",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "ema2", "model"),
+        default="auto",
+        help="auto: EMA where there is one; ema2: that of ema.second_decay; model: without averaging",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the file (default float32)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "prx"),
+        default="diffusers",
+        help="diffusers: folder for PRXTransformer2DModel (default); prx: state dict of Photoroom/PRX",
+    )
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Read the weights of a checkpoint and write them."""
+    arguments = build_parser().parse_args(words)
+    require_path("--checkpoint", arguments.checkpoint)
+
+    import torch
+
+    from millrace.engine.checkpoint import weight_formats
+    from millrace.engine.checkpoint.model_weights import (
+        checkpoint_config,
+        checkpoint_folder,
+        choose_weights,
+        read_weights,
+    )
+    from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+
+    reader = CheckpointReader(checkpoint_folder(arguments.checkpoint))
+    config = checkpoint_config(reader)
+    if arguments.autoencoder:
+        from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
+
+        folder = weight_formats.new_folder(arguments.autoencoder)
+        print(f"{folder}: {save_autoencoder(reader.folder, config, folder)}")
+        return 0
+    weights = choose_weights(reader, arguments.weights)
+    save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
+    dtype = getattr(torch, arguments.dtype)
+    save(read_weights(reader, weights), config.model, arguments.output, dtype=dtype)
+    kind = {"ema": "EMA weights", "ema2": "weights of the second EMA", "model": "weights"}[weights]
+    print(f"{arguments.output}: {kind} of {reader.folder} in {arguments.dtype}, format {arguments.format}")
+    space = config.conditioning.autoencoder.kind
+    print(f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
