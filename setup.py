@@ -1,6 +1,6 @@
-"""Packaging that `pyproject.toml` cannot express: the folders `engine/` and `kernels/` lie at the top of the
-repository and install as `millrace.engine` and `millrace.kernels` (Hugging Face publishes a package named
-`kernels`, which ours must neither shadow nor be shadowed by)."""
+"""Packaging that `pyproject.toml` cannot express: `engine/`, `kernels/` and `configs/` install below
+`millrace`, because Hugging Face publishes a package named `kernels`, which ours must neither shadow nor be
+shadowed by."""
 
 from setuptools import find_packages, setup
 
@@ -11,9 +11,11 @@ packages = [
 ]
 
 setup(
-    packages=[f"millrace.{name}" for name in packages],
-    package_dir={f"millrace.{folder}": folder for folder in FOLDERS},
+    packages=[f"millrace.{name}" for name in (*packages, "configs", "configs.models")],
+    package_dir={f"millrace.{folder}": folder for folder in (*FOLDERS, "configs")},
     package_data={
+        "millrace.configs": ["*.json"],
+        "millrace.configs.models": ["*.json"],
         "millrace.engine.data.sources": ["*.json"],
         "millrace.kernels": ["*.so"],
         "millrace.kernels.support": ["*.json"],

@@ -1,6 +1,7 @@
 """Imports go one way, read from the syntax trees: nothing is imported here."""
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -44,7 +45,7 @@ class Import(NamedTuple):
     line: int
     name: str
     lazy: bool
-    """Whether it stands inside a function."""
+    """Whether it stands inside a function, or is for a type checker alone."""
 
 
 def module_name(path: Path) -> str:
@@ -60,6 +61,7 @@ def imports_of(module: str, source: str, is_package: bool = False) -> Iterator[I
         id(child)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         for child in ast.walk(node)
     }
     for node in ast.walk(tree):
@@ -99,6 +101,8 @@ def test_reads_imports():
         "from ..config import Model\n"
         "def f():\n"
         "    import xformers\n"
+        "if TYPE_CHECKING:\n"
+        "    import diffusers\n"
     )
     found = list(imports_of("engine.model.blocks", source))
     assert [(i.line, i.name, i.lazy) for i in found] == [
@@ -108,6 +112,7 @@ def test_reads_imports():
         (3, "millrace.engine.model.layout.Grid", False),
         (4, "millrace.engine.config.Model", False),
         (6, "xformers", True),
+        (8, "diffusers", True),
     ]
     (inside_package,) = imports_of("engine.model", "from .blocks import Block\n", is_package=True)
     assert inside_package.name == "millrace.engine.model.blocks.Block"
@@ -190,6 +195,7 @@ def test_project_imports_use_the_installed_name(path):
         assert found.name.split(".")[0] not in {"engine", "kernels", "csrc"}, f"{path}:{found.line}"
 
 
+@functools.cache
 def graph_of_imports() -> dict[str, set[str]]:
     """Modules of the project by name, and what each needs at its top level, of the project and of others."""
     modules = {module_name(path) for path in FILES}

@@ -7,6 +7,8 @@ import pytest
 
 from millrace.engine.config import Config
 from millrace.engine.config.loading import (
+    Given,
+    check_given,
     dict_from_overrides,
     differences,
     json_schema,
@@ -171,3 +173,61 @@ def test_committed_schema_is_current():
     """`make schema` writes it."""
     committed = Path(__file__).resolve().parents[3] / "configs" / "schema.json"
     assert json.loads(committed.read_text()) == json_schema()
+
+
+class TestBlame:
+    """An error names what holds the mistake: the file, or what was typed."""
+
+    def said(self, path, *overrides):
+        with pytest.raises(UserError) as caught:
+            load_config(path, overrides)
+        return str(caught.value).splitlines()
+
+    def test_a_key_and_a_value_of_an_override(self):
+        assert self.said("quickstart", "run.stepz=3") == [
+            "--set run.stepz=3: unknown key 'run.stepz'; did you mean 'steps'?"
+        ]
+        (line,) = self.said("quickstart", "zzz.a=1")
+        assert line.startswith("--set zzz.a=1: unknown key 'zzz'; valid keys: ")
+        (line,) = self.said("quickstart", "run.steps=5", "optimizer.lr=abc")
+        assert line.startswith("--set optimizer.lr=abc: optimizer.lr: Input should be a valid number")
+
+    def test_values_that_do_not_go_together(self):
+        (line,) = self.said("quickstart", "run.steps=5", "model.heads=7")
+        wanted = "quickstart with --set model.heads=7: model: width 160 is not divisible by heads 7"
+        assert line.startswith(wanted)
+        (line,) = self.said("quickstart", "model.in_channels=4", "run.steps=5")
+        assert line.startswith("quickstart with --set model.in_channels=4 --set run.steps=5: ")
+
+    def test_mistakes_of_the_file_are_the_file_s(self, tmp_path):
+        path = tmp_path / "mine.json"
+        path.write_text('{"run": {"stepz": 1}}')
+        first, second = self.said(path, "optimizer.lr=abc")
+        lines = sorted((first, second))
+        assert lines[0].startswith("--set optimizer.lr=abc: ")
+        assert lines[1] == f"{path}: unknown key 'run.stepz'; did you mean 'steps'?"
+
+    def test_a_flag_stands_for_its_setting(self):
+        given = [Given("--method self", "sampling.method", "self")]
+        with pytest.raises(UserError, match=r"^x with --method self: .*set --method to cfg"):
+            parse_config({}, "x", given)
+        with pytest.raises(UserError, match=r"^--steps many: sampling.steps: "):
+            check_given([Given("--steps many", "sampling.steps", "many")])
+        check_given(given)  # wrong beside some configurations only
+
+
+def test_a_missing_file_is_answered_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foxes.json").write_text("{}")
+    for asked, meant in (
+        ("foxe.json", "foxes.json"),
+        ("quickstrt", "quickstart"),
+        ("a/jit_1024", "jit_1024"),
+    ):
+        with pytest.raises(UserError, match=f"no such configuration file; did you mean {meant}\\?$"):
+            load_config(asked)
+    with pytest.raises(UserError, match="no such configuration file; those that come with Millrace lie in "):
+        load_config("zzzzzz")
+    (tmp_path / "leaf.json").write_text('{"extends": "foxs.json"}')
+    with pytest.raises(UserError, match=r"foxs.json: no such configuration file; did you mean .*/foxes.json"):
+        load_config("leaf.json")
