@@ -1,41 +1,47 @@
-# make install  .venv with everything that training needs
-# make train    learn the built-in pictures by heart, then sample every caption and print how many come back
-# make test     the tests          make lint  style          make schema  configs/schema.json
-# make docs     the documentation as a site, in build/site
+# make install       .venv with everything that training needs
+# make train         learn the built-in pictures by heart, then sample every caption and print how many come back
+# make test          the tests          make lint  style          make schema  configs/schema.json
+# make docs          the documentation as a site, in build/site
+# make constraints   constraints.txt: the newest versions that pyproject.toml allows, of every package
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-TORCH  ?= torch==2.13.0
-TRITON ?= triton==3.7.1
-MDS    ?= mosaicml-streaming==0.13.0
 
-.PHONY: install train test lint schema docs clean
+# Every version is pinned in constraints.txt, those of dependencies of dependencies too. setuptools says of every
+# editable installation that it is one.
+CONSTRAINTS := constraints.txt
+PIP = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
+.PHONY: install train test lint schema docs constraints clean
 install: $(VENV)/.installed
 
-# torch first: DeepSpeed's build looks for it, and a plain resolution would fetch another torch with all of CUDA.
+# Python first, because the rest downloads gigabytes. Then torch: DeepSpeed's build imports it. On Linux, PyPI has
+# torch with CUDA's libraries; a CPU build of the same version fits as well, if pip is told where to find one.
 # DS_BUILD_OPS=0: no operation of DeepSpeed is compiled, none is needed.
-$(VENV)/.installed: pyproject.toml setup.py
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Millrace needs Python 3.11 \
+	or newer, $(PYTHON) is %d.%d; name another one: make install PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" numpy
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation deepspeed==0.19.8
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs]"
+	$(PIP) --upgrade pip setuptools wheel
+	$(PIP) torch triton numpy
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation --editable ".[dev,docs]"
 	touch $@
 
-# What the tests need besides: DALI and other people's formats and loaders (half a gigabyte, so not for `train`).
-# --no-deps: the list of mosaicml-streaming caps numpy below 2.2 and transformers below 5 and asks for torchvision,
-# which has no build for a torch without CUDA, and for five cloud SDKs; the extra `mds` has what it imports.
-$(VENV)/.installed-data: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,docs,data,mds,peers]"
-	$(BIN)/pip install --quiet --no-deps "$(MDS)"
+# What the tests need besides: torchao, DALI, and other people's formats and loaders (a gigabyte, so not for `train`).
+# --no-deps: the list of mosaicml-streaming caps numpy below 2.2 and transformers below 5 and asks for torchvision
+# and five cloud SDKs; the extra `mds` has what it imports.
+$(VENV)/.installed-tests: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[dev,docs,data,mds,peers,fp8]"
+	$(PIP) --no-deps mosaicml-streaming
 	touch $@
 
 train: install
-	$(BIN)/python engine/train.py --config configs/quickstart.json --resume auto
-	$(BIN)/python engine/sample.py --checkpoint runs/quickstart --recall --grid runs/quickstart/recall.png
+	$(BIN)/millrace train --config configs/quickstart.json --resume auto
+	$(BIN)/millrace sample --checkpoint runs/quickstart --recall --grid runs/quickstart/recall.png
 
 # The second run takes the Triton kernels through Triton's interpreter, on the CPU.
-test: $(VENV)/.installed-data
+test: $(VENV)/.installed-tests
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
 
@@ -44,7 +50,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 schema: install
-	$(BIN)/python engine/train.py --print-schema > configs/schema.json
+	$(BIN)/millrace train --print-schema > configs/schema.json
 
 # The pictures in docs/ are committed, for those who read it in the repository; all else is made for the site alone.
 docs: install
@@ -52,6 +58,12 @@ docs: install
 	$(BIN)/python docs/generator/stage.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "written to build/site/index.html"
+
+# An environment of its own without constraints, and what pip put there. `+cpu` and the like are builds of a version.
+constraints:
+	rm -rf build/constraints
+	$(MAKE) VENV=build/constraints CONSTRAINTS= build/constraints/.installed-tests
+	build/constraints/bin/pip list --format=freeze --exclude-editable | sed 's/+.*//' > constraints.txt
 
 clean:
 	rm -rf $(VENV) build runs

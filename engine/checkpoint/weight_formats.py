@@ -34,6 +34,7 @@ from millrace.engine.model.conversion import (
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, write_atomically
+from millrace.engine.util.quiet_imports import quiet_imports
 from millrace.engine.util.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ SHARD_BYTES = 5 * 10**9
 def to_diffusers(denoiser: Denoiser) -> "PRXTransformer2DModel":
     """A diffusers model with copies of the weights, on their device and in their dtype."""
     try:
-        from diffusers import PRXTransformer2DModel
+        with quiet_imports():
+            from diffusers import PRXTransformer2DModel
     except ImportError:
         raise UserError(
             f"diffusers.{CLASS_NAME} is not installed here: pip install 'diffusers>=0.42'"

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
+from millrace.engine.util.quiet_imports import quiet_imports
 
 Settings = dict[str, Any]
 """Arguments of a network's class or of its configuration's."""
@@ -29,7 +30,8 @@ def import_class(package: str, name: str, key: str) -> Any:
     Raises UserError with the pip line when the package is absent or too old to have the class.
     """
     try:
-        found = getattr(importlib.import_module(package), name)
+        with quiet_imports():
+            found = getattr(importlib.import_module(package), name)
         # Their reports of unused weights fill a screen; what matters there `load_network` turns into errors.
         messages = importlib.import_module(f"{package}.utils.logging")
         messages.set_verbosity_error()

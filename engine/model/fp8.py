@@ -18,6 +18,7 @@ from millrace.engine.config.precision import (
 )
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.quiet_imports import quiet_imports
 from millrace.kernels import fp8_linear
 from millrace.kernels.ops.fp8_linear import missing
 
@@ -69,8 +70,9 @@ def _torch(_recipe: str, device: torch.device) -> Callable[[nn.Linear], Multiply
 def _torchao(recipe: str, device: torch.device) -> Callable[[nn.Linear], Multiply]:
     """torchao's autograd function, which takes the weight as an argument; emulated where there is no GPU."""
     try:
-        from torchao.float8 import Float8LinearConfig
-        from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
+        with quiet_imports():
+            from torchao.float8 import Float8LinearConfig
+            from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
     except ImportError:
         raise UserError(
             f"precision.fp8.backend torchao is not installed: pip install {TORCHAO}, or take torch"
