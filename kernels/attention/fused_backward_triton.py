@@ -36,7 +36,7 @@ def _grad_q_tile(q, k, v, exists, grad_out, lse, delta, grad_q):
 
 
 @triton.jit
-def _grad_q_kernel(
+def rope_attention_bwd_dq_kernel(
     grad_out,
     qkv,
     text_kv,
@@ -125,7 +125,7 @@ def _grad_q_kernel(
 
 
 @triton.jit(do_not_specialize=["image_blocks"])
-def _grad_kv_kernel(
+def rope_attention_bwd_dkv_kernel(
     grad_out,
     qkv,
     text_kv,
@@ -257,7 +257,7 @@ def backward_triton(
     tiles = configuration(qkv).grad_q
     blocks = triton.cdiv(max_seqlen, tiles.queries)
     partial = torch.empty(samples, heads, blocks, dim, dtype=torch.float32, device=qkv.device)
-    _grad_q_kernel[(blocks, heads, samples)](
+    rope_attention_bwd_dq_kernel[(blocks, heads, samples)](
         *inputs,
         out,
         lse,
@@ -280,7 +280,7 @@ def backward_triton(
     image_blocks = triton.cdiv(max_seqlen, tiles.keys)
     blocks = image_blocks + triton.cdiv(max_seqlen_text, tiles.keys)
     partial = torch.empty(samples, heads, blocks, dim, dtype=torch.float32, device=qkv.device)
-    _grad_kv_kernel[(blocks, heads, samples)](
+    rope_attention_bwd_dkv_kernel[(blocks, heads, samples)](
         *inputs,
         lse,
         delta,
@@ -316,7 +316,9 @@ def configurations() -> list[Launch]:
                 forward.name.replace("forward", "backward"),
                 backward_triton,
                 arguments,
-                frozenset({"_grad_q_kernel", "_grad_kv_kernel"} if forward.wgmma else ()),
+                frozenset(
+                    {"rope_attention_bwd_dq_kernel", "rope_attention_bwd_dkv_kernel"} if forward.wgmma else ()
+                ),
             )
         )
     return launches

@@ -96,7 +96,7 @@ def _attend(q, k, v, exists, top, total, acc):
 
 
 @triton.jit
-def _forward_kernel(
+def rope_attention_fwd_kernel(
     qkv,
     text_kv,
     q_weight,
@@ -184,7 +184,7 @@ def forward_triton(
     out = torch.empty(total, heads, dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, total, dtype=torch.float32, device=qkv.device)
     tiles = configuration(qkv).forward
-    _forward_kernel[(triton.cdiv(max_seqlen, tiles.queries), heads, cu_seqlens.shape[0] - 1)](
+    rope_attention_fwd_kernel[(triton.cdiv(max_seqlen, tiles.queries), heads, cu_seqlens.shape[0] - 1)](
         qkv,
         text_kv,
         *(x.contiguous() for x in (q_weight, k_weight, text_k_weight, cos, sin, positions)),
@@ -214,7 +214,7 @@ def configurations() -> list[Launch]:
             f"fused forward, head_dim {dim}, {str(dtype).removeprefix('torch.')}",
             forward_triton,
             (*training_inputs(dim, dtype), 1024, 256, 1e-6, dim**-0.5),
-            frozenset(() if dtype == torch.float32 else {"_forward_kernel"}),
+            frozenset(() if dtype == torch.float32 else {"rope_attention_fwd_kernel"}),
         )
         for dim in (64, 128)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)

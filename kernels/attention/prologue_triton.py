@@ -44,7 +44,7 @@ def _sample(cu_seqlens, cu_seqlens_text, bound, bound_text, blocks, PADDED: tl.c
 
 
 @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks"])
-def _forward_kernel(
+def rope_attention_prologue_fwd_kernel(
     qkv,
     text_kv,
     q_weight,
@@ -122,7 +122,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks"])
-def _backward_kernel(
+def rope_attention_prologue_bwd_kernel(
     grad_q,
     grad_k,
     grad_v,
@@ -267,7 +267,7 @@ def forward_triton(
     shape, joint_shape = joint_shapes(qkv, text_kv, cu_seqlens, max_seqlen, max_seqlen_text, padded)
     q, k, v = (torch.empty(s, dtype=qkv.dtype, device=qkv.device) for s in (shape, joint_shape, joint_shape))
     grid, ends = _launch(qkv, cu_seqlens, max_seqlen, max_seqlen_text)
-    _forward_kernel[grid](
+    rope_attention_prologue_fwd_kernel[grid](
         qkv,
         text_kv,
         *(x.contiguous() for x in (q_weight, k_weight, text_k_weight, cos, sin, positions)),
@@ -311,7 +311,7 @@ def backward_triton(
     grid, ends = _launch(qkv, cu_seqlens, max_seqlen, max_seqlen_text)
     weights = q_weight, k_weight, text_k_weight
     partial = torch.empty(3, grid[0] * grid[1], qkv.shape[3], dtype=torch.float32, device=qkv.device)
-    _backward_kernel[grid](
+    rope_attention_prologue_bwd_kernel[grid](
         *grads,
         qkv,
         text_kv,

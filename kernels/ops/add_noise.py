@@ -49,7 +49,7 @@ def reference(
 if HAS_TRITON:
 
     @triton.jit
-    def _given_kernel(
+    def add_noise_fwd_kernel(
         clean,
         noise,
         t,
@@ -72,7 +72,7 @@ if HAS_TRITON:
             tl.store(noisy + start + place, (1.0 - time) * data + time * drawn, mask=inside)
 
     @triton.jit
-    def _drawn_kernel(
+    def add_noise_drawn_fwd_kernel(
         clean,
         keys,
         t,
@@ -121,7 +121,7 @@ def _given_triton(
 ) -> Tensor:
     clean, noise, t = clean.contiguous(), noise.contiguous(), t.contiguous()
     noisy, features = torch.empty_like(clean), clean.shape[1]
-    _given_kernel[_grid(clean, features, len(t), max_seqlen)](
+    add_noise_fwd_kernel[_grid(clean, features, len(t), max_seqlen)](
         clean, noise, t, cu_seqlens, noisy, FEATURES=features, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4
     )
     return noisy
@@ -139,7 +139,7 @@ def _drawn_triton(
     clean, keys, t = clean.contiguous(), keys.contiguous(), t.contiguous()
     noisy, noise = _drawn_fake(clean, keys, t, cu_seqlens, noise_scale, return_noise, max_seqlen)
     features = clean.shape[1]
-    _drawn_kernel[_grid(clean, -(-features // 4) * 4, len(t), max_seqlen)](
+    add_noise_drawn_fwd_kernel[_grid(clean, -(-features // 4) * 4, len(t), max_seqlen)](
         clean,
         keys,
         t,

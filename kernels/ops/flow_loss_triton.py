@@ -33,7 +33,7 @@ if HAS_TRITON:
             return 1.0, 1.0
 
     @triton.jit
-    def _forward_kernel(
+    def flow_loss_fwd_kernel(
         prediction,
         clean,
         noise,
@@ -96,7 +96,7 @@ if HAS_TRITON:
         tl.store(partial + at, tl.sum(error, 0))
 
     @triton.jit
-    def _mean_kernel(
+    def flow_loss_mean_fwd_kernel(
         partial,
         cu_seqlens,
         loss,
@@ -127,7 +127,7 @@ if HAS_TRITON:
         tl.store(loss, tl.div_rn(tl.sum(total, 0), elements))
 
     @triton.jit
-    def _backward_kernel(
+    def flow_loss_bwd_kernel(
         residual,
         grad_loss,
         grad_per_sample,
@@ -180,7 +180,7 @@ def forward_triton(
     residual = torch.empty_like(prediction)
     grid = _grid(residual, len(t), max_seqlen)
     partial = per_sample.new_empty(grid[1], grid[0])
-    _forward_kernel[grid](
+    flow_loss_fwd_kernel[grid](
         prediction,
         clean,
         noise,
@@ -198,7 +198,7 @@ def forward_triton(
         BLOCK=BLOCK,
         num_warps=4,
     )
-    _mean_kernel[(1,)](
+    flow_loss_mean_fwd_kernel[(1,)](
         partial,
         cu_seqlens,
         loss,
@@ -225,7 +225,7 @@ def backward_triton(
     max_seqlen: int | None,
 ) -> Tensor:
     grad, t = torch.empty_like(residual), t.contiguous()
-    _backward_kernel[_grid(residual, len(t), max_seqlen)](
+    flow_loss_bwd_kernel[_grid(residual, len(t), max_seqlen)](
         residual,
         grad_loss,
         grad_per_sample,

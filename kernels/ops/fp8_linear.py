@@ -106,7 +106,7 @@ if HAS_TRITON:
         return (value + steps) - steps
 
     @triton.jit
-    def _amax_kernel(x, amax, rows, columns, stride, TILE: tl.constexpr):
+    def fp8_linear_amax_kernel(x, amax, rows, columns, stride, TILE: tl.constexpr):
         _, _, at, inside = _tile(rows, columns, stride, TILE)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         # Bits of magnitudes are ordered as the magnitudes, NaN above all: a comparison of floats would lose
@@ -115,7 +115,7 @@ if HAS_TRITON:
         tl.atomic_max(amax, tl.max(tl.max(bits, 1), 0))
 
     @triton.jit
-    def _cast_kernel(
+    def fp8_linear_cast_kernel(
         x,
         amax,
         unit,
@@ -162,7 +162,7 @@ def _amax_triton(x: Tensor) -> Tensor:
     bits = torch.zeros((), dtype=torch.int32, device=x.device)
     if x.numel():
         grid = (_tiles(rows) * _tiles(columns),)
-        _amax_kernel[grid](x, bits, rows, columns, x.stride(0), TILE=TILE, num_warps=WARPS)
+        fp8_linear_amax_kernel[grid](x, bits, rows, columns, x.stride(0), TILE=TILE, num_warps=WARPS)
     return bits.view(torch.float32)
 
 
@@ -175,7 +175,7 @@ def _cast_triton(
     if not x.numel():
         return _cast_eager(x, amax, gradient, straight, turned)
     relative, smallest = _GRID[_format(gradient)]
-    _cast_kernel[(_tiles(rows) * _tiles(columns),)](
+    fp8_linear_cast_kernel[(_tiles(rows) * _tiles(columns),)](
         x,
         amax,
         outputs[2],

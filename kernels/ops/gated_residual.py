@@ -51,7 +51,7 @@ def reference(
 if HAS_TRITON:
 
     @triton.jit
-    def _forward_kernel(
+    def gated_residual_fwd_kernel(
         x,
         branch,
         gate,
@@ -76,7 +76,7 @@ if HAS_TRITON:
             tl.store(out + row * WIDTH + column, value + factor * added, mask=inside)
 
     @triton.jit
-    def _backward_kernel(
+    def gated_residual_bwd_kernel(
         grad,
         branch,
         gate,
@@ -112,7 +112,7 @@ def _forward_triton(
     x, branch, gate = unit_stride(x), unit_stride(branch), unit_stride(gate)
     out = _forward_fake(x, branch, gate, cu_seqlens, max_seqlen)
     launch = row_launch(*x.shape, len(gate), max_seqlen)
-    _forward_kernel[launch.grid](
+    gated_residual_fwd_kernel[launch.grid](
         x,
         branch,
         gate,
@@ -137,7 +137,7 @@ def _backward_triton(
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     launch = row_launch(total, width, samples, max_seqlen)
     partial = partial_sums(1, launch, width, grad.device)
-    _backward_kernel[launch.grid](
+    gated_residual_bwd_kernel[launch.grid](
         grad,
         branch,
         gate,

@@ -26,7 +26,7 @@ if HAS_TRITON:
     )
 
     @triton.jit
-    def _forward_kernel(
+    def gated_residual_norm_modulate_fwd_kernel(
         x,
         branch,
         gate,
@@ -66,7 +66,7 @@ if HAS_TRITON:
             tl.store(rstd + row, row_rstd)
 
     @triton.jit
-    def _backward_kernel(
+    def gated_residual_norm_modulate_bwd_kernel(
         grad_out,
         grad_y,
         out,
@@ -132,7 +132,7 @@ def forward_triton(
     gate, shift, scale = unit_stride(gate), unit_stride(shift), unit_stride(scale)
     out, y, mean, rstd = forward_fake(x, branch, gate, shift, scale, cu_seqlens, eps, max_seqlen)
     launch = row_launch(*x.shape, len(gate), max_seqlen)
-    _forward_kernel[launch.grid](
+    gated_residual_norm_modulate_fwd_kernel[launch.grid](
         x,
         branch,
         gate,
@@ -175,7 +175,7 @@ def backward_triton(
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     launch = row_launch(*out.shape, len(gate), max_seqlen)
     partial = partial_sums(3, launch, out.shape[1], out.device)
-    _backward_kernel[launch.grid](
+    gated_residual_norm_modulate_bwd_kernel[launch.grid](
         grad_out,
         grad_y,
         out,

@@ -60,7 +60,7 @@ def reference(
 if HAS_TRITON:
 
     @triton.jit
-    def _forward_kernel(out, update, shift, index, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    def gather_fuse_fwd_kernel(out, update, shift, index, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         # Program (k, block of columns): out[index[k]] += update[k] - shift, in place.
         k = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -72,7 +72,7 @@ if HAS_TRITON:
         tl.store(here, value, mask=inside)
 
     @triton.jit(do_not_specialize=["total"])
-    def _backward_kernel(
+    def gather_fuse_bwd_kernel(
         grad,
         place,
         kept,
@@ -118,7 +118,7 @@ def _add_rows_triton(out: Tensor, update: Tensor, shift: Tensor, index: Tensor) 
     block = min(COLUMNS, triton.next_power_of_2(width))
     if kept:
         grid = (kept, triton.cdiv(width, block))
-        _forward_kernel[grid](out, update, shift, index, WIDTH=width, BLOCK=block, num_warps=4)
+        gather_fuse_fwd_kernel[grid](out, update, shift, index, WIDTH=width, BLOCK=block, num_warps=4)
 
 
 def _add_rows_eager(out: Tensor, update: Tensor, shift: Tensor, index: Tensor) -> None:
@@ -136,7 +136,7 @@ def _split_rows_triton(grad: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Ten
     partial = torch.empty(runs, 2, width, dtype=torch.float32, device=grad.device)
     if runs:
         grid = (runs, triton.cdiv(width, BLOCK))
-        _backward_kernel[grid](
+        gather_fuse_bwd_kernel[grid](
             grad, place, rows, partial, total, WIDTH=width, ROWS=ROWS, TILE=TILE, BLOCK=BLOCK, num_warps=4
         )
     of_kept, of_masked = partial.sum(0)

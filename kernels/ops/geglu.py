@@ -66,7 +66,7 @@ if HAS_TRITON:
         return row, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
 
     @triton.jit
-    def _forward_kernel(gate_up, y, stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    def geglu_fwd_kernel(gate_up, y, stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
         row, column = _block_of_row(HIDDEN, BLOCK)
         inside = column < HIDDEN
         at = gate_up + row * stride + column
@@ -76,7 +76,7 @@ if HAS_TRITON:
         tl.store(y + row * HIDDEN + column, activation * up, mask=inside)
 
     @triton.jit
-    def _backward_kernel(
+    def geglu_bwd_kernel(
         grad_y, gate_up, grad_gate_up, grad_stride, stride, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
     ):
         row, column = _block_of_row(HIDDEN, BLOCK)
@@ -97,7 +97,7 @@ def _forward_triton(gate_up: Tensor) -> Tensor:
     tokens, hidden = y.shape
     if y.numel():
         grid = (tokens * -(-hidden // BLOCK),)
-        _forward_kernel[grid](gate_up, y, gate_up.stride(0), HIDDEN=hidden, BLOCK=BLOCK, num_warps=WARPS)
+        geglu_fwd_kernel[grid](gate_up, y, gate_up.stride(0), HIDDEN=hidden, BLOCK=BLOCK, num_warps=WARPS)
     return y
 
 
@@ -106,7 +106,7 @@ def _backward_triton(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     grad_gate_up = _backward_fake(grad_y, gate_up)
     tokens, hidden = grad_y.shape
     if grad_y.numel():
-        _backward_kernel[(tokens * -(-hidden // BLOCK),)](
+        geglu_bwd_kernel[(tokens * -(-hidden // BLOCK),)](
             grad_y,
             gate_up,
             grad_gate_up,

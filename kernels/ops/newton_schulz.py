@@ -58,7 +58,7 @@ def reference(
 if HAS_TRITON:
 
     @triton.jit
-    def _symmetric_kernel(
+    def newton_schulz_fwd_kernel(
         x,
         base,
         out,
@@ -121,7 +121,7 @@ def _symmetric_triton(x: Tensor, base: Tensor | None, alpha: float, beta: float)
     out = _symmetric_fake(x, base, alpha, beta)
     blocks = -(-rows // TILE)
     tiles = blocks * (blocks + 1) // 2
-    _symmetric_kernel[(count * tiles,)](
+    newton_schulz_fwd_kernel[(count * tiles,)](
         x,
         base,
         out,
@@ -224,7 +224,7 @@ def newton_schulz(
 
 def configurations() -> Iterator[Launch]:
     """A square projection at width 1792; every other matrix of PRX gives the same kernels."""
-    wgmma = frozenset({"_symmetric_kernel"})
+    wgmma = frozenset({"newton_schulz_fwd_kernel"})
     for dtype in (torch.bfloat16, torch.float16):
         x = meta(4, 1792, 1792, dtype=dtype)
         yield Launch(f"product {dtype}", _symmetric_triton, (x, None, 1.0, 1.0), wgmma)

@@ -66,7 +66,7 @@ def reference(
 if HAS_TRITON:
 
     @triton.jit
-    def _forward_kernel(
+    def norm_modulate_fwd_kernel(
         x,
         shift,
         scale,
@@ -97,7 +97,7 @@ if HAS_TRITON:
             tl.store(rstd + row, row_rstd)
 
     @triton.jit
-    def _backward_kernel(
+    def norm_modulate_bwd_kernel(
         grad_y,
         x,
         scale,
@@ -143,7 +143,7 @@ def _forward_triton(
     (total, width), samples = x.shape, len(shift)
     y, mean, rstd = _forward_fake(x, shift, scale, cu_seqlens, eps, max_seqlen)
     launch = row_launch(total, width, samples, max_seqlen)
-    _forward_kernel[launch.grid](
+    norm_modulate_fwd_kernel[launch.grid](
         x,
         shift,
         scale,
@@ -177,7 +177,7 @@ def _backward_triton(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch = row_launch(total, width, samples, max_seqlen)
     partial = partial_sums(2, launch, width, x.device)
-    _backward_kernel[launch.grid](
+    norm_modulate_bwd_kernel[launch.grid](
         grad_y,
         x,
         scale,

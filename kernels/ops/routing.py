@@ -43,7 +43,7 @@ __all__ = ["Route", "gather_tokens", "kept_tokens", "sample_route", "scatter_tok
 if HAS_TRITON:
 
     @triton.jit(do_not_specialize=["rows"])
-    def _copy_rows_kernel(
+    def copy_rows_kernel(
         source,
         target,
         index,
@@ -70,7 +70,7 @@ def _copy_rows(source: Tensor, target: Tensor, index: Tensor, gather: bool) -> N
     block = min(triton.next_power_of_2(width), 256)
     grid = (triton.cdiv(rows, 16), triton.cdiv(width, block))
     if rows and width:
-        _copy_rows_kernel[grid](
+        copy_rows_kernel[grid](
             source,
             target,
             index,

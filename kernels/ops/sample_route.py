@@ -94,7 +94,7 @@ if HAS_TRITON:
         return rank < count
 
     @triton.jit
-    def _route_kernel(
+    def sample_route_fwd_kernel(
         keys,
         cu_seqlens,
         kept_offsets,
@@ -122,7 +122,7 @@ if HAS_TRITON:
             place += tl.sum(keep.to(tl.int32), 0)
 
     @triton.jit
-    def _group_route_kernel(
+    def sample_route_structured_fwd_kernel(
         keys,
         cu_seqlens,
         kept_offsets,
@@ -162,9 +162,9 @@ def _route_triton(
     if edge:
         per_group, block = counts[0] * edge * edge // longest, min(block, 2048)
         arguments, constants = (columns, per_group), {"EDGE": edge, "BLOCK": block}
-        kernel = _group_route_kernel
+        kernel = sample_route_structured_fwd_kernel
     else:
-        kernel, arguments, constants = _route_kernel, (), {"BLOCK": block, "TILE": min(block, 2048)}
+        kernel, arguments, constants = sample_route_fwd_kernel, (), {"BLOCK": block, "TILE": min(block, 2048)}
     warps = min(max(block // 512, 1), 16)
     kernel[(len(lengths),)](keys, cu_seqlens, kept_offsets, index, *arguments, **constants, num_warps=warps)
     return index

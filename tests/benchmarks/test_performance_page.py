@@ -307,7 +307,7 @@ def test_traffic_and_its_roofline():
 def test_compiled_kernels_show_the_most_that_any_launch_takes():
     kernel = {
         "file": "geglu",
-        "kernel": "_forward_kernel",
+        "kernel": "geglu_fwd_kernel",
         "architecture": 90,
         "registers": 40,
         "spill_bytes": 0,
@@ -324,7 +324,7 @@ def test_compiled_kernels_show_the_most_that_any_launch_takes():
         "file": "resources.json",
     }
     text = performance_page.page([result])
-    assert "| `geglu` | `_forward_kernel` | 90 | 2 | 64 | 0 | 3.0 | wgmma |" in text
+    assert "| `geglu` | `geglu_fwd_kernel` | 90 | 2 | 64 | 0 | 3.0 | wgmma |" in text
     assert "triton 3.7.1, ptxas 12.8" in text
 
 

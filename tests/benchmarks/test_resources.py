@@ -31,13 +31,13 @@ def test_writes_the_same_file_every_time(tmp_path, capsys):
     content = json.loads(first)
     assert set(content["versions"]) == {"triton", "ptxas"}
     assert {row["architecture"] for row in content["kernels"]} == {80, 90}
-    assert {row["kernel"] for row in content["kernels"]} == {"_forward_kernel", "_backward_kernel"}
+    assert {row["kernel"] for row in content["kernels"]} == {"geglu_fwd_kernel", "geglu_bwd_kernel"}
     for row in content["kernels"]:
         assert 0 < row["registers"] <= 255
         assert row["spill_bytes"] == 0
     table = capsys.readouterr().out
     assert table.count("geglu: backward") == 2 * sum(
-        r["kernel"] == "_backward_kernel" for r in content["kernels"]
+        r["kernel"] == "geglu_bwd_kernel" for r in content["kernels"]
     )
 
 
@@ -45,11 +45,11 @@ def test_writes_the_same_file_every_time(tmp_path, capsys):
 def test_fails_on_a_kernel_that_does_not_fit(monkeypatch, tmp_path, capsys):
     geglu = importlib.import_module("millrace.kernels.ops.geglu")
     gate_up = torch.empty(8, 128, device="meta")
-    launch = Launch("needs wgmma", geglu._forward_triton, (gate_up,), frozenset({"_forward_kernel"}))
+    launch = Launch("needs wgmma", geglu._forward_triton, (gate_up,), frozenset({"geglu_fwd_kernel"}))
     monkeypatch.setattr(resources, "launches", lambda: iter([("geglu", launch)]))
     output = tmp_path / "resources.json"
     assert resources.main(["--output", str(output)]) == 1
-    assert "geglu: needs wgmma: _forward_kernel for sm_90 does not use wgmma" in capsys.readouterr().err
+    assert "geglu: needs wgmma: geglu_fwd_kernel for sm_90 does not use wgmma" in capsys.readouterr().err
     assert len(json.loads(output.read_text())["kernels"]) == 2
 
 

@@ -25,7 +25,7 @@ Event = timeline.Event
         (["millrace::geglu", "aten::mul"], "", "fused kernels"),
         (["millrace::gather_fuse", "aten::addmm"], "", "GEMM"),
         (["millrace::gather_fuse"], "nvjet_tst_128x256", "GEMM"),
-        (["millrace::gated_residual"], "_forward_kernel", "fused kernels"),
+        (["millrace::gated_residual"], "gated_residual_fwd_kernel", "fused kernels"),
         (["CompiledFunction"], "triton_poi_fused_add_0", "fused kernels"),
         (["aten::copy_"], "", "other operators"),
         ([], "sm90_xmma_gemm_bf16", "GEMM"),
@@ -82,7 +82,7 @@ def test_on_a_gpu_kernels_count_by_the_operator_that_launched_them():
     device = [
         Event("nvjet", 300, 500, 20, number=7),
         Event("ncclDevKernel", 400, 700, 21, number=8),
-        Event("_forward_kernel", 650, 800, 20, number=9),
+        Event("gated_residual_fwd_kernel", 650, 800, 20, number=9),
         Event("gemm_of_unknown_origin", 900, 1100, 20, number=99),
     ]
     length, spans = timeline.attribute(host, device)
