@@ -222,7 +222,7 @@ def _sums(vectors: int) -> Callable[..., list[Cost]]:
 
 def _prologue_sums(_grad: Tensor, *rest: Any) -> list[Cost]:
     """Sums of the three norms' weights, one a tile and group of heads, added up and cast."""
-    from millrace.kernels.attention.prologue_triton import HEADS, TILE
+    from millrace.kernels.attention.prologue import HEADS, TILE
 
     qkv, offsets, bounds = rest[2], rest[-5], rest[-4:-2]
     heads, dim = qkv.shape[2:]

@@ -1,4 +1,4 @@
-"""What lies between the QKV projection and attention, in one pass over the data.
+"""Prologue of attention: qk-norm, RoPE and the joining of image and text keys, in one pass over the data.
 
     q, k   = RoPE(RMSNorm(q)), RoPE(RMSNorm(k))      per head, image tokens, at their positions
     k_text = RMSNorm(k_text)                          text tokens carry no position
@@ -8,6 +8,11 @@ Keys and values are written where attention wants them, in one of the layouts of
 
 Saved for backward: the inputs alone, which the projections' outputs keep alive anyway. The norms' factors
 are recomputed: one row's sum of squares costs less than writing and reading it back.
+
+The kernels: a program owns a few heads of ROWS image tokens, or of ROWS text tokens, of one sample. The
+offsets of the sample say where its rows come from and where they go, so nothing is searched, and no index is
+read. Of n image and m text tokens where N and M have room, the free rows of the padded layout (n + m to
+N + M) are filled by slots that have no token: image slot i with row M + i, text slot j with row n + j.
 """
 
 from typing import Any
@@ -17,16 +22,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.attention.layout import Joint, PaddedRows, joint_shapes, packed_rows
-from millrace.kernels.support.packed import sample_slices
+from millrace.kernels.support.compilation import (
+    Launch,
+    meta,
+)
+from millrace.kernels.support.packed import sample_slices, unit_stride
 from millrace.kernels.support.registration import (
     HAS_TRITON,
     register,
 )
 
 if HAS_TRITON:
-    from millrace.kernels.attention.prologue_triton import backward_triton, forward_triton
-else:
-    forward_triton = backward_triton = None
+    import triton
+    import triton.language as tl
+
+    from millrace.kernels.attention.tiles import norm, norm_backward, rotate, tile_angles, training_inputs
+
+
+TILE = 2048
+"""Elements of a (ROWS, D) tile: 16 a thread for four warps."""
+
+
+HEADS = 4
+"""Heads of a program: they share one tile of the RoPE table."""
 
 
 def forward_eager(
@@ -176,6 +194,316 @@ def _norm_backward(
     return grad_weight
 
 
+if HAS_TRITON:
+
+    @triton.jit
+    def _sample(cu_seqlens, cu_seqlens_text, bound, bound_text, blocks, PADDED: tl.constexpr):
+        """Offsets and lengths of this program's sample, and the rows where its queries and its keys begin."""
+        sample = (tl.program_id(0) // blocks).to(tl.int64)
+        first = tl.load(cu_seqlens + sample).to(tl.int64)
+        length = tl.load(cu_seqlens + sample + 1).to(tl.int64) - first
+        first_text = tl.load(cu_seqlens_text + sample).to(tl.int64)
+        length_text = tl.load(cu_seqlens_text + sample + 1).to(tl.int64) - first_text
+        if PADDED:
+            queries, keys = sample * bound, sample * (bound + bound_text)
+        else:
+            queries, keys = first, first + first_text
+        return first, length, first_text, length_text, queries, keys
+
+    @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks"])
+    def rope_attention_prologue_fwd_kernel(
+        qkv,
+        text_kv,
+        q_weight,
+        k_weight,
+        text_k_weight,
+        cos,
+        sin,
+        positions,
+        cu_seqlens,
+        cu_seqlens_text,
+        q,
+        k,
+        v,
+        row_stride,
+        part_stride,
+        head_stride,
+        text_row_stride,
+        text_part_stride,
+        text_head_stride,
+        bound,
+        bound_text,
+        blocks,
+        image_blocks,
+        eps,
+        NUM_HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+        GROUP: tl.constexpr,
+        PADDED: tl.constexpr,
+    ):
+        first, length, first_text, length_text, queries, keys = _sample(
+            cu_seqlens, cu_seqlens_text, bound, bound_text, blocks, PADDED
+        )
+        block = tl.program_id(0) % blocks
+        first_head = tl.program_id(1) * GROUP
+        end_head = tl.minimum(first_head + GROUP, NUM_HEADS)
+        d = tl.arange(0, BLOCK)
+        inside = d < DIM
+        if block < image_blocks:
+            slot = block * ROWS + tl.arange(0, ROWS)
+            owned = (slot < length)[:, None] & inside[None, :]
+            written = ((slot < bound)[:, None] & inside[None, :]) if PADDED else owned
+            q_gain = tl.load(q_weight + d, mask=inside, other=0.0).to(tl.float32)
+            k_gain = tl.load(k_weight + d, mask=inside, other=0.0).to(tl.float32)
+            cosine, sine = tile_angles(cos, sin, positions + first, slot, slot < length, DIM, BLOCK)
+            source = qkv + (first + slot)[:, None] * row_stride + d[None, :]
+            to_query = (queries + slot)[:, None] * (NUM_HEADS * DIM) + d[None, :]
+            row = keys + tl.where(slot < length, slot, bound_text + slot)
+            to_key = row[:, None] * (NUM_HEADS * DIM) + d[None, :]
+            for head in range(first_head, end_head):
+                at = source + head * head_stride
+                query = tl.load(at, mask=owned, other=0.0).to(tl.float32)
+                key = tl.load(at + part_stride, mask=owned, other=0.0).to(tl.float32)
+                value = tl.load(at + 2 * part_stride, mask=owned, other=0.0)
+                query = rotate(norm(query, q_gain, eps, DIM), cosine, sine)
+                key = rotate(norm(key, k_gain, eps, DIM), cosine, sine)
+                tl.store(q + to_query + head * DIM, query, mask=written)
+                tl.store(k + to_key + head * DIM, key, mask=written)
+                tl.store(v + to_key + head * DIM, value, mask=written)
+        else:
+            slot = (block - image_blocks) * ROWS + tl.arange(0, ROWS)
+            owned = (slot < length_text)[:, None] & inside[None, :]
+            written = ((slot < bound_text)[:, None] & inside[None, :]) if PADDED else owned
+            gain = tl.load(text_k_weight + d, mask=inside, other=0.0).to(tl.float32)
+            source = text_kv + (first_text + slot)[:, None] * text_row_stride + d[None, :]
+            to_key = (keys + length + slot)[:, None] * (NUM_HEADS * DIM) + d[None, :]
+            for head in range(first_head, end_head):
+                at = source + head * text_head_stride
+                key = tl.load(at, mask=owned, other=0.0).to(tl.float32)
+                value = tl.load(at + text_part_stride, mask=owned, other=0.0)
+                key = norm(key, gain, eps, DIM)
+                tl.store(k + to_key + head * DIM, key, mask=written)
+                tl.store(v + to_key + head * DIM, value, mask=written)
+
+    @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks"])
+    def rope_attention_prologue_bwd_kernel(
+        grad_q,
+        grad_k,
+        grad_v,
+        qkv,
+        text_kv,
+        q_weight,
+        k_weight,
+        text_k_weight,
+        cos,
+        sin,
+        positions,
+        cu_seqlens,
+        cu_seqlens_text,
+        grad_qkv,
+        grad_text,
+        partial,
+        row_stride,
+        part_stride,
+        head_stride,
+        text_row_stride,
+        text_part_stride,
+        text_head_stride,
+        q_row_stride,
+        q_head_stride,
+        k_row_stride,
+        k_head_stride,
+        v_row_stride,
+        v_head_stride,
+        partial_stride,
+        bound,
+        bound_text,
+        blocks,
+        image_blocks,
+        eps,
+        NUM_HEADS: tl.constexpr,
+        DIM: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+        GROUP: tl.constexpr,
+        PADDED: tl.constexpr,
+    ):
+        first, length, first_text, length_text, queries, keys = _sample(
+            cu_seqlens, cu_seqlens_text, bound, bound_text, blocks, PADDED
+        )
+        block = tl.program_id(0) % blocks
+        first_head = tl.program_id(1) * GROUP
+        end_head = tl.minimum(first_head + GROUP, NUM_HEADS)
+        d = tl.arange(0, BLOCK)
+        inside = d < DIM
+        q_sum = tl.zeros((BLOCK,), tl.float32)
+        k_sum = tl.zeros((BLOCK,), tl.float32)
+        text_sum = tl.zeros((BLOCK,), tl.float32)
+        if block < image_blocks:
+            slot = block * ROWS + tl.arange(0, ROWS)
+            owned = (slot < length)[:, None] & inside[None, :]
+            q_gain = tl.load(q_weight + d, mask=inside, other=0.0).to(tl.float32)
+            k_gain = tl.load(k_weight + d, mask=inside, other=0.0).to(tl.float32)
+            cosine, sine = tile_angles(cos, sin, positions + first, slot, slot < length, DIM, BLOCK)
+            source = qkv + (first + slot)[:, None] * row_stride + d[None, :]
+            target = grad_qkv + (first + slot)[:, None] * (3 * NUM_HEADS * DIM) + d[None, :]
+            from_query = grad_q + (queries + slot)[:, None] * q_row_stride + d[None, :]
+            from_key = grad_k + (keys + slot)[:, None] * k_row_stride + d[None, :]
+            from_value = grad_v + (keys + slot)[:, None] * v_row_stride + d[None, :]
+            for head in range(first_head, end_head):
+                x = tl.load(source + head * head_stride, mask=owned, other=0.0).to(tl.float32)
+                grad = tl.load(from_query + head * q_head_stride, mask=owned, other=0.0).to(tl.float32)
+                grad, gain_sum = norm_backward(x, rotate(grad, cosine, -sine), q_gain, eps, DIM)
+                q_sum += gain_sum
+                tl.store(target + head * DIM, grad, mask=owned)
+                x = tl.load(source + part_stride + head * head_stride, mask=owned, other=0.0).to(tl.float32)
+                grad = tl.load(from_key + head * k_head_stride, mask=owned, other=0.0).to(tl.float32)
+                grad, gain_sum = norm_backward(x, rotate(grad, cosine, -sine), k_gain, eps, DIM)
+                k_sum += gain_sum
+                tl.store(target + (NUM_HEADS + head) * DIM, grad, mask=owned)
+                grad = tl.load(from_value + head * v_head_stride, mask=owned, other=0.0)
+                tl.store(target + (2 * NUM_HEADS + head) * DIM, grad, mask=owned)
+        else:
+            slot = (block - image_blocks) * ROWS + tl.arange(0, ROWS)
+            owned = (slot < length_text)[:, None] & inside[None, :]
+            attended = owned & (length > 0)  # no query has read the text of an empty sample
+            gain = tl.load(text_k_weight + d, mask=inside, other=0.0).to(tl.float32)
+            source = text_kv + (first_text + slot)[:, None] * text_row_stride + d[None, :]
+            target = grad_text + (first_text + slot)[:, None] * (2 * NUM_HEADS * DIM) + d[None, :]
+            from_key = grad_k + (keys + length + slot)[:, None] * k_row_stride + d[None, :]
+            from_value = grad_v + (keys + length + slot)[:, None] * v_row_stride + d[None, :]
+            for head in range(first_head, end_head):
+                x = tl.load(source + head * text_head_stride, mask=owned, other=0.0).to(tl.float32)
+                grad = tl.load(from_key + head * k_head_stride, mask=attended, other=0.0).to(tl.float32)
+                grad, gain_sum = norm_backward(x, grad, gain, eps, DIM)
+                text_sum += gain_sum
+                tl.store(target + head * DIM, grad, mask=owned)
+                grad = tl.load(from_value + head * v_head_stride, mask=attended, other=0.0)
+                tl.store(target + (NUM_HEADS + head) * DIM, grad, mask=owned)
+        at = partial + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * DIM + d
+        tl.store(at, q_sum, mask=inside)
+        tl.store(at + partial_stride, k_sum, mask=inside)
+        tl.store(at + 2 * partial_stride, text_sum, mask=inside)
+
+
+def _launch(
+    qkv: Tensor, cu_seqlens: Tensor, bound: int, bound_text: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid, and the arguments that both kernels end with."""
+    _, _, heads, dim = qkv.shape
+    block = triton.next_power_of_2(dim)
+    rows = max(TILE // block, 1)
+    image_blocks = triton.cdiv(bound, rows)
+    blocks = image_blocks + triton.cdiv(bound_text, rows)
+    ends = {
+        "bound": bound,
+        "bound_text": bound_text,
+        "blocks": blocks,
+        "image_blocks": image_blocks,
+        "NUM_HEADS": heads,
+        "DIM": dim,
+        "BLOCK": block,
+        "ROWS": rows,
+        "GROUP": HEADS,
+        "num_warps": 4,
+    }
+    return ((cu_seqlens.shape[0] - 1) * blocks, triton.cdiv(heads, HEADS)), ends
+
+
+def forward_triton(
+    qkv: Tensor,
+    text_kv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_text: Tensor,
+    max_seqlen: int,
+    max_seqlen_text: int,
+    padded: bool,
+    eps: float,
+) -> Joint:
+    """Launch the forward kernel."""
+    qkv, text_kv = unit_stride(qkv), unit_stride(text_kv)
+    shape, joint_shape = joint_shapes(qkv, text_kv, cu_seqlens, max_seqlen, max_seqlen_text, padded)
+    q, k, v = (torch.empty(s, dtype=qkv.dtype, device=qkv.device) for s in (shape, joint_shape, joint_shape))
+    grid, ends = _launch(qkv, cu_seqlens, max_seqlen, max_seqlen_text)
+    rope_attention_prologue_fwd_kernel[grid](
+        qkv,
+        text_kv,
+        *(x.contiguous() for x in (q_weight, k_weight, text_k_weight, cos, sin, positions)),
+        cu_seqlens,
+        cu_seqlens_text,
+        q,
+        k,
+        v,
+        *qkv.stride()[:3],
+        *text_kv.stride()[:3],
+        eps=eps,
+        PADDED=padded,
+        **ends,
+    )
+    return q, k, v
+
+
+def backward_triton(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    qkv: Tensor,
+    text_kv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    text_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_text: Tensor,
+    max_seqlen: int,
+    max_seqlen_text: int,
+    padded: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernel, then add up the programs' sums for the weights."""
+    qkv, text_kv = unit_stride(qkv), unit_stride(text_kv)
+    grads = [_rows(grad) for grad in (grad_q, grad_k, grad_v)]
+    grad_qkv, grad_text = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (qkv, text_kv))
+    grid, ends = _launch(qkv, cu_seqlens, max_seqlen, max_seqlen_text)
+    weights = q_weight, k_weight, text_k_weight
+    partial = torch.empty(3, grid[0] * grid[1], qkv.shape[3], dtype=torch.float32, device=qkv.device)
+    rope_attention_prologue_bwd_kernel[grid](
+        *grads,
+        qkv,
+        text_kv,
+        *(x.contiguous() for x in (*weights, cos, sin, positions)),
+        cu_seqlens,
+        cu_seqlens_text,
+        grad_qkv,
+        grad_text,
+        partial,
+        *qkv.stride()[:3],
+        *text_kv.stride()[:3],
+        *(stride for grad in grads for stride in grad.stride()[:2]),
+        partial.stride(0),
+        eps=eps,
+        PADDED=padded,
+        **ends,
+    )
+    sums = [part.sum(0) for part in partial]
+    return grad_qkv, grad_text, *(g.to(w.dtype) for g, w in zip(sums, weights, strict=True))
+
+
+def _rows(grad: Tensor) -> Tensor:
+    """(rows, H, D) of a packed or padded gradient; a view where the attention left rows of equal distance."""
+    return unit_stride(grad.flatten(0, 1) if grad.dim() == 4 else grad)
+
+
 def _forward_fake(qkv: Tensor, text_kv: Tensor, *rest: Any) -> Joint:
     *_, cu_seqlens, _, max_seqlen, max_seqlen_text, padded, _ = rest
     shape, joint_shape = joint_shapes(qkv, text_kv, cu_seqlens, max_seqlen, max_seqlen_text, padded)
@@ -193,12 +521,16 @@ _INPUTS = (
     "Tensor sin, Tensor positions, Tensor cu_seqlens, Tensor cu_seqlens_text, SymInt max_seqlen, "
     "SymInt max_seqlen_text, bool padded, float eps"
 )
+
+
 _forward = register(
     f"rope_attention_prologue({_INPUTS}) -> (Tensor, Tensor, Tensor)",
     eager=forward_eager,
     triton=forward_triton,
     fake=_forward_fake,
 )
+
+
 _backward = register(
     f"rope_attention_prologue_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, {_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -260,3 +592,23 @@ def prologue(
         padded,
         eps,
     )
+
+
+def configurations() -> list[Launch]:
+    """The launches of training, for ahead-of-time compilation."""
+    launches = []
+    for dim in (64, 128):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            inputs = training_inputs(dim, dtype)
+            for padded in (False, True):
+                arguments = *inputs, 1024, 256, padded, 1e-6
+                shapes = joint_shapes(inputs[0], inputs[1], inputs[8], 1024, 256, padded)
+                grads = (meta(*shape, dtype=dtype) for shape in (shapes[0], shapes[1], shapes[1]))
+                kind = (
+                    f"head_dim {dim}, {str(dtype).removeprefix('torch.')}, {'padded' if padded else 'packed'}"
+                )
+                launches += [
+                    Launch(f"prologue forward, {kind}", forward_triton, arguments),
+                    Launch(f"prologue backward, {kind}", backward_triton, (*grads, *arguments)),
+                ]
+    return launches

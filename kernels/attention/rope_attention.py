@@ -11,8 +11,8 @@ are FP32.
 
 Two designs stand behind one function. `attention/prologue.py` writes normalised, rotated and joined q, k, v
 in one pass, and a library's attention reads them: the fastest where cuDNN or FlashAttention-3 runs.
-`attention/fused.py` normalises and rotates inside the attention kernels, so that nothing but the output and
-one number a row is written or saved: the least memory, about q, k and v of every block less.
+`attention/fused_attention.py` normalises and rotates inside the attention kernels, so that nothing but the
+output and one number a row is written or saved: the least memory, about q, k and v of every block less.
 """
 
 from typing import Literal
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from millrace.kernels.attention import backends
 from millrace.kernels.attention.backends import Inputs
-from millrace.kernels.attention.fused import fused_attention
+from millrace.kernels.attention.fused_attention import fused_attention
 from millrace.kernels.support.checks import (
     expect_offsets,
     expect_shape,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from millrace.kernels.attention.fused import fused_attention
+from millrace.kernels.attention.fused_attention import fused_attention
 from millrace.kernels.support.registration import uses_triton
 
 LENGTHS, TEXT_LENGTHS, HEADS = (3, 0, 18), (2, 5, 1), 2
