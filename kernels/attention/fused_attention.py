@@ -210,7 +210,9 @@ if HAS_TRITON:
     @triton.jit
     def _attend(q, k, v, valid, m_i, l_i, acc):
         """One tile of keys: online softmax. m_i is the largest logit so far, l_i the sum of exponentials."""
+        # ieee: FP32 operands would be rounded to TF32 otherwise; 16-bit products are not touched by it.
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        # Keys beyond the sample would weigh exp2(0 - m_i), not nothing.
         s = tl.where(valid[None, :], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1))
         p = tl.exp2(s - m_new[:, None])
@@ -283,6 +285,7 @@ if HAS_TRITON:
             )
 
         o_ptrs = o_ptr + ((first + offs_m) * NUM_HEADS + head)[:, None] * DIM + offs_d[None, :]
+        # A sample has an image token, so l_i is never 0 for a row that is stored.
         tl.store(o_ptrs, acc / l_i[:, None], mask=(offs_m < length)[:, None])
         tl.store(
             lse_ptr + head * lse_stride + first + offs_m, (m_i + tl.log2(l_i)) * LN_2, mask=offs_m < length
@@ -336,6 +339,7 @@ if HAS_TRITON:
         offs_d = tl.arange(0, DIM)
         program = (tl.program_id(2).to(tl.int64) * NUM_HEADS + head) * tl.num_programs(0) + tl.program_id(0)
         if tl.program_id(0) * BLOCK_M >= length:
+            # Every program's sums are added up afterwards, so one without rows writes zeros.
             tl.store(partial + program * DIM + offs_d, tl.zeros((DIM,), tl.float32))
             return
         dtype = qkv.dtype.element_ty

@@ -1,5 +1,6 @@
-"""Where queries and joint keys lie between the prologue and attention. N and M bound the lengths of a
-sample's image and text.
+"""Layouts of queries and joint keys between the prologue and attention.
+
+N and M bound the lengths of a sample's image and text.
 
     packed  q (T, H, D),    keys and values (T + S, H, D), the rows of a sample adjacent
     padded  q (B, N, H, D), keys and values (B, N + M, H, D); rows that no token owns come last and are zero

@@ -194,6 +194,8 @@ if HAS_TRITON:
                 other = (sample + samples - 1) % samples
             else:
                 other = tl.load(negative + sample).to(tl.int32)
+            # A negative that does not exist (-1: the sample has none) reads the sample itself with weight 0,
+            # so that no program branches and no address is out of range.
             exists = (other >= 0) & (other < samples)
             other = tl.where(exists, other, sample)
             other_start = tl.load(cu_seqlens + other).to(tl.int64) * FEATURES
@@ -226,6 +228,7 @@ if HAS_TRITON:
                 away = miss + target - other_ratio * (drawn - data)
                 error -= tl.where(inside, weight * away * away, 0.0)
                 gap -= weight * away
+            # What backward needs of prediction, clean, noise and the negative, as one number an element.
             tl.store(residual + start + place, gap, mask=inside)
         at = sample.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(partial + at, tl.sum(error, 0))
@@ -257,6 +260,7 @@ if HAS_TRITON:
             length = tl.load(cu_seqlens + sample + 1, mask=inside, other=0)
             length -= tl.load(cu_seqlens + sample, mask=inside, other=0)
             own = tl.maximum(length, 1).to(tl.float32) * FEATURES
+            # div_rn: the plain division of a kernel is an approximation, PyTorch's is not.
             tl.store(per_sample + sample, tl.div_rn(error, own), mask=inside)
             total += error
         tl.store(loss, tl.div_rn(tl.sum(total, 0), elements))

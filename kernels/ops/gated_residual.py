@@ -37,7 +37,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from millrace.kernels.support.rows import load_row
+    from millrace.kernels.support.rows import load_row, owned_rows
 
 
 def reference(
@@ -64,11 +64,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample = tl.program_id(1).to(tl.int64)
-        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
-        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
+        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
         factor = load_row(gate + sample * gate_stride, column, inside)
         for row in range(first, end):
             value = load_row(x + row * x_stride, column, inside)
@@ -90,11 +86,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample = tl.program_id(1).to(tl.int64)
-        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
-        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
+        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
         factor = load_row(gate + sample * gate_stride, column, inside)
         gate_sum = tl.zeros((BLOCK,), tl.float32)
         for row in range(first, end):

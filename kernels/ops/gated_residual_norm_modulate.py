@@ -113,6 +113,7 @@ if HAS_TRITON:
         layer_norm_gradient,
         layer_norm_row,
         load_row,
+        owned_rows,
     )
 
     @triton.jit
@@ -137,17 +138,14 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample = tl.program_id(1).to(tl.int64)
-        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
-        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
+        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
         factor = load_row(gate + sample * gate_stride, column, inside)
         bias = load_row(shift + sample * shift_stride, column, inside)
         gain = 1.0 + load_row(scale + sample * scale_stride, column, inside)
         for row in range(first, end):
             value = load_row(x + row * x_stride, column, inside)
             added = load_row(branch + row * branch_stride, column, inside)
+            # The norm sees the rounded x', which is what the next block and backward read.
             stored = (value + factor * added).to(out.dtype.element_ty)
             tl.store(out + row * WIDTH + column, stored, mask=inside)
             normed, row_mean, row_rstd = layer_norm_row(stored.to(tl.float32), inside, eps, WIDTH)
@@ -179,11 +177,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample = tl.program_id(1).to(tl.int64)
-        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
-        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
+        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
         factor = load_row(gate + sample * gate_stride, column, inside)
         gain = 1.0 + load_row(scale + sample * scale_stride, column, inside)
         gate_sum = tl.zeros((BLOCK,), tl.float32)

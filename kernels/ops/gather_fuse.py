@@ -65,6 +65,7 @@ if HAS_TRITON:
         k = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < WIDTH
+        # In place and without atomics: every row has at most one k.
         here = out + tl.load(index + k) * WIDTH + column
         value = tl.load(here, mask=inside).to(tl.float32)
         value += tl.load(update + k * WIDTH + column, mask=inside).to(tl.float32)
@@ -88,6 +89,7 @@ if HAS_TRITON:
         first = tl.program_id(0).to(tl.int64) * ROWS
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < WIDTH
+        # Sums stay two-dimensional in the loop, so that threads of a warp meet once, at its end.
         of_kept = tl.zeros((TILE, BLOCK), tl.float32)
         of_masked = tl.zeros((TILE, BLOCK), tl.float32)
         for start in range(0, ROWS, TILE):

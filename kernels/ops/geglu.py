@@ -61,6 +61,7 @@ if HAS_TRITON:
     @triton.jit
     def _block_of_row(HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
         """Row and columns of this program; neighbouring programs share a row."""
+        # One grid axis for both: tokens on a second axis would end at 65,535.
         blocks: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
         row = (tl.program_id(0) // blocks).to(tl.int64)
         return row, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -85,6 +86,7 @@ if HAS_TRITON:
         gradient = tl.load(grad_y + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
         gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(at + HIDDEN, mask=inside, other=0.0).to(tl.float32)
+        # The activation is computed again: keeping it would write and read F numbers a token.
         activation, derivative = _gelu(gate)
         to = grad_gate_up + row * (2 * HIDDEN) + column
         tl.store(to, gradient * up * derivative, mask=inside)

@@ -94,6 +94,7 @@ if HAS_TRITON:
             inside = (column < columns - start)[None, :]
             left_tile = tl.load(left + start, mask=left_rows[:, None] & inside, other=0.0)
             right_tile = tl.load(right + start, mask=right_rows[:, None] & inside, other=0.0)
+            # ieee: without it FP32 operands would be rounded to TF32.
             total = tl.dot(left_tile, tl.trans(right_tile), total, input_precision="ieee")
 
         total *= alpha
@@ -103,6 +104,7 @@ if HAS_TRITON:
         inside = left_rows[:, None] & right_rows[None, :]
         if HAS_BASE:
             total += beta * tl.load(base + tile + within, mask=inside, other=0.0).to(tl.float32)
+        # The result is symmetric: half of the tiles are computed, and each is stored at both places.
         result = total.to(out.dtype.element_ty)
         tl.store(out + tile + within, result, mask=inside)
         if i != j:

@@ -45,6 +45,7 @@ if HAS_TRITON:
         layer_norm_gradient,
         layer_norm_row,
         load_row,
+        owned_rows,
     )
 
 
@@ -82,11 +83,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample = tl.program_id(1).to(tl.int64)
-        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
-        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
+        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
         bias = load_row(shift + sample * shift_stride, column, inside)
         gain = 1.0 + load_row(scale + sample * scale_stride, column, inside)
         for row in range(first, end):
@@ -114,11 +111,7 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample = tl.program_id(1).to(tl.int64)
-        first = tl.load(cu_seqlens + sample).to(tl.int64) + tl.program_id(0) * ROWS
-        end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
+        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
         gain = 1.0 + load_row(scale + sample * scale_stride, column, inside)
         shift_sum = tl.zeros((BLOCK,), tl.float32)
         scale_sum = tl.zeros((BLOCK,), tl.float32)
@@ -126,6 +119,8 @@ if HAS_TRITON:
             gradient = load_row(grad_y + row * grad_stride, column, inside)
             value = load_row(x + row * x_stride, column, inside)
             row_rstd = tl.load(rstd + row)
+            # Mean and rstd are kept (8 bytes a row): finding them again would put two reductions before the
+            # two that the gradient needs anyway.
             normed = tl.where(inside, (value - tl.load(mean + row)) * row_rstd, 0.0)
             shift_sum += gradient
             scale_sum += gradient * normed

@@ -72,6 +72,8 @@ if HAS_TRITON:
     @triton.jit
     def _highest_kept(key, length, count, BLOCK: tl.constexpr):
         """The `count`-th lowest score as an integer, and how many of those equal to it stay."""
+        # A search for the limit bit by bit, from the highest of 30, in place of a sort: 30 sums over the
+        # sample. Floats in [0, 1) have the order of their bits.
         bits = _score_bits(key, tl.arange(0, BLOCK), length)
         limit = 0
         for step in range(30):
@@ -108,6 +110,7 @@ if HAS_TRITON:
         place = tl.load(kept_offsets + sample)
         count = tl.load(kept_offsets + sample + 1) - place
         key = tl.load(keys + sample)
+        # Of tokens with equal scores the first ones stay, so that exactly `count` are kept.
         limit, equal_wanted = _highest_kept(key, length, count, BLOCK)
         # Scores are drawn again, tile by tile: cheaper than registers to keep them in.
         equal_seen = 0
