@@ -1,4 +1,4 @@
-"""From a batch of pictures and captions to what a training step consumes."""
+"""Batch encoder: frozen networks and packing, from pictures and captions to what a training step consumes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

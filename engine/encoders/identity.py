@@ -1,4 +1,4 @@
-"""What the output of a frozen network depends on besides its input, found without loading the network.
+"""Identity of a frozen network: what its output depends on besides its input, found without loading it.
 
 A cache keeps it, and training compares it with the configuration's: rows of another tower never pass for
 this one's. Of a hub repository it is the commit; of a local folder a digest of the files that are loaded,

@@ -1,4 +1,4 @@
-"""Which evaluations of the denoiser a picture takes: at what times, and of which branches of the guidance.
+"""Branches of classifier-free guidance: which evaluations of the denoiser (NFE) a picture takes, and when.
 
 A guided prediction is weak + s (strong - weak); a method says what the two branches are:
 

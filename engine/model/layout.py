@@ -1,4 +1,4 @@
-"""From images to packed tokens and back, and what a packed batch needs besides its tokens."""
+"""Packed layout: from images to packed tokens and back, and what a packed batch needs besides its tokens."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

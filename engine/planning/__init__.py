@@ -1,1 +1,1 @@
-"""What a run will take before it starts: memory of a process, time of a step, and which settings fit best."""
+"""Planning: memory of a process, time of a step, and the settings that fit best, before a run starts."""

@@ -1,4 +1,4 @@
-"""What a device and its links can do: data sheets, and beside them what is assumed of how much is reached.
+"""Device data sheets: what a device and its links can do, and what is assumed of how much is reached.
 
 | what                    | H200 SXM     | H100 SXM     | source                                        |
 |-------------------------|--------------|--------------|-----------------------------------------------|

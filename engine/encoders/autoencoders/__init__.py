@@ -1,0 +1,1 @@
+"""Autoencoders, one kind a file: `ENTRY` of each is what the registry finds."""

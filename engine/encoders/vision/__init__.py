@@ -1,0 +1,1 @@
+"""Vision networks, one kind a file: `ENTRY` of each is what the registry finds."""
