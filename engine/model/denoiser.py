@@ -29,7 +29,7 @@ from millrace.engine.model.layout import (
     unpatchify,
 )
 from millrace.engine.model.resolution_tokens import ResolutionTokens
-from millrace.engine.model.routing import RoutedSpan
+from millrace.engine.model.routing import POLICIES, RoutedSpan
 from millrace.engine.model.sprint import Fusion
 from millrace.kernels import gather_tokens, scatter_tokens
 
@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
         self.text_kv = nn.Linear(width, config.depth * 2 * width, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, features)
-        self.fusion = Fusion(width, self.routing) if self.routing.policy == "sprint" else None
+        self.fusion = Fusion(width, self.routing) if POLICIES[self.routing.policy].fuses else None
         self.layouts = LayoutCache(config.axes, config.rope_theta)
         self.run_block = _call
 

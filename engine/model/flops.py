@@ -19,7 +19,7 @@ from millrace.engine.model.guidance_branches import (
     Branch,
     evaluations,
 )
-from millrace.kernels.ops.routing import kept_tokens
+from millrace.engine.model.routing import POLICIES
 
 PEAK_BF16 = {
     "A100": 312e12,
@@ -114,11 +114,8 @@ def sampling_flops(config: Config, image_tokens: int, text_tokens: float, empty_
 
 def _routed_flops(config: Config, image_tokens: int, text_tokens: float, drop: float) -> float:
     """FLOPs of one forward pass in which the share `drop` of the tokens bypasses the run's routed span."""
-    routing, routed, kept = config.routing, range(0), image_tokens
-    if routing.policy != "none":
-        routed = range(routing.start, route_end(config) + 1)
-    if drop == 1:
-        kept = 0
-    elif drop > 0:
-        kept = kept_tokens(image_tokens, 1 - drop)
-    return forward_flops(config.model, image_tokens, text_tokens, routed, kept, routing.policy == "sprint")
+    routing = config.routing
+    policy = POLICIES[routing.policy]
+    routed = range(routing.start, route_end(config) + 1)
+    kept = 0 if drop == 1 else policy.kept(routing, image_tokens, drop)
+    return forward_flops(config.model, image_tokens, text_tokens, routed, kept, policy.fuses)

@@ -1,7 +1,7 @@
-"""Routing policies: which tokens run through which blocks during training.
+"""Routing policies: which tokens run through which blocks during training; the registry of their kinds.
 
-A policy is a small class with `draw`. It touches no module and keeps no state; the denoiser gathers the
-route's rows before block `start` and joins them with the others after block `end` (inclusive):
+A policy is a small class, its entry in POLICIES. It touches no module and keeps no state; the denoiser
+gathers the route's rows before block `start` and joins them with the others after block `end` (inclusive):
 
     TREAD     bypassing rows stay where they are, the route's rows are put back between them
     SPRINT    all rows bypass; a linear layer fuses them with the route's rows, a mask token where there are
@@ -24,6 +24,7 @@ from millrace.engine.model.layout import Layout
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose
 from millrace.kernels import Route, sample_route
+from millrace.kernels.ops.routing import kept_tokens
 from millrace.kernels.support.philox import (
     sample_keys,
     uniform,
@@ -44,7 +45,22 @@ class RoutedSpan(NamedTuple):
 
 
 class RoutingPolicy(Protocol):
-    """What the trainer asks of a policy."""
+    """What the engine asks of a kind of policy (`routing.policy`), and of one that is built."""
+
+    fuses: bool
+    """Whether its model has SPRINT's fusion layer."""
+
+    @staticmethod
+    def build(routing: Routing, depth: int) -> "RoutingPolicy":
+        """The policy of a model of `depth` blocks."""
+
+    @staticmethod
+    def kept(routing: Routing, tokens: int, drop: float) -> int:
+        """Image tokens of a sample of `tokens` that run through the span where the share `drop` does not."""
+
+    @staticmethod
+    def details(routing: Routing) -> str:
+        """What its line has for people besides name, share and span."""
 
     def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> RoutedSpan | None:
         """The span for one batch, a pure function of the seed and the samples' indices (B,) int64."""
@@ -52,6 +68,20 @@ class RoutingPolicy(Protocol):
 
 class Dense:
     """Every token runs through every block."""
+
+    fuses = False
+
+    @staticmethod
+    def build(_routing: Routing, _depth: int) -> "Dense":
+        return Dense()
+
+    @staticmethod
+    def kept(_routing: Routing, tokens: int, _drop: float) -> int:
+        return tokens
+
+    @staticmethod
+    def details(_routing: Routing) -> str:
+        return ""
 
     def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> None:
         """No span."""
@@ -66,8 +96,24 @@ class Tread:
         drop: share of tokens that bypass.
     """
 
+    fuses = False
+
     def __init__(self, start: int, end: int, drop: float) -> None:
         self.start, self.end, self.drop = start, end, drop
+
+    @staticmethod
+    def build(routing: Routing, depth: int) -> RoutingPolicy:
+        if not routing.drop:
+            return Dense()
+        return Tread(routing.start, routing.last(depth), routing.drop)
+
+    @staticmethod
+    def kept(_routing: Routing, tokens: int, drop: float) -> int:
+        return kept_tokens(tokens, 1 - drop) if drop else tokens
+
+    @staticmethod
+    def details(_routing: Routing) -> str:
+        return ""
 
     def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> RoutedSpan:
         """Each sample's random subset, for the samples `sample_index` (B,) int64."""
@@ -84,11 +130,25 @@ class Sprint:
         path_drop: share of samples that are trained without what the span computes.
     """
 
+    fuses = True
+
     def __init__(
         self, start: int, end: int, drop: float, structured: bool = False, path_drop: float = 0.0
     ) -> None:
         self.start, self.end, self.drop = start, end, drop
         self.structured, self.path_drop = structured, path_drop
+
+    @staticmethod
+    def build(routing: Routing, depth: int) -> RoutingPolicy:
+        end = routing.last(depth)
+        return Sprint(routing.start, end, routing.drop, routing.structured, routing.path_drop)
+
+    kept = staticmethod(Tread.kept)
+
+    @staticmethod
+    def details(routing: Routing) -> str:
+        kind = "structured" if routing.structured else "unstructured"
+        return f"; {kind}, {routing.mask_token} mask token, path drop {routing.path_drop:.4g}"
 
     def draw(self, layout: Layout, seed: int, sample_index: Tensor) -> RoutedSpan:
         """Each sample's random subset, and which samples lose theirs; `sample_index` (B,) int64."""
@@ -114,22 +174,17 @@ class Sprint:
         return RoutedSpan(route, self.start, self.end, dropped)
 
 
+POLICIES: dict[str, type[RoutingPolicy]] = {"none": Dense, "tread": Tread, "sprint": Sprint}
+"""By `routing.policy`."""
+
+
 def routing_policy(config: Config) -> RoutingPolicy:
     """The policy that the configuration names."""
     return _policy(config.routing, config.model.depth)
 
 
 def _policy(routing: Routing, depth: int) -> RoutingPolicy:
-    start, end = routing.start, routing.last(depth)
-    match routing.policy:
-        case "none":
-            return Dense()
-        case "tread":
-            return Tread(start, end, routing.drop) if routing.drop else Dense()
-        case "sprint":
-            return Sprint(start, end, routing.drop, routing.structured, routing.path_drop)
-        case other:
-            raise ValueError(f"no routing policy is built for {other!r}")
+    return POLICIES[routing.policy].build(routing, depth)
 
 
 def branch_span(
@@ -178,7 +233,4 @@ def describe(config: Config) -> str:
     line = f"routing: {routing.policy}, {routing.drop:.4g} of the tokens bypass blocks {span}"
     if not routing.drop:
         line = f"routing: {routing.policy}, all tokens run through blocks {span}"
-    if routing.policy == "sprint":
-        kind = "structured" if routing.structured else "unstructured"
-        line += f"; {kind}, {routing.mask_token} mask token, path drop {routing.path_drop:.4g}"
-    return line
+    return line + POLICIES[routing.policy].details(routing)

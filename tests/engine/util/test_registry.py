@@ -7,12 +7,13 @@ from typing import get_args
 
 import pytest
 
-from millrace.engine.config import Autoencoder, Optimizer, PerceptualDino, Teacher, TextTower
+from millrace.engine.config import Autoencoder, Optimizer, PerceptualDino, Routing, Teacher, TextTower
 from millrace.engine.config.data import Part
 from millrace.engine.encoders.autoencoder import AutoencoderEntry, autoencoder_entry
 from millrace.engine.encoders.dino import DinoEntry
 from millrace.engine.encoders.teacher import VisionEntry, vision_entry
 from millrace.engine.encoders.text_encoder import TextEncoderEntry, text_encoder_entry
+from millrace.engine.model.routing import POLICIES
 from millrace.engine.optim.training_optimizer import OptimizerEntry
 from millrace.engine.util.registry import entry
 
@@ -41,6 +42,10 @@ def test_names_and_entries_are_the_same(package):
     }
     assert found == offered(section, key)
     assert all(isinstance(entry(package, name), kind) for name in found)
+
+
+def test_every_routing_policy_has_its_entry():
+    assert set(POLICIES) == offered(Routing, "policy")
 
 
 def test_perceptual_losses_take_kinds_of_dino():
