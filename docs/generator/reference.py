@@ -29,7 +29,7 @@ def configurations_page() -> str:
         "# All configuration files",
         "Made from the files in `configs/` and, for what the post reports, from `benchmarks/published.json`. "
         "A file lists what differs from the one that it extends; "
-        "`python engine/train.py --config FILE --print-config` prints everything, `--plan 8` what it needs "
+        "`millrace train --config FILE --print-config` prints everything, `--plan 8` what it needs "
         "on 8 processes, and `--smoke` runs it, tiny, on a CPU.",
     ]
     rows = []

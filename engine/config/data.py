@@ -105,7 +105,7 @@ class Data(Section):
     """`builtin`: the photographs that ship inside scikit-image and scikit-learn, captioned for this project.
     `digits`: the 32 x 32 handwritten digits of scikit-learn, captioned by what is measured of them.
     `folder`: images with a .txt or .json file of the same name beside each.
-    `shards`: a folder that prepare.py has made.
+    `shards`: a folder that millrace prepare has made.
     `mds`: shards of MosaicML's streaming library. `mixture`: several of these."""
     path: str | None = None
     """Folder of `source: folder`, `shards` and `mds`."""

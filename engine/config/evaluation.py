@@ -23,7 +23,7 @@ class FeaturePaths(Section):
 
 
 class Evaluation(Section):
-    """Metrics of samples against reference pictures, and the defaults of `engine/evaluate.py`.
+    """Metrics of samples against reference pictures, and the defaults of `millrace evaluate`.
 
     Samples are made as `sampling` says: guidance, solver, steps, weights.
     """

@@ -13,7 +13,7 @@ SELF_ONLY = ("strong_drop", "weak_drop", "weak_unconditional", "weak_route")
 
 
 class Sampling(Section):
-    """Pictures made during training, and the defaults of `engine/sample.py`."""
+    """Pictures made during training, and the defaults of `millrace sample`."""
 
     every_steps: int = Field(0, ge=0)
     """Steps between sample grids during training; 0 is never."""
@@ -45,7 +45,7 @@ class Sampling(Section):
     contrastive: float = Field(0.0, ge=0, lt=1)
     """Lambda of contrastive flow matching, whose shift by the mean target is taken back; 0 leaves it."""
     mean_target: str | None = None
-    """File with the mean target, which `contrastive` needs; `engine/sample.py --compute-mean-target`."""
+    """File with the mean target, which `contrastive` needs; `millrace sample --compute-mean-target`."""
     weights: Literal["auto", "model", "ema", "ema2"] = "auto"
     """`auto` takes EMA where the run has one; `ema2` is the second average (ema.second_decay)."""
 
@@ -73,7 +73,7 @@ class Sampling(Section):
         if self.contrastive and self.mean_target is None:
             raise ValueError(
                 f"contrastive is {self.contrastive} but mean_target names no file; make one with "
-                "engine/sample.py --compute-mean-target FILE"
+                "millrace sample --compute-mean-target FILE"
             )
         return self
 

@@ -100,7 +100,7 @@ def common_path(kind: Kind) -> str:
 
 def remake(kind: Kind) -> str:
     """What to do about a cache that cannot be used, for messages."""
-    return f"make it again with prepare.py --cache {kind} --replace"
+    return f"make it again with millrace cache {kind} --replace"
 
 
 class Cache(ABC):
@@ -121,7 +121,7 @@ class Cache(ABC):
         self.record = record_of(root, manifest, kind)
         if self.record is None:
             raise UserError(
-                f"{root}: has no {kind} cache; make it with prepare.py --cache {kind}, or take {kind} out of "
+                f"{root}: has no {kind} cache; make it with millrace cache {kind}, or take {kind} out of "
                 "data.cached"
             )
         self._maps: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
@@ -175,7 +175,7 @@ class TextCache(Cache):
             self.empty = CachedText(rows, None, bool(self.common["cut"][0]))
             self.dim: int = rows.shape[1]
         except (KeyError, IndexError):
-            raise _damaged(root / self.record.common.file, "text", "not what prepare.py writes") from None
+            raise _damaged(root / self.record.common.file, "text", "not what millrace cache writes") from None
 
     def rows(self, place: tuple[int, int], which: Literal["long", "short"]) -> CachedText | None:
         """Rows of a caption of the sample at (shard, row); None where its record could not be read."""
@@ -325,7 +325,7 @@ class Caches:
                 roots = ", ".join(str(leaf.root) for leaf in folders.values()) or "no shards"
                 raise UserError(
                     f"data.cached has {kind}, but no part of the data has such a cache ({roots}); make it "
-                    f"with prepare.py --cache {kind}, or take {kind} out of data.cached"
+                    f"with millrace cache {kind}, or take {kind} out of data.cached"
                 )
             self._complete[kind] = all(id(leaf) in caches for leaf in held)
 

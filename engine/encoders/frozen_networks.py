@@ -140,7 +140,7 @@ def _constants(cache: Cache, device: torch.device) -> Constants:
         return Constants(**found)
     except TypeError:
         raise UserError(
-            f"{cache.root / cache.record.common.file}: not what prepare.py writes; {remake('latents')}"
+            f"{cache.root / cache.record.common.file}: not what millrace cache writes; {remake('latents')}"
         ) from None
 
 

@@ -369,7 +369,7 @@ class CacheJob:
             except FileNotFoundError:
                 continue  # another process has just put it into the manifest
             except (OSError, ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: not what prepare.py writes; remove it") from None
+                raise UserError(f"{path}: not what millrace cache writes; remove it") from None
             found[number] = one._replace(file=self._read(path, CacheFile, one.file))
         return found
 
@@ -378,7 +378,9 @@ class CacheJob:
         try:
             return model.model_validate(values)
         except ValidationError:
-            raise UserError(f"{path}: its caches are not what prepare.py writes; remove them there") from None
+            raise UserError(
+                f"{path}: its caches are not what millrace cache writes; remove them there"
+            ) from None
 
     def _finished(self, number: int, known: dict[int, _Known]) -> bool:
         """Whether the file is there, whole, of this network and this shard."""

@@ -115,7 +115,7 @@ class MeanTarget:
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"cannot load the mean target {str(path)!r}: {_reason(error)}; make one with "
-                "engine/sample.py --compute-mean-target FILE"
+                "millrace sample --compute-mean-target FILE"
             ) from None
 
 

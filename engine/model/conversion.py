@@ -198,12 +198,12 @@ def diffusers_state(state: State, config: Model) -> dict[str, Tensor]:
     if any(name.startswith(FUSION) for name in state):
         raise UserError(
             "these are the weights of a SPRINT model, whose fusion layer has no place in diffusers' or "
-            "Photoroom/PRX's format; sample from the run itself with engine/sample.py"
+            "Photoroom/PRX's format; sample from the run itself with millrace sample"
         )
     if config.resolution_tokens:
         raise UserError(
             "these are the weights of a model with resolution tokens, which have no place in diffusers' or "
-            "Photoroom/PRX's format; sample from the run itself with engine/sample.py"
+            "Photoroom/PRX's format; sample from the run itself with millrace sample"
         )
     expect_state(state, config)
     return {

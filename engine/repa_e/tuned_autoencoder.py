@@ -28,7 +28,7 @@ def open_trained(config: Config, checkpoint: str | Path | None, device: torch.de
     if checkpoint is None and section.tuning.enabled:
         raise UserError(
             "these weights come without the autoencoder that was tuned with them; write it with "
-            "engine/export.py --autoencoder FOLDER, set conditioning.autoencoder.path to that folder and "
+            "millrace export --autoencoder FOLDER, set conditioning.autoencoder.path to that folder and "
             "tuning.enabled to false"
         )
     autoencoder = open_autoencoder(section, device)

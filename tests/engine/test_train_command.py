@@ -97,8 +97,15 @@ def test_what_changed_since_the_checkpoint_is_said(runs, tmp_path):
     assert f"saved {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in done.stderr
 
 
-def test_a_smoke_run_can_be_repeated(runs, tmp_path):
+@pytest.mark.parametrize("folder", [None, "elsewhere"])
+def test_a_smoke_run_can_be_repeated(runs, tmp_path, folder):
+    given = ("--set", f"run.output_dir={tmp_path / folder}") if folder else ()
     for _ in range(2):
-        done = runs.finish(runs.command(tmp_path / "run", arguments=("--smoke",)))
+        done = runs.finish(runs.command(tmp_path / "run", arguments=("--smoke", *given)))
         assert done.returncode == 0, done.stderr
         assert "finished: 4 steps" in done.stderr
+    if folder:
+        other = ("--smoke", *given, "--set", "optimizer.lr=0.5")
+        done = runs.finish(runs.command(tmp_path / "run", arguments=other))
+        assert done.returncode == 2
+        assert "already holds a run" in done.stderr

@@ -127,13 +127,13 @@ def read_manifest(root: str | Path) -> Manifest:
     """manifest.json of the data set in the folder `root`. Raises UserError."""
     path = Path(root) / "manifest.json"
     if not Path(root).is_dir():
-        raise UserError(f"{root}: no such folder; set data.path to a folder that prepare.py has made")
+        raise UserError(f"{root}: no such folder; set data.path to a folder that millrace prepare has made")
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{root}: there is no manifest.json, so this is no data set of shards or not a complete one; "
-            "run prepare.py (again) to make it"
+            "run millrace prepare (again) to make it"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; correct or restore it") from None
@@ -145,7 +145,7 @@ def read_manifest(root: str | Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise UserError(
-            f"{path}: {where}: {_one_line(first['msg'])}; restore it or run prepare.py again"
+            f"{path}: {where}: {_one_line(first['msg'])}; restore it or run millrace prepare again"
         ) from None
 
 
@@ -154,7 +154,7 @@ def read_index(root: str | Path, shard: Shard) -> np.ndarray:
     path = (Path(root) / shard.file).with_suffix(".npy")
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}; restore it or run prepare.py again")
+        return UserError(f"{path}: {reason}; restore it or run millrace prepare again")
 
     try:
         data = path.read_bytes()

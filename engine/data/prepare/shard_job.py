@@ -266,7 +266,7 @@ def _workspace(output: Path, identity: str) -> Iterator[Path | None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{output}: another prepare.py is writing it; wait for its end") from None
+            raise UserError(f"{output}: another millrace prepare is writing it; wait for its end") from None
         begun = work / "identity"
         if begun.exists() and begun.read_text() != identity:
             raise UserError(

@@ -1,7 +1,7 @@
 """Shard source: any sample of a folder of shards, from any thread, by reading its bytes alone.
 
-`prepare.py` makes such folders; `shard_index.py` has their layout. Nothing is kept of what was read except a
-few open files.
+`millrace prepare` makes such folders; `shard_index.py` has their layout. Nothing is kept of what was read but
+a few open files.
 """
 
 import json
@@ -53,7 +53,7 @@ class Record(NamedTuple):
 
 
 class ShardsSource:
-    """The samples of a folder that `prepare.py` has made, in the order of its manifest.
+    """The samples of a folder that `millrace prepare` has made, in the order of its manifest.
 
     Every record carries a CRC-32: one that is damaged raises UnreadablePicture, from `captions` too, and its
     key is then its place. Raises UserError for a folder that is not complete or whose files do not fit its
@@ -157,12 +157,12 @@ class ShardsSource:
             size = path.stat().st_size
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be read: {error.strerror}; restore it or run prepare.py again"
+                f"{path}: cannot be read: {error.strerror}; restore it or run millrace prepare again"
             ) from None
         if size != shard.bytes:
             raise UserError(
                 f"{path}: has {size} bytes, the manifest says {shard.bytes}; "
-                "restore it or run prepare.py again"
+                "restore it or run millrace prepare again"
             )
         return read_index(self._root, shard)
 
@@ -180,7 +180,8 @@ class ShardsSource:
                     raise UserError(f"{path}: cannot be read: {error.strerror}; restore it") from None
                 if found != shard.sha256:
                     raise UserError(
-                        f"{path}: its SHA-256 is not that of the manifest; restore it or run prepare.py again"
+                        f"{path}: its SHA-256 is not that of the manifest; restore it or run millrace "
+                        "prepare again"
                     )
                 self._verified[number] = None
 

@@ -92,7 +92,7 @@ def test_a_mixture_has_those_of_its_parts(folders, tmp_path):
 @pytest.mark.parametrize(("name", "kind"), [("plain", "text"), ("a", "latents")])
 def test_a_cache_that_nothing_has_is_refused(folders, name, kind):
     source = ShardsSource(folders / name)
-    with pytest.raises(UserError, match=f"has no {kind} cache; make it with prepare.py --cache {kind}"):
+    with pytest.raises(UserError, match=f"has no {kind} cache; make it with millrace cache {kind}"):
         Caches(source, (kind,))
     parts = (Part(name="one", source="builtin"), Part(name="two", source="builtin"))
     mixture = MixtureSource(parts, [source, open_source(Data(source="digits"))])

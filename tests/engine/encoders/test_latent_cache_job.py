@@ -193,6 +193,6 @@ def test_a_record_that_was_damaged_is_named(dataset):
         job(dataset, dies=3).run()
     record = next((dataset / PARTIAL / "text").glob("0*.json"))
     record.write_text("{")
-    with pytest.raises(UserError, match=r"not what prepare\.py writes") as caught:
+    with pytest.raises(UserError, match=r"not what millrace cache writes") as caught:
         job(dataset)
     assert str(record) in str(caught.value)

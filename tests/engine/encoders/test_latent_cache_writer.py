@@ -170,7 +170,7 @@ def test_each_cache_works_without_the_other(runs, networks, dataset, kind):
     assert_same(cached, prepared(config))
     assert loaded(cached)[0] == (kind == "text")
     other = {"text": "latents", "latents": "text"}[kind]
-    with pytest.raises(UserError, match=f"no {other} cache; make it with prepare.py --cache {other}"):
+    with pytest.raises(UserError, match=f"no {other} cache; make it with millrace cache {other}"):
         prepared(with_caches(config, kind, other))
 
 

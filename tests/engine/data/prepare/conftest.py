@@ -1,4 +1,4 @@
-"""Good and bad inputs of every kind, for the tests of prepare.py."""
+"""Good and bad inputs of every kind, for the tests of millrace prepare."""
 
 import io
 import json

@@ -235,7 +235,7 @@ def test_outputs_that_hold_something_else(photos, tmp_path, settings):
 
 def test_two_commands_do_not_write_one_output(photos, tmp_path, settings):
     with shard_job._workspace(tmp_path / "out", "identity"):
-        refused(lambda: prepare(photos, tmp_path / "out", settings, 0, 0.0), "another prepare.py")
+        refused(lambda: prepare(photos, tmp_path / "out", settings, 0, 0.0), "another millrace prepare")
 
 
 def test_too_much_bad_input_stops_in_one_line_and_can_go_on(photos, tmp_path, bad, settings, monkeypatch):
