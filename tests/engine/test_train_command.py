@@ -51,7 +51,14 @@ def test_a_run_on_one_process(runs, tmp_path):
 def test_help_shows_examples(runs):
     done = runs.finish([*runs.command_without_config(), "--help"])
     assert done.returncode == 0
-    for word in ("--config", "--set", "--smoke", "--resume", "examples:", "deepspeed engine/train.py"):
+    for word in (
+        "--config",
+        "--set",
+        "--smoke",
+        "--resume",
+        "examples:",
+        "deepspeed --num_gpus 8 engine/train.py",
+    ):
         assert word in done.stdout
 
 
