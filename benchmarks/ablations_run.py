@@ -31,7 +31,7 @@ from millrace.engine.encoders.small_classifier import (
     SmallClassifier,
     load_classifier,
 )
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.digit_judge import quality
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.flow_matching import FlowMatching
@@ -178,7 +178,7 @@ def build_sampler(config: Config, weights: dict[str, Tensor]) -> Sampler:
         denoiser.to(device).eval().requires_grad_(False),
         FlowMatching(config.objective, config.run.seed, edge=autoencoder.factor * config.model.patch_size),
         autoencoder,
-        open_text_tower(config.conditioning.text, config.model.context_dim, device, compute),
+        open_text_encoder(config.conditioning.text, config.model.context_dim, device, compute),
         device,
         compute,
     )
@@ -198,7 +198,7 @@ def held_out_loss(sampler: Sampler, pictures: Tensor, captions: list[str]) -> fl
         chosen = pictures[start : start + CHUNK].to(sampler.device)
         clean = sampler.autoencoder.encode(chosen, None)
         grid = (clean.shape[2] // patch, clean.shape[3] // patch)
-        text = sampler.text_tower.encode(captions[start : start + CHUNK])
+        text = sampler.text_encoder.encode(captions[start : start + CHUNK])
         layout = denoiser.layouts.layout([grid] * len(clean), text.cu_seqlens, text.max_seqlen)
         tokens = patchify(clean, patch).flatten(0, 1)
         noise = torch.randn(tokens.shape, generator=generator).to(sampler.device)

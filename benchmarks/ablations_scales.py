@@ -91,7 +91,7 @@ def at_scale(config: Config, scale: Scale, source: str, assets: Assets) -> Confi
     Kept: objective, policy and share of the routing, kind, weight and relative place of the alignment,
     optimizer but for its learning rate, precision, clipping, shape of the schedule, captions, stages.
     Changed: width, depth, resolution, steps, batch, learning rate, and all that is pretrained: latents become
-    pixels, the text tower the hash tower, the teacher a classifier of this data set.
+    pixels, the text encoder the hash tower, the teacher a classifier of this data set.
     """
     old, optimizer = config.model_dump(mode="json"), config.optimizer
     autoencoder, depth, steps = config.conditioning.autoencoder.kind, config.model.depth, config.run.steps

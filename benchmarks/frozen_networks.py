@@ -46,13 +46,13 @@ def open_autoencoder(config: settings.Autoencoder, device: torch.device) -> auto
     return autoencoders.open_random(config, device)
 
 
-def open_text_tower(
+def open_text_encoder(
     config: TextTower, dim: int, device: torch.device, dtype: torch.dtype
 ) -> texts.TextEncoder:
-    """As `engine.encoders.text_encoder.open_text_tower`, without weights where there is no path."""
+    """As `engine.encoders.text_encoder.open_text_encoder`, without weights where there is no path."""
     entry = texts.text_encoder_entry(config.kind)
     if entry.random is None or config.path:
-        return texts.open_text_tower(config, dim, device, dtype)
+        return texts.open_text_encoder(config, dim, device, dtype)
     return entry.random(config, PieceTokenizer, device, dtype)
 
 

@@ -48,7 +48,7 @@ from millrace.engine.data.sources.digits import (
 )
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.digit_judge import (
     quality,
     train_classifier,
@@ -159,7 +159,7 @@ def open_sampler(folder: Path, device: torch.device) -> tuple[Sampler, Config]:
         denoiser.to(device).eval().requires_grad_(False),
         FlowMatching(config.objective, config.run.seed, config.model.patch_size * autoencoder.factor),
         autoencoder,
-        open_text_tower(config.conditioning.text, config.model.context_dim, device, compute),
+        open_text_encoder(config.conditioning.text, config.model.context_dim, device, compute),
         device,
         compute,
     )
@@ -174,8 +174,8 @@ def measure_run(
     judge = judge_of(config, arguments.pictures)
     edge = config.data.resolution
     tokens = (edge // (sampler.autoencoder.factor * config.model.patch_size)) ** 2
-    texts = sampler.text_tower.encode(judge.prompts).embeddings
-    empty = len(sampler.text_tower.encode([""]).embeddings)
+    texts = sampler.text_encoder.encode(judge.prompts).embeddings
+    empty = len(sampler.text_encoder.encode([""]).embeddings)
     rows = []
     for label, change in settings(config, tuple(arguments.scale or SCALES)).items():
         chosen = sampling_config(config, change, arguments.steps)

@@ -6,7 +6,7 @@ python benchmarks/scaling.py --config configs/latent_256.json --processes 1 2 4 
 python benchmarks/scaling.py --model-only                       # the model anew, from the file's measurements
 
 Each point (stage x processes) runs in processes of its own: the trainer on one micro-batch of random numbers
-in the true shapes (no pictures, text tower or autoencoder), by default on a small PRX model with every
+in the true shapes (no pictures, text encoder or autoencoder), by default on a small PRX model with every
 process's batch the same. Measured: the time of a step, PyTorch's allocations at their peak in one, and the
 bytes that go into collectives. Points take turns in rounds; the time is the median step of the fastest round,
 and the machine is what it reached in its best one, because other work on a machine only ever takes away.

@@ -241,7 +241,7 @@ def notes(result: Row) -> list[str]:
         f"batches/s: of {batch} images, derived: measured images/s over {batch}; a measured step has "
         f"{', '.join(steps) or 'no'} images",
         "MFU: model FLOPs of the denoiser over the dense BF16 peak; with frozen: and those of teacher, "
-        "autoencoder and text tower where they run",
+        "autoencoder and text encoder where they run",
         *meanings(result),
     ]
     overrides = [case["overrides"] for case in cases if case["overrides"] and not case.get("fp8")]

@@ -14,7 +14,7 @@ EMA if the configuration has one, and the log. Weights are random, those of the 
 configuration names no path, at the published size. --conditioning says where inputs come from:
 
   cached    one micro-batch of random numbers in the true shapes, kept on the device: what the step costs by
-            itself, with no pictures, no text tower and no autoencoder. Square pictures, equal caption
+            itself, with no pictures, no text encoder and no autoencoder. Square pictures, equal caption
             lengths. The teacher of an alignment runs in every step.
   pictures  pictures decoded, cropped and encoded in every step; text rows as in `cached`.
   live      pictures decoded and cropped (ahead), captions and pictures encoded in every step, on CUDA beside

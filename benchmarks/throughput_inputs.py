@@ -34,7 +34,7 @@ class Live(Trainer):
     includes = "pictures decoded and cropped (ahead), pictures and captions encoded in every step"
 
     open_autoencoder = staticmethod(frozen_networks.open_autoencoder)
-    open_text_tower = staticmethod(frozen_networks.open_text_tower)
+    open_text_encoder = staticmethod(frozen_networks.open_text_encoder)
     open_teacher = staticmethod(frozen_networks.open_teacher)
 
     def __init__(self, config: Config) -> None:
@@ -83,7 +83,7 @@ class Live(Trainer):
             return run
 
         encoder = self.batch_encoder
-        parts = {"autoencoder": (encoder.autoencoder, "encode"), "text": (encoder.text_tower, "encode")}
+        parts = {"autoencoder": (encoder.autoencoder, "encode"), "text": (encoder.text_encoder, "encode")}
         if encoder.teacher is not None:
             parts["teacher"] = (encoder.teacher, "features")
         with ExitStack() as stack:
@@ -138,7 +138,7 @@ class RandomLatents(Autoencoder):
 
 
 class RandomText(TextEncoder):
-    """Stands in for a text tower: `length` rows for every caption, without weights."""
+    """Stands in for a text encoder: `length` rows for every caption, without weights."""
 
     def __init__(self, kind: str, length: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(dim, f"random numbers for {kind}", device, dtype)
@@ -166,14 +166,14 @@ class Pictures(Live):
         self.caption_tokens = caption_tokens
         super().__init__(with_data(config, cached=()))
 
-    def open_text_tower(
+    def open_text_encoder(
         self, config: TextTower, dim: int, device: torch.device, dtype: torch.dtype
     ) -> RandomText:
         return RandomText(config.kind, self.caption_tokens, dim, device, dtype)
 
 
 class Cached(Pictures):
-    """The trainer on one micro-batch of random numbers; it opens no pictures, no text tower and no
+    """The trainer on one micro-batch of random numbers; it opens no pictures, no text encoder and no
     autoencoder. The teacher of an alignment runs in every step.
 
     Args:

@@ -44,7 +44,7 @@ def summarise(
         flops_per_image: model FLOPs of forward and backward.
         peak: FLOP/s that one device can do, or None if unknown.
         published: the row of `published.json` to set beside it.
-        frozen_flops: of teacher, autoencoder and text tower for one image, as far as they run.
+        frozen_flops: of teacher, autoencoder and text encoder for one image, as far as they run.
     """
     p20, median, p80 = np.percentile(step_seconds, (20, 50, 80)).tolist()
     images = global_batch * len(step_seconds) / sum(step_seconds)

@@ -46,7 +46,7 @@ from millrace.engine.encoders.batch_encoder import (
 from millrace.engine.encoders.frozen_networks import Frozen, open_frozen
 from millrace.engine.encoders.prefetch import BatchPrefetcher
 from millrace.engine.encoders.teacher import Teacher, teacher_of
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.run_samples import RunSamples
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
@@ -105,7 +105,7 @@ class Trainer:
     # Where the inputs come from; a throughput benchmark replaces them with stand-ins.
     open_source = staticmethod(open_source)
     open_autoencoder = staticmethod(open_autoencoder)
-    open_text_tower = staticmethod(open_text_tower)
+    open_text_encoder = staticmethod(open_text_encoder)
     open_teacher = staticmethod(teacher_of)
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
@@ -125,7 +125,7 @@ class Trainer:
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
         frozen = open_frozen(
-            self.config, self.source, self.device, self.open_autoencoder, self.open_text_tower
+            self.config, self.source, self.device, self.open_autoencoder, self.open_text_encoder
         )
         messages += self._check_size(frozen.autoencoder.factor)
         teacher = self.open_teacher(self.config.alignment, self.device, self.data_digest)
@@ -230,7 +230,7 @@ class Trainer:
         config, patch = self.config, self.config.model.patch_size
         self.batch_encoder = BatchEncoder(
             frozen.autoencoder,
-            frozen.text_tower,
+            frozen.text_encoder,
             self.denoiser.layouts,
             patch,
             config.run.seed,
@@ -465,7 +465,7 @@ class Trainer:
             "samples": self.samples_seen,
             "skipped": self.skipped,
             "updates": train_state.optimizer_steps(self.shards, self.optimizer),
-            "text_tower": self.batch_encoder.text_tower.identity,
+            "text_tower": self.batch_encoder.text_encoder.identity,
             "autoencoder": self.batch_encoder.autoencoder.identity,
             "data": self.data_digest,
             "config": self.run_config.model_dump(mode="json"),

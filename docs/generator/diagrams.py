@@ -73,7 +73,7 @@ def step() -> str:
         0, 26, 170, 64, "SampleStream", "pictures, crops, captions", "host threads, ahead", colour="orange"
     )
     canvas.label(
-        230, 26, 190, 64, "Preparation", "text tower, autoencoder,", "teacher: frozen", colour="purple"
+        230, 26, 190, 64, "Preparation", "text encoder, autoencoder,", "teacher: frozen", colour="purple"
     )
     canvas.label(480, 26, 170, 64, "FlowMatching", "t, noise,", "x_t = (1 - t) x + t n", colour="blue")
     canvas.label(710, 26, 150, 64, "RoutingPolicy", "rows that run,", "or none", colour="blue")
@@ -248,7 +248,7 @@ def data() -> str:
         290,
         64,
         "frozen networks",
-        "text tower, autoencoder, teacher,",
+        "text encoder, autoencoder, teacher,",
         "on a stream beside the step",
         colour="purple",
     )

@@ -27,7 +27,7 @@ class Model(Section):
     bottleneck: int | None = Field(None, ge=1)
     """Width of the linear bottleneck of the patch embedding (JiT), or null for a single linear layer."""
     context_dim: int = Field(2304, ge=1)
-    """Features of a text token as the text tower emits it."""
+    """Features of a text token as the text encoder emits it."""
     rope_axes: tuple[int, int] | None = None
     """Head features that encode the row and the column; default half of head_dim each."""
     rope_theta: float = Field(10_000.0, gt=1)

@@ -52,7 +52,7 @@ class EncodedBatch:
     teacher: TeacherFeatures | None = None
     """Features that the denoiser's are aligned with, one row for each of its tokens."""
     captions_cut: int = 0
-    """How many of the captions were longer than the text tower's limit."""
+    """How many of the captions were longer than the text encoder's limit."""
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them but the teacher's, whose stream is its own."""
@@ -64,7 +64,7 @@ class BatchEncoder:
     """Runs the frozen networks and packs their output.
 
     Args:
-        autoencoder, text_tower: the frozen networks, on `device`.
+        autoencoder, text_encoder: the frozen networks, on `device`.
         layouts: of the denoiser.
         patch: edge of a token in latent positions.
         seed: of the run; the posterior's noise belongs to the sample.
@@ -75,7 +75,7 @@ class BatchEncoder:
     def __init__(
         self,
         autoencoder: Autoencoder,
-        text_tower: TextEncoder,
+        text_encoder: TextEncoder,
         layouts: LayoutCache,
         patch: int,
         seed: int,
@@ -83,7 +83,7 @@ class BatchEncoder:
         keep_images: bool = False,
         teacher: Teacher | None = None,
     ) -> None:
-        self.autoencoder, self.text_tower, self.layouts = autoencoder, text_tower, layouts
+        self.autoencoder, self.text_encoder, self.layouts = autoencoder, text_encoder, layouts
         self.patch, self.seed, self.device = patch, seed, device
         self.keep_images, self.teacher = keep_images, teacher
 
@@ -134,7 +134,7 @@ class BatchEncoder:
         """The batch with latents (channels, h, w) and pictures (3, h, w) of each sample, on the device."""
         sample_index = to_device(batch.sample_index, self.device)
         with torch.no_grad():
-            text = self.text_tower.encode(batch.captions, batch.text)
+            text = self.text_encoder.encode(batch.captions, batch.text)
         grids = [(z.shape[1] // self.patch, z.shape[2] // self.patch) for z in latents]
         return EncodedBatch(
             clean=torch.cat([patchify(z, self.patch) for z in latents]),

@@ -1,8 +1,9 @@
 """The frozen networks of a run: loaded, or only known where caches stand for them.
 
 A cache is used only if it was made by the very network that the configuration names. Where every picture has
-cached rows, the text tower is not loaded; where every one has a cached posterior, neither is the autoencoder.
-Both still load when something else needs them: captions of sample grids, and decoding their pictures.
+cached rows, the text encoder is not loaded; where every one has a cached posterior, neither is the
+autoencoder. Both still load when something else needs them: captions of sample grids, and decoding their
+pictures.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from millrace.engine.encoders.identity import (
 )
 from millrace.engine.encoders.pretrained import name_of
 from millrace.engine.encoders.text_encoder import (
-    LaterTower,
+    LaterTextEncoder,
     TextEncoder,
     text_encoder_entry,
 )
@@ -65,7 +66,7 @@ class Frozen(NamedTuple):
     """What training gets its inputs from, besides the data."""
 
     autoencoder: Autoencoder
-    text_tower: TextEncoder
+    text_encoder: TextEncoder
     caches: Caches | None
     lines: list[str]
     """For people, about the caches."""
@@ -76,7 +77,7 @@ def open_frozen(
     source: Source,
     device: torch.device,
     open_autoencoder: Callable[..., Autoencoder],
-    open_text_tower: Callable[..., TextEncoder],
+    open_text_encoder: Callable[..., TextEncoder],
 ) -> Frozen:
     """The networks of `config.conditioning`, not loaded where the caches of `source` have all that training
     needs of them; the two functions load them. Raises UserError as `open_caches` and they do."""
@@ -85,7 +86,7 @@ def open_frozen(
     dtype = getattr(torch, config.precision.compute)
 
     def open_text() -> TextEncoder:
-        return open_text_tower(section.text, dim, device, dtype)
+        return open_text_encoder(section.text, dim, device, dtype)
 
     if caches is not None and caches.complete("latents"):
         cache = caches.of("latents")[0]
@@ -102,7 +103,7 @@ def open_frozen(
     if caches is not None and caches.complete("text") and source_of_text is not None:
         revision = caches.of("text")[0].record.network.get("revision")
         name = name_of(section.text.kind, source_of_text, revision)
-        tower: TextEncoder = LaterTower(open_text, dim, name, device, dtype)
+        tower: TextEncoder = LaterTextEncoder(open_text, dim, name, device, dtype)
     else:
         tower = open_text()
     return Frozen(autoencoder, tower, caches, _describe(caches, config))

@@ -33,7 +33,7 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 
 
 def text_identity(config: settings.TextTower, dim: int, dtype: torch.dtype) -> Identity:
-    """Of the text tower of `config`, which emits `dim` features in `dtype`.
+    """Of the text encoder of `config`, which emits `dim` features in `dtype`.
 
     The revision of a hub repository is None where it cannot be looked up.
     """

@@ -45,7 +45,7 @@ from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder
 from millrace.engine.encoders.frozen_networks import constants_tensors
 from millrace.engine.encoders.identity import Identity, autoencoder_identity, differing, text_identity
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, sha256_file, write_atomically
 from millrace.engine.util.safetensors_file import GrowingTensorFile
@@ -54,7 +54,7 @@ from millrace.kernels.support.packed import to_device
 TextDtype = Literal["bf16", "int8"]
 _STORED = {"bf16": "bfloat16", "int8": "int8"}
 _CAPTIONS = 64
-"""Captions in one pass of the text tower."""
+"""Captions in one pass of the text encoder."""
 
 COMMON = -1
 """In place of a shard's number: the file of what is stored once."""
@@ -77,8 +77,8 @@ def write_caches(
 
     Args:
         dataset: folder of shards.
-        config: gives the networks, `precision.compute` (of the text tower), `run.device`, `data.micro_batch`
-            (pictures in one pass of the autoencoder), `data.workers` and `data.upscale`.
+        config: gives the networks, `precision.compute` (of the text encoder), `run.device`,
+            `data.micro_batch` (pictures in one pass of the autoencoder), `data.workers` and `data.upscale`.
         kinds: "text", "latents" or both.
         rank, world_size: this process takes the shards rank, rank + world_size, ...
         text_dtype: of the stored rows.
@@ -131,7 +131,7 @@ class _TextMaker(Maker):
         compute = getattr(torch, config.precision.compute)
         super().__init__(source, text_identity(text, dim, compute))
         self.dtype = _STORED[dtype]
-        self._tower = functools.cache(lambda: open_text_tower(text, dim, device, compute))
+        self._tower = functools.cache(lambda: open_text_encoder(text, dim, device, compute))
 
     def common(self) -> bytes:
         ((rows, was_cut),) = self._tower().rows([""])
@@ -165,7 +165,7 @@ class _TextMaker(Maker):
                 scales.append(scale.cpu())
                 if not bool(scales[-1].isfinite().all()):
                     raise UserError(
-                        f"shard of samples {samples[0]} to {samples[-1]}: the text tower gives numbers "
+                        f"shard of samples {samples[0]} to {samples[-1]}: the text encoder gives numbers "
                         "that are not finite; keep them as they are with --text-dtype bf16"
                     )
             else:

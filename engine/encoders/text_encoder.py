@@ -143,7 +143,7 @@ class TextEncoder(ABC):
         return rows.clone(), cut
 
 
-class LaterTower(TextEncoder):
+class LaterTextEncoder(TextEncoder):
     """A text encoder that is loaded when it first meets a caption whose rows are not kept.
 
     Args:
@@ -182,7 +182,7 @@ class TextEncoderEntry:
     """
 
     open: Callable[[TextTower, int, torch.device, torch.dtype], TextEncoder]
-    """As `open_text_tower`."""
+    """As `open_text_encoder`."""
     source: str | None = None
     """Hub id of the published weights; None for a kind without weights, which loads and caches nothing."""
     revision: Callable[[str], str | None] | None = None
@@ -205,7 +205,7 @@ def text_encoder_entry(kind: str) -> TextEncoderEntry:
     return registry.entry("encoders.text_encoders", kind)
 
 
-def open_text_tower(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def open_text_encoder(config: TextTower, dim: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """The text encoder of `config` on `device`, with weights and rows in `dtype`.
 
     `dim` is model.context_dim. Raises UserError when the encoder emits another width, or when its package or

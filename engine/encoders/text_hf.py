@@ -130,8 +130,8 @@ def hf_entry(kind: str, encoder: type[HFTextEncoder]) -> TextEncoderEntry:
         found = encoder(config, tokenizer, network, identity, device, dtype)
         if found.dim != dim:
             raise UserError(
-                f"model.context_dim is {dim} but the text tower {found.identity} emits {found.dim} features "
-                f"a token; set model.context_dim to {found.dim}"
+                f"model.context_dim is {dim} but the text encoder {found.identity} emits {found.dim} "
+                f"features a token; set model.context_dim to {found.dim}"
             )
         return found
 

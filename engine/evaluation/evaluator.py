@@ -127,7 +127,7 @@ class Evaluation:
 
         Raises UserError, on every process, for samples that are not finite.
         """
-        tower = sampler.text_tower
+        tower = sampler.text_encoder
         truncated, cut_before = tower.truncated, sampler.caption_tokens
         self.prepare(say)
         with untouched_randomness(self.device), self._on_device():

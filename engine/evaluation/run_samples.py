@@ -90,7 +90,7 @@ class RunSamples:
             copy.eval().requires_grad_(False),
             self.flow,
             self.prepare.autoencoder,
-            self.prepare.text_tower,
+            self.prepare.text_encoder,
             device,
             getattr(torch, config.precision.compute),
         )

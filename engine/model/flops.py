@@ -62,7 +62,7 @@ def forward_flops(
     once = TIME_FEATURES * width + width * width  # time vector
     once *= 2 if config.resolution_embedding else 1
     if config.resolution_tokens:
-        # Two text tokens that do not come from the text tower.
+        # Two text tokens that do not come from the text encoder.
         once += resolution_tokens.COUNT * (
             resolution_tokens.FEATURES * width + width * width - config.context_dim * width
         )
@@ -104,7 +104,7 @@ def sampling_flops(config: Config, image_tokens: int, text_tokens: float, empty_
 
     Args:
         text_tokens: of the picture's caption.
-        empty_tokens: of the empty caption, as the text tower makes it.
+        empty_tokens: of the empty caption, as the text encoder makes it.
     """
     return sum(
         times * branch_flops(config, branch, image_tokens, text_tokens if branch.captioned else empty_tokens)

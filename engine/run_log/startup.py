@@ -43,7 +43,7 @@ def introduction(
         *lines,
         f"model: {parameters:,} parameters, width {config.model.width}, depth {config.model.depth}",
         f"data: {len(source)} pictures ({config.data.source}); "
-        f"text: {prepare.text_tower.identity}; pictures as {prepare.autoencoder.identity}",
+        f"text: {prepare.text_encoder.identity}; pictures as {prepare.autoencoder.identity}",
         f"job: {process_group.world_size()} process(es) on {prepare.device.type}, "
         f"ZeRO {deepspeed_engine.zero_stage(config)}, {deepspeed_engine.accumulation_steps(config)} x "
         f"{config.data.micro_batch} samples per process and step",

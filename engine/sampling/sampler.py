@@ -43,12 +43,12 @@ class Sampler:
         denoiser: Denoiser,
         flow: FlowMatching,
         autoencoder: Autoencoder,
-        text_tower: TextEncoder,
+        text_encoder: TextEncoder,
         device: torch.device,
         compute: torch.dtype,
     ) -> None:
         self.denoiser, self.flow = denoiser, flow
-        self.autoencoder, self.text_tower = autoencoder, text_tower
+        self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.device, self.compute = device, compute
         self.caption_tokens = 0
         """Text tokens of the captions of all pictures so far."""
@@ -109,14 +109,14 @@ class Sampler:
         shapes = [(self.autoencoder.channels, height // factor, width // factor) for height, width in sizes]
         grids = [(height // patch, width // patch) for _, height, width in shapes]
         index = torch.arange(first, first + count, device=self.device)
-        captions = self.text_tower.encode(prompts)
+        captions = self.text_encoder.encode(prompts)
         self.caption_tokens += len(captions.embeddings)
         velocity = Guidance(
             self.denoiser,
             self.flow,
             config,
             captions,
-            self.text_tower.encode([""] * count) if config.captionless else None,
+            self.text_encoder.encode([""] * count) if config.captionless else None,
             grids,
             seed,
             index,

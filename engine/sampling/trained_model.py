@@ -18,7 +18,7 @@ from millrace.engine.config.loading import Given, load_config, merge, nested, pa
 from millrace.engine.config.sampling import SELF_ONLY
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.encoders.autoencoder import Autoencoder, open_autoencoder
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.contrastive import MeanTarget, mean_target
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import expect_state
@@ -93,7 +93,7 @@ def open_sampler(
         denoiser.to(device).eval().requires_grad_(False),
         FlowMatching(config.objective, config.run.seed, edge),
         autoencoder,
-        open_text_tower(config.conditioning.text, config.model.context_dim, device, compute),
+        open_text_encoder(config.conditioning.text, config.model.context_dim, device, compute),
         device,
         compute,
     )
@@ -134,7 +134,7 @@ def describe_cost(sampler: Sampler, config: Config, pictures: Tensor) -> str:
     edge = sampler.autoencoder.factor * config.model.patch_size
     image_tokens = (pictures.shape[2] // edge) * (pictures.shape[3] // edge)
     text_tokens = sampler.caption_tokens / len(pictures)
-    empty_tokens = len(sampler.text_tower.encode([""]).embeddings)
+    empty_tokens = len(sampler.text_encoder.encode([""]).embeddings)
     flops = sampling_flops(config, image_tokens, text_tokens, empty_tokens)
     alone = config.sampling.model_copy(update={"method": "none", "strong_drop": 0.0})
     unguided = sampling_flops(

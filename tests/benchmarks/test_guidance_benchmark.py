@@ -115,7 +115,7 @@ def test_rows_of_a_run(monkeypatch, tmp_path, capsys):
     assert written["benchmark"] == "guidance"
     assert [row["guidance"] for row in rows] == list(benchmark.settings(run, (2.0,)))
     judge = benchmark.judge_of(run, 3)
-    texts = benchmark.open_sampler(Path("x"), CPU)[0].text_tower.encode(judge.prompts).embeddings
+    texts = benchmark.open_sampler(Path("x"), CPU)[0].text_encoder.encode(judge.prompts).embeddings
     for row in rows:
         chosen = run.model_copy(update={"sampling": benchmark.Sampling(**row["sampling"])})
         assert row["flops_per_picture"] == sampling_flops(chosen, 16, len(texts) / 3, 1)

@@ -346,7 +346,7 @@ def test_frozen_networks_have_the_published_sizes():
         with torch.device("meta"):
             network = entry.new_network(entry.large.shape)
         assert parameters(network) / 1e6 == pytest.approx(millions, abs=1.5), kind
-    tower = frozen.open_text_tower(config.conditioning.text, 2304, meta, torch.bfloat16)
+    tower = frozen.open_text_encoder(config.conditioning.text, 2304, meta, torch.bfloat16)
     assert tower.dim == 2304
     # 26 layers of four attention matrices and a gated MLP, and 256,000 embeddings.
     layer = 2304 * 256 * (8 + 4 + 4 + 8) + 3 * 2304 * 9216
@@ -380,7 +380,7 @@ def test_frozen_networks_cost_what_was_counted_by_hand():
     dinov3 = vision_entry("dinov3")
     with meta:
         teacher = dinov3.new_network(dinov3.large.shape)
-    tower = frozen.open_text_tower(config.conditioning.text, 2304, meta, torch.bfloat16)
+    tower = frozen.open_text_encoder(config.conditioning.text, 2304, meta, torch.bfloat16)
     ids = torch.zeros(1, 256, dtype=torch.int64)
     for call, wanted in (
         (lambda: encoder.network.encode(pictures.bfloat16()), 0.27),
@@ -399,7 +399,7 @@ def test_frozen_networks_run_and_do_not_disturb_random_numbers(monkeypatch):
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
     small |= {"sliding_window": 256}
     monkeypatch.setattr(T5Gemma, "shape", small)
-    tower = frozen.open_text_tower(config.conditioning.text, 32, CPU, torch.float32)
+    tower = frozen.open_text_encoder(config.conditioning.text, 32, CPU, torch.float32)
     packed = tower.encode(["two words", ""])
     assert packed.cu_seqlens.tolist() == [0, 4, 5], "two, wo|rds and an end; an end alone"
     assert packed.embeddings.isfinite().all()

@@ -12,7 +12,7 @@ from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.data import SampleStream, open_source
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
@@ -112,7 +112,7 @@ def plain_run(config):
         denoiser.parameters(), betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
     autoencoder = open_autoencoder(config.conditioning.autoencoder, cpu)
-    tower = open_text_tower(config.conditioning.text, config.model.context_dim, cpu, torch.float32)
+    tower = open_text_encoder(config.conditioning.text, config.model.context_dim, cpu, torch.float32)
     patch = config.model.patch_size
     prepare = BatchEncoder(autoencoder, tower, denoiser.layouts, patch, seed, cpu)
     flow, routing = FlowMatching(config.objective, seed), routing_policy(config)

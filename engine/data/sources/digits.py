@@ -7,7 +7,7 @@ repository, E. Alpaydin and C. Kaynak); nothing is downloaded.
 
 Captions are computed from the pixels. The short one names the digit. The long one adds nine measures, each in
 one of three words; a measure's two bounds are the terciles of the training pictures. No word serves two
-measures, so that even a text tower without word order can read them:
+measures, so that even a text encoder without word order can read them:
 
     a handwritten seven, bold, tilted rightward, slim, tall, shifted left, ...
 """

@@ -15,7 +15,7 @@ from millrace.engine.data.sources.key_subset import (
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.encoders.latent_cache_writer import write_caches
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.util.errors import UserError
 
 DIM = 8
@@ -34,7 +34,7 @@ def folders(tmp_path_factory, write_shards, runs):
 
 
 def expected(caption):
-    tower = open_text_tower(TextTower(kind="hash"), DIM, torch.device("cpu"), torch.float32)
+    tower = open_text_encoder(TextTower(kind="hash"), DIM, torch.device("cpu"), torch.float32)
     return tower.encode([caption]).embeddings
 
 

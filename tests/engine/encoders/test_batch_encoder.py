@@ -7,7 +7,7 @@ from millrace.engine.config import Autoencoder, TextTower
 from millrace.engine.data import Batch, signed_unit
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.model.layout import (
     LayoutCache,
     unpatchify,
@@ -37,7 +37,7 @@ def batch_of(first=0):
 
 
 def preparation(autoencoder, patch, seed=0):
-    tower = open_text_tower(TextTower(kind="hash"), 8, CPU, torch.float32)
+    tower = open_text_encoder(TextTower(kind="hash"), 8, CPU, torch.float32)
     return BatchEncoder(autoencoder, tower, LayoutCache((4, 4), 10_000.0), patch, seed, CPU)
 
 
@@ -60,7 +60,7 @@ def test_pixels_come_back_out_of_the_pack():
 def test_text_is_packed_in_sample_order():
     batch = batch_of()
     prepared = preparation(pixels(), 8)(batch)
-    tower = open_text_tower(TextTower(kind="hash"), 8, CPU, torch.float32)
+    tower = open_text_encoder(TextTower(kind="hash"), 8, CPU, torch.float32)
     alone = [tower.encode([caption]).embeddings for caption in batch.captions]
     assert [len(rows) for rows in alone] == [3, 1, 4]  # words and the end token
     assert torch.equal(prepared.text, torch.cat(alone))

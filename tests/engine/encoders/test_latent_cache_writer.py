@@ -24,7 +24,7 @@ from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoenc
 from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.encoders.frozen_networks import open_frozen
 from millrace.engine.encoders.latent_cache_writer import write_caches
-from millrace.engine.encoders.text_encoder import open_text_tower, text_encoder_entry
+from millrace.engine.encoders.text_encoder import open_text_encoder, text_encoder_entry
 from millrace.engine.model.layout import LayoutCache
 from millrace.engine.util.errors import UserError
 
@@ -97,7 +97,7 @@ def with_caches(config, *kinds):
 def prepared(config, batches=12):
     """What training gets, and the networks; all batches of one run."""
     source = open_source(config.data)
-    frozen = open_frozen(config, source, CPU, open_autoencoder, open_text_tower)
+    frozen = open_frozen(config, source, CPU, open_autoencoder, open_text_encoder)
     edge = config.model.patch_size * frozen.autoencoder.factor
     stream = SampleStream(
         source,
@@ -110,7 +110,7 @@ def prepared(config, batches=12):
         caches=frozen.caches,
     )
     layouts = LayoutCache((8, 8), 1e4)
-    prepare = BatchEncoder(frozen.autoencoder, frozen.text_tower, layouts, config.model.patch_size, 0, CPU)
+    prepare = BatchEncoder(frozen.autoencoder, frozen.text_encoder, layouts, config.model.patch_size, 0, CPU)
     try:
         return SimpleNamespace(frozen=frozen, batches=[prepare(next(stream)) for _ in range(batches)])
     finally:
@@ -118,7 +118,7 @@ def prepared(config, batches=12):
 
 
 def loaded(found):
-    return "network" in vars(found.frozen.autoencoder), "tower" in vars(found.frozen.text_tower)
+    return "network" in vars(found.frozen.autoencoder), "tower" in vars(found.frozen.text_encoder)
 
 
 def assert_same(found, wanted, text=True):
@@ -147,7 +147,7 @@ def test_cached_and_live_conditioning_are_the_same_bits(runs, networks, dataset,
     assert loaded(cached) == (False, False)
     assert_same(cached, live)
     assert cached.frozen.autoencoder.identity == live.frozen.autoencoder.identity
-    assert cached.frozen.text_tower.identity == live.frozen.text_tower.identity
+    assert cached.frozen.text_encoder.identity == live.frozen.text_encoder.identity
     whole = [batch for batch in live.batches if bool(batch.unconditional.any())]
     assert whole
     assert any(batch.captions_cut for batch in live.batches)
@@ -212,7 +212,7 @@ def test_parts_without_a_cache_are_live(runs, networks, dataset, tmp_path, write
     live = prepared(mixed)
     found = prepared(with_caches(mixed, "text", "latents"))
     assert_same(found, live)
-    assert "tower" not in vars(found.frozen.text_tower)  # opened at once: a part needs it
+    assert "tower" not in vars(found.frozen.text_encoder)  # opened at once: a part needs it
     assert {key.split("/")[0] for batch in live.batches for key in batch.keys} == {"cached", "plain"}
     assert len(found.frozen.lines) == 2
     assert all("other parts go through the network" in line for line in found.frozen.lines)
@@ -223,7 +223,7 @@ def test_one_batch_may_hold_kept_and_live_samples(runs, networks, dataset):
     write_caches(dataset, config, ("text", "latents"), say=list)
     live, cached = config, with_caches(config, "text", "latents")
     source = open_source(config.data)
-    frozen = open_frozen(cached, source, CPU, open_autoencoder, open_text_tower)
+    frozen = open_frozen(cached, source, CPU, open_autoencoder, open_text_encoder)
 
     def batches(c, caches):
         stream = SampleStream(
@@ -232,7 +232,7 @@ def test_one_batch_may_hold_kept_and_live_samples(runs, networks, dataset):
         return [next(stream) for _ in range(6)]
 
     # Its networks load when they are asked for the samples that are not kept.
-    prepare = BatchEncoder(frozen.autoencoder, frozen.text_tower, LayoutCache((8, 8), 1e4), 1, 0, CPU)
+    prepare = BatchEncoder(frozen.autoencoder, frozen.text_encoder, LayoutCache((8, 8), 1e4), 1, 0, CPU)
     for whole, kept in zip(batches(live, None), batches(cached, frozen.caches), strict=True):
         assert kept.images == [None] * 4
         for chosen in ((0,), (1, 3), (0, 1, 2)):
@@ -299,14 +299,14 @@ def test_equal_captions_are_computed_and_stored_once(runs, networks, dataset, mo
     asked = []
 
     def open_counting(*arguments):
-        tower = open_text_tower(*arguments)
+        tower = open_text_encoder(*arguments)
         rows = tower._rows
         tower._rows = lambda captions: asked.extend(captions) or rows(captions)
         return tower
 
     same = SimpleNamespace(long="One  caption", short="one caption")
     monkeypatch.setattr(latent_cache_writer.ShardsSource, "captions", lambda self, i: same)
-    monkeypatch.setattr(latent_cache_writer, "open_text_tower", open_counting)
+    monkeypatch.setattr(latent_cache_writer, "open_text_encoder", open_counting)
     write_caches(dataset, configured(runs, networks, dataset), ("text",), say=list)
     manifest = read_manifest(dataset)
     assert asked == ["", *["one caption"] * len(manifest.shards)]
@@ -350,7 +350,7 @@ def test_rows_that_are_not_finite_are_not_quantised(runs, networks, dataset, mon
     tower = SimpleNamespace(
         clean=str, rows=lambda captions: [(torch.full((1, DIM), np.inf), False) for _ in captions]
     )
-    monkeypatch.setattr(latent_cache_writer, "open_text_tower", lambda *_: tower)
+    monkeypatch.setattr(latent_cache_writer, "open_text_encoder", lambda *_: tower)
     with pytest.raises(UserError, match=r"not finite.*--text-dtype bf16"):
         write_caches(dataset, configured(runs, networks, dataset), ("text",), text_dtype="int8", say=list)
     assert not list(dataset.glob("*/*.text.safetensors*"))

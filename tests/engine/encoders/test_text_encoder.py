@@ -10,12 +10,12 @@ import torch
 
 from millrace.engine.config import TextTower
 from millrace.engine.encoders.text_encoder import (
-    LaterTower,
+    LaterTextEncoder,
     PackedText,
     TextEncoder,
     clean_text,
     dense_text,
-    open_text_tower,
+    open_text_encoder,
 )
 from millrace.engine.encoders.text_encoders.hash import (
     token_vector,
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def hash_tower(dim=16, max_tokens=256, dtype=torch.float32):
-    return open_text_tower(TextTower(kind="hash", max_tokens=max_tokens), dim, CPU, dtype)
+    return open_text_encoder(TextTower(kind="hash", max_tokens=max_tokens), dim, CPU, dtype)
 
 
 def documented_vector(token, dim):
@@ -205,7 +205,7 @@ def test_a_tower_for_later_is_opened_by_the_first_caption_that_is_not_kept():
         opened.append(Asked())
         return opened[0]
 
-    later = LaterTower(open_tower, 4, "asked", CPU, torch.float32)
+    later = LaterTextEncoder(open_tower, 4, "asked", CPU, torch.float32)
     rows = Kept(torch.ones(2, 4))
     assert torch.equal(later.encode(["ab", ""], [rows, rows]).embeddings, torch.ones(4, 4))
     assert opened == []

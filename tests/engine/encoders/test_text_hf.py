@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from millrace.engine.config import TextTower
 from millrace.engine.encoders.text_encoder import (
     dense_text,
-    open_text_tower,
+    open_text_encoder,
     text_encoder_entry,
 )
 from millrace.engine.util.errors import UserError
@@ -106,7 +106,7 @@ DIM = {"t5gemma": 32, "qwen3vl": 48}
 
 def open_tower(folder, kind, max_tokens=64, dim=None):
     config = TextTower(kind=kind, path=str(folder), max_tokens=max_tokens)
-    return open_text_tower(config, dim or DIM[kind], CPU, torch.float32)
+    return open_text_encoder(config, dim or DIM[kind], CPU, torch.float32)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -150,7 +150,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["hash", "t5gemma", "qwen3vl"])
 def test_encoding_reads_nothing_back_from_the_device(tmp_path, kind):
     if kind == "hash":
-        tower = open_text_tower(TextTower(kind="hash"), 16, CPU, torch.float32)
+        tower = open_text_encoder(TextTower(kind="hash"), 16, CPU, torch.float32)
     else:
         save_tower(tmp_path, kind)
         tower = open_tower(tmp_path, kind)
@@ -240,7 +240,9 @@ def test_towers_are_frozen_and_ignore_autocast(tmp_path):
 def test_bfloat16_weights(tmp_path):
     save_tower(tmp_path, "t5gemma")
     config = TextTower(kind="t5gemma", path=str(tmp_path))
-    tower = open_text_tower(config.model_copy(update={"max_tokens": 64}), DIM["t5gemma"], CPU, torch.bfloat16)
+    tower = open_text_encoder(
+        config.model_copy(update={"max_tokens": 64}), DIM["t5gemma"], CPU, torch.bfloat16
+    )
     assert {parameter.dtype for parameter in tower.network.parameters()} == {torch.bfloat16}
     packed = tower.encode(CAPTIONS)
     assert packed.embeddings.dtype == torch.bfloat16
@@ -275,7 +277,7 @@ def test_missing_weights_name_the_key(tmp_path, kind):
 def test_default_source_is_the_published_one(kind, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=text_encoder_entry(kind).source):
-        open_text_tower(TextTower(kind=kind), DIM[kind], CPU, torch.float32)
+        open_text_encoder(TextTower(kind=kind), DIM[kind], CPU, torch.float32)
 
 
 def test_weights_that_lack_a_part_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from millrace.engine.config.loading import (
     parse_config,
 )
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation import evaluator as module
 from millrace.engine.evaluation.evaluator import Evaluation
 from millrace.engine.evaluation.features import (
@@ -77,7 +77,7 @@ def sampler_for(config):
         denoiser.eval().requires_grad_(False),
         FlowMatching(config.objective, config.run.seed, 4),
         open_autoencoder(config.conditioning.autoencoder, CPU),
-        open_text_tower(config.conditioning.text, config.model.context_dim, CPU, torch.float32),
+        open_text_encoder(config.conditioning.text, config.model.context_dim, CPU, torch.float32),
         CPU,
         torch.float32,
     )
@@ -100,7 +100,7 @@ def test_is_what_all_pictures_at_once_give(config, features):
         assert scores.metrics[name] == pytest.approx(wanted, rel=1e-4)
         assert wanted > 0
     assert (scores.samples, scores.reference) == (SAMPLES, 22)
-    words = sum(len(sampler.text_tower.encode([prompt]).embeddings) for prompt in prompts) / SAMPLES
+    words = sum(len(sampler.text_encoder.encode([prompt]).embeddings) for prompt in prompts) / SAMPLES
     assert scores.gflop_per_image == pytest.approx(sampling_flops(settings, 16, words, 1) / 1e9, rel=1e-9)
     assert scores.images_per_second == pytest.approx(SAMPLES / scores.sampling_seconds)
     assert scores.mfu is None
@@ -171,7 +171,7 @@ def test_leaves_randomness_and_counters(config):
     before = torch.random.get_rng_state()
     Evaluation(settings, 4, CPU)(sampler)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert (sampler.text_tower.truncated, sampler.caption_tokens) == (0, 0)
+    assert (sampler.text_encoder.truncated, sampler.caption_tokens) == (0, 0)
 
 
 def test_parts_are_those_of_one_process(monkeypatch):

@@ -20,7 +20,7 @@ from millrace.engine.encoders.small_classifier import (
     save_classifier,
 )
 from millrace.engine.encoders.teacher import open_teacher
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.losses.loss_term import LossInputs
 from millrace.engine.losses.total import build_loss
@@ -111,7 +111,7 @@ def build(settings, *changes):
     source = open_source(config.data)
     prepare = BatchEncoder(
         open_autoencoder(section.autoencoder, CPU),
-        open_text_tower(section.text, config.model.context_dim, CPU, torch.float32),
+        open_text_encoder(section.text, config.model.context_dim, CPU, torch.float32),
         denoiser.layouts,
         config.model.patch_size,
         7,

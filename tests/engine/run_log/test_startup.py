@@ -17,7 +17,7 @@ def text(config, stage=0):
     stages = resolve_stages(config)
     prepare = SimpleNamespace(
         device=torch.device("cpu"),
-        text_tower=SimpleNamespace(identity="hash-16"),
+        text_encoder=SimpleNamespace(identity="hash-16"),
         autoencoder=SimpleNamespace(identity="pixels"),
     )
     return introduction(stages, stages[stage], SHAPES, range(30), prepare, ROWS)

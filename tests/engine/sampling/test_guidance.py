@@ -21,7 +21,7 @@ from millrace.engine.encoders.autoencoder import (
     open_autoencoder,
 )
 from millrace.engine.encoders.autoencoders.pixels import Pixels
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
@@ -90,7 +90,7 @@ def random_denoiser(routing, model=MODEL):
 
 def sampler_of(denoiser, objective=None):
     autoencoder = open_autoencoder(Autoencoder(kind="pixels"), CPU)
-    tower = open_text_tower(TextTower(kind="hash"), MODEL.context_dim, CPU, torch.float32)
+    tower = open_text_encoder(TextTower(kind="hash"), MODEL.context_dim, CPU, torch.float32)
     return Sampler(
         denoiser, FlowMatching(objective or Objective(), 0), autoencoder, tower, CPU, torch.float32
     )
@@ -161,8 +161,8 @@ def by_hand(sampler, picture, grid, config, routing, mean=None):
     offsets = torch.tensor([0, rows], dtype=torch.int32)
     noise = normal(sample_keys(SEED, torch.tensor([picture]), "picture"), offsets, rows, width, rows)
     x = patchify(noise.view(3, height, width), 4)
-    caption = sampler.text_tower.encode([PROMPTS[picture]]).embeddings
-    empty = sampler.text_tower.encode([""]).embeddings
+    caption = sampler.text_encoder.encode([PROMPTS[picture]]).embeddings
+    empty = sampler.text_encoder.encode([""]).embeddings
     count, weak_drop = len(x), routing.drop if config.weak_drop is None else config.weak_drop
 
     def velocity(x, t, step):
@@ -341,7 +341,7 @@ def test_flops_are_what_pytorch_counts(routing, given, solver):
     sampler = sampler_of(random_denoiser(routing), config.objective)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sampler(PROMPTS, (16, 20), config.sampling, SEED)
-    texts = [len(sampler.text_tower.encode([prompt]).embeddings) for prompt in PROMPTS]
+    texts = [len(sampler.text_encoder.encode([prompt]).embeddings) for prompt in PROMPTS]
     assert sampler.caption_tokens == sum(texts)
     tokens, wanted = 20, 0.0
     for text in texts:

@@ -10,7 +10,7 @@ from millrace.engine.encoders.autoencoder import (
     open_autoencoder,
 )
 from millrace.engine.encoders.autoencoders.pixels import Pixels
-from millrace.engine.encoders.text_encoder import open_text_tower
+from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser, DenoiserOutput
 from millrace.engine.model.layout import LayoutCache
@@ -41,7 +41,7 @@ class Known:
 
 def sampler(denoiser, objective=None, compute=torch.float32):
     autoencoder = open_autoencoder(Autoencoder(kind="pixels"), CPU)
-    tower = open_text_tower(TextTower(kind="hash"), MODEL.context_dim, CPU, torch.float32)
+    tower = open_text_encoder(TextTower(kind="hash"), MODEL.context_dim, CPU, torch.float32)
     flow = FlowMatching(objective or Objective(), 0)
     return Sampler(denoiser, flow, autoencoder, tower, CPU, compute)
 
