@@ -69,7 +69,7 @@ CASES = {
     "does not fit": (
         {"model": {"width": 3584, "depth": 28, "heads": 56}, "data": {"resolution": 1024}},
         (),
-        ["GiB per process", "weights", "Adam moments", "free", "data.micro_batch"],
+        ["GB per process", "weights", "Adam moments", "free", "data.micro_batch"],
     ),
     "indivisible batch": ({"data": {"global_batch": 7}}, (), ["global_batch 7", "micro_batch 2"]),
     "indivisible resolution": ({"data": {"resolution": 18}}, (), ["data.resolution 18"]),
