@@ -40,10 +40,12 @@ train: install
 	$(BIN)/millrace train --config configs/quickstart.json --resume auto
 	$(BIN)/millrace sample --checkpoint runs/quickstart --recall --grid runs/quickstart/recall.png
 
+# Two workers of one thread each. The tests of a file stay together: they share what its fixtures have trained.
 # The second run takes the Triton kernels through Triton's interpreter, on the CPU.
+WORKERS ?= 2
 test: $(VENV)/.installed-tests
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m interpreter
 
 lint: install
 	$(BIN)/ruff check .

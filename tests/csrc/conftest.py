@@ -1,5 +1,6 @@
 """The libraries of csrc, built once a session, and how a test finds the compilers."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -45,11 +46,22 @@ def _build(cxx, tmp_path_factory) -> tuple[Path, str]:
     """The build folder and what the build printed; with the kernels where there is nvcc."""
     if CMAKE is None:
         pytest.skip("needs cmake with ninja or make")
-    folder = tmp_path_factory.mktemp("csrc")
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent  # of all workers: the first that comes builds
+    folder, said = session / "csrc", session / "csrc.log"
+    with open(session / "csrc.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            said.write_text(_built(folder))
+    return folder, said.read_text()
+
+
+def _built(folder: Path) -> str:
     cuda = [f"-DCMAKE_CUDA_COMPILER={NVCC}"] if NVCC else ["-DMILLRACE_CUDA=OFF"]
     torch_folder = Path(torch.__file__).parent
     run_command(CMAKE, "-S", ROOT, "-B", folder, *GENERATOR, *cuda, f"-DMILLRACE_TORCH_DIR={torch_folder}")
-    return folder, run_command(CMAKE, "--build", folder, "--parallel", "2")
+    return run_command(CMAKE, "--build", folder, "--parallel", "2")
 
 
 @pytest.fixture(scope="session")
