@@ -1,5 +1,6 @@
 """Prefetch of micro-batches: what is encoded when, and that it makes no difference."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,6 +79,74 @@ def test_an_error_ahead_waits_for_its_turn():
     batches.look_ahead(log)
     with pytest.raises(UserError, match="picture 3 is bad"):
         batches.next_batch(log)
+
+
+class Device:
+    """Stands for a CUDA device with two streams, and notes in `log` what they are told."""
+
+    def __init__(self, monkeypatch, log):
+        self.log = log
+        self.main, self.side = self.Stream(self, "main"), self.Stream(self, "side")
+        self.current = self.main
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _device: self.side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.switched)
+
+    @contextmanager
+    def switched(self, stream):
+        self.current = stream
+        yield
+        self.current = self.main
+
+    class Stream:
+        def __init__(self, device, name):
+            self.log, self.name, self.events = device.log, name, 0
+
+        def wait_stream(self, other):
+            self.log.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            self.events += 1
+            return f"event {self.events - 1} of {self.name}"
+
+        def wait_event(self, event):
+            self.log.append(f"{self.name} waits for {event}")
+
+
+class DeviceTensor:
+    device = torch.device("cuda")
+
+    def __init__(self, log, number):
+        self.log, self.number = log, number
+
+    def record_stream(self, stream):
+        self.log.append(f"{stream.name} reads tensor {self.number}")
+
+
+def test_on_a_device_a_batch_is_used_after_the_side_stream_has_made_it(monkeypatch):
+    """And its memory stays until the main stream has read it."""
+    log = Log()
+    log.device = torch.device("cuda")
+    device = Device(monkeypatch, log.events)
+
+    def prepare(number):
+        log.events.append(f"{device.current.name} prepares {number}")
+        return SimpleNamespace(number=number, tensors=lambda: [DeviceTensor(log.events, number)] * 2)
+
+    log.prepare = prepare
+    monkeypatch.setattr(Log, "__call__", lambda log, number: log.prepare(number))
+    use(BatchPrefetcher(log), log, 2)
+    assert log.events == [
+        "side waits for main",
+        "side prepares 0",
+        "main waits for event 0 of side",
+        *["main reads tensor 0"] * 2,
+        "use 0",
+        "side prepares 1",
+        "main waits for event 1 of side",
+        *["main reads tensor 1"] * 2,
+        "use 1",
+    ]
 
 
 class LookingAhead(BatchPrefetcher):
