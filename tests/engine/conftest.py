@@ -1,13 +1,13 @@
 """Tiny training runs for the tests of the engine: in this process, on two ranks, or as the real command."""
 
-import importlib.util
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,10 +29,11 @@ from millrace.engine.data.formats.shard_writer import (
     write_manifest,
     write_shard,
 )
-from tests.programs import environment
+from tests.engine.forks import Child, ForkServer, run_script, wait_for
+from tests.engine.jobs import Job, Result, run, run_all, run_counted
+from tests.programs import ROOT, environment
 
-HERE = Path(__file__).resolve().parent
-TRAIN = HERE.parents[1] / "engine" / "train.py"
+TRAIN = ROOT / "engine" / "train.py"
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 
 TINY = {
@@ -70,20 +71,25 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _launch(ranks: int, script: Path, *arguments: object) -> list[str]:
-    words = [str(script), *map(str, arguments)]
-    if ranks == 1:
-        return [sys.executable, *words]
-    return [str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(_free_port()), *words]
-
-
 class Runs:
-    """Makes configurations and runs them."""
+    """The fixture `runs`: tiny training runs, and the commands around them.
+
+    A run is described by an output folder and changes to `TINY`, a configuration of seconds:
+
+        result = runs.here(tmp_path, {"run": {"steps": 2}})       in this process; `Result` in jobs.py
+        result = runs.here(tmp_path, spoiled_losses=(1,))         with something done to it; `Job` in jobs.py
+        results = runs.forked([runs.job(tmp_path / "a", changes), ...], ranks=2)["a"]   each rank a process
+        done = runs.train(tmp_path, arguments=("--resume", "auto"))     train.py in a fork: code and texts
+        done = runs.script("plan", "--config", path)                    likewise any other command
+        process = runs.start(runs.command(tmp_path, ranks=2))           the real thing, under `deepspeed`
+
+    Then `runs.log(tmp_path)` has the records of log.jsonl, `runs.state_of(tmp_path)` the newest checkpoint.
+    """
 
     environment = staticmethod(environment)
 
-    def __init__(self, jobs: ModuleType) -> None:
-        self.jobs = jobs
+    def __init__(self, forks: ForkServer) -> None:
+        self.forks = forks
 
     def values(self, output: Path, *changes: dict) -> dict:
         """TINY with `changes` laid on it, as plain values."""
@@ -95,39 +101,68 @@ class Runs:
     def config(self, output: Path, *changes: dict) -> Config:
         return parse_config(self.values(output, *changes), "test")
 
-    def here(self, output: Path, *changes: dict, **job: object) -> object:
-        """Train in this process; the job's result."""
-        return self.jobs.run(self.jobs.Job("job", self.values(output, *changes), **job))
+    def job(self, output: Path, *changes: dict, **options: object) -> Job:
+        """A run that is named as its folder."""
+        return Job(output.name, self.values(output, *changes), **options)
 
-    def elsewhere(self, folder: Path, jobs: list, ranks: int) -> dict[str, list]:
-        """Results of each job that lived, by name and rank: two ranks under one launcher, or forks."""
-        folder.mkdir(parents=True)
-        torch.save(jobs, folder / "jobs.pt")
-        done = subprocess.run(
-            _launch(ranks, HERE / "jobs.py", folder / "jobs.pt", folder),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=1000,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return {
-            job.name: [
-                self.jobs.Result(**torch.load(folder / f"{job.name}-{rank}.pt", weights_only=False))
-                for rank in range(ranks)
-            ]
-            for job in jobs
-            if job.killed is None
-        }
+    def here(self, output: Path, *changes: dict, **options: object) -> Result:
+        """Train in this process."""
+        return run(self.job(output, *changes, **options))
+
+    def forked(self, jobs: list[Job], ranks: int = 1) -> dict[str, list[Result]]:
+        """Train jobs, those that are killed last; of the others the results of their ranks, by name."""
+        whole, killed = [job for job in jobs if not job.killed], [job for job in jobs if job.killed]
+        children = self._ended(ranks, 0, run_counted if killed else run_all, whole)
+        results = zip(*(child.result() for child in children), strict=True)
+        found = {job.name: list(result) for job, result in zip(whole, results, strict=True)}
+        for job in killed:
+            name, share = job.killed
+            self._ended(ranks, -signal.SIGKILL, run_counted, [job], share * found[name][0].events)
+        return found
+
+    def script(
+        self, name: str | Path, *arguments: object, ranks: int = 1, cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess:
+        """Run engine/<name>.py, or the script of a path, in a fork on each rank."""
+        path = name if isinstance(name, Path) else ROOT / "engine" / f"{name}.py"
+        words = [str(word) for word in arguments]
+        children = self._start(ranks, run_script, path, words, cwd=cwd)
+        codes = wait_for(children)
+        out, err = ("".join(child.text(stream) for child in children) for stream in ("out", "err"))
+        return subprocess.CompletedProcess([str(path), *words], max(codes, key=abs), out, err)
+
+    def train(self, output: Path, *changes: dict, arguments: tuple = ()) -> subprocess.CompletedProcess:
+        """Run train.py in a fork on this configuration, which is written beside `output`."""
+        return self.script("train", "--config", self._written(output, *changes), *arguments)
+
+    def _ended(self, ranks: int, code: int, function: Callable, *arguments: object) -> list[Child]:
+        """The processes of a function, when they have ended with this code."""
+        children = self._start(ranks, function, *arguments)
+        codes = wait_for(children)
+        assert codes == [code] * ranks, (codes, *(child.text("err") for child in children))
+        return children
+
+    def _start(self, ranks: int, function: Callable, *arguments: object, **options: object) -> list[Child]:
+        if ranks == 1:
+            return [self.forks.start(function, *arguments, **options)]
+        shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        return [
+            self.forks.start(function, *arguments, **options, **shared, RANK=str(r), LOCAL_RANK=str(r))
+            for r in range(ranks)
+        ]
+
+    def _written(self, output: Path, *changes: dict) -> Path:
+        path = output.with_suffix(".json")
+        path.write_text(json.dumps(self.values(output, *changes)))
+        return path
 
     def command(self, output: Path, *changes: dict, ranks: int = 1, arguments: tuple = ()) -> list[str]:
         """Words of the real command for this configuration, which is written beside `output`."""
-        path = output.with_suffix(".json")
-        path.write_text(json.dumps(self.values(output, *changes)))
-        return _launch(ranks, TRAIN, "--config", path, *arguments)
-
-    def command_without_config(self) -> list[str]:
-        return _launch(1, TRAIN)
+        words = [str(TRAIN), "--config", str(self._written(output, *changes)), *arguments]
+        if ranks == 1:
+            return [sys.executable, *words]
+        return [str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(_free_port()), *words]
 
     def start(self, command: list[str]) -> subprocess.Popen:
         """Start a command in a session of its own, so that nothing else receives its signals."""
@@ -166,17 +201,11 @@ class Runs:
         assert [name for name in wanted if not torch.equal(tensors[name], wanted[name])] == []
 
 
-def _load_jobs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("jobs", HERE / "jobs.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["jobs"] = module  # jobs are pickled for the other processes by this name
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def runs() -> Runs:
-    return Runs(_load_jobs())
+def runs() -> Iterator[Runs]:
+    forks = ForkServer()
+    yield Runs(forks)
+    forks.close()
 
 
 def write_shards(root, counts, patch=16, per_shard=4, draw=None):

@@ -1,31 +1,22 @@
-"""Training runs with instruments attached: imported by tests, or run as a script, several in a process.
+"""One instrumented training run: what may be done to it (`Job`), and what each rank saw (`Result`).
 
-python jobs.py JOBS RESULTS                    one process, each job in a fork of it that may be killed
-deepspeed --num_gpus 2 jobs.py JOBS RESULTS    two, all jobs in both
-
-Rank r writes RESULTS/<name>-<r>.pt.
+How a test starts one stands in conftest.py, at `Runs`.
 """
 
-import contextlib
 import hashlib
-import importlib
 import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from millrace.engine import train as train_command
 from millrace.engine.checkpoint.train_state import state_pieces
-from millrace.engine.cli import run_command
 from millrace.engine.config import Config
 from millrace.engine.config.loading import parse_config
 from millrace.engine.distributed import process_group
@@ -36,6 +27,8 @@ from millrace.engine.util.errors import UserError
 
 @dataclass
 class Job:
+    """One training run of a test."""
+
     name: str
     config: dict[str, Any]
     resume: str | None = None
@@ -45,18 +38,6 @@ class Job:
     """Steps in which the loss is finite and its gradient is not."""
     killed: tuple[str, float] | None = None
     """(name of an earlier job, share): kill -9 after this share of that job's events."""
-    imports: tuple[str, ...] = ()
-    """Modules that the process imports once, before it forks for its first job."""
-
-
-@dataclass
-class Command:
-    """train.py with these arguments, in place of a job."""
-
-    name: str
-    arguments: list[str]
-    imports: tuple[str, ...] = ()
-    killed = None
 
 
 @dataclass
@@ -64,9 +45,7 @@ class Result:
     """What one rank saw."""
 
     error: str | None = None
-    """The UserError's message; of a command everything that it wrote to stderr."""
-    code: int = 0
-    """Exit code of a command."""
+    """The UserError's message."""
     dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)
     """Of parameters, masters, moments and EMA after the run."""
     reduced: set[torch.dtype] = field(default_factory=set)
@@ -83,7 +62,7 @@ class Result:
     largest_bucket: int = 0
     """Most elements of one reduction."""
     optimizer_flops: int = 0
-    """Of matrix products inside the optimizer's steps, counted where they run."""
+    """Of matrix products inside the optimizer's first step, counted where they run."""
 
     def count_event(self) -> None:
         self.events += 1
@@ -110,6 +89,10 @@ class InstrumentedTrainer(Trainer):
         self.job, self.result = job, result
         super().__init__(parse_config(job.config, job.name), resume)
 
+    def _check_size(self, factor):
+        """Without the traced memory, a third of the time of a tiny run; test_fit_check.py has it."""
+        return []
+
     def next_batch(self):
         self.result.count_event()
         batch = super().next_batch()
@@ -126,14 +109,16 @@ class InstrumentedTrainer(Trainer):
 
     def train_step(self):
         step, before = self.step, self.fingerprint()
-        self.optimizer.step = self.counted_step
+        if step == 0:
+            self.optimizer.step = self.counted_step
         super().train_step()
         self.result.unchanged[step] = self.fingerprint() == before
 
     def counted_step(self):
         with FlopCounterMode(display=False) as counter:
             type(self.optimizer).step(self.optimizer)
-        self.result.optimizer_flops += counter.get_total_flops()
+        self.result.optimizer_flops = counter.get_total_flops()
+        del self.optimizer.step  # the class's own, from now on
 
     def fingerprint(self) -> str:
         pieces = [piece.data for piece in state_pieces(self.shards, self.optimizer, self.ema)]
@@ -210,9 +195,15 @@ class _watch_reductions:
             setattr(self.backend, name, method)
 
 
-def _count_changes(result: Result, output: str) -> None:
-    """Count changes to files below `output` as events too, just before they happen."""
+def run_all(jobs: list[Job]) -> list[Result]:
+    """Train jobs one after the other, in a process that serves for nothing else."""
+    return [run(job) for job in jobs]
+
+
+def run_counted(jobs: list[Job], last_event: float = math.inf) -> list[Result]:
+    """As `run_all`, with changes to files counted as events too; the process is killed at the last one."""
     changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+    output, result = "", Result()
 
     def audit(event: str, arguments: tuple) -> None:
         changing = event in changes or (event == "open" and arguments[1] not in ("r", "rb", None))
@@ -224,70 +215,10 @@ def _count_changes(result: Result, output: str) -> None:
         sync(descriptor)
 
     os.fsync = fsync
-    sys.addaudithook(audit)
-
-
-def run_forked(job: Job, path: Path, last_event: float) -> None:
-    """Run a job in a fork; only a job that should be killed may be."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(KeyboardInterrupt):
-            result = Result(last_event=last_event)
-            _count_changes(result, job.config["run"]["output_dir"])
-            torch.save(vars(run(job, result)), path)
-            code = 0
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.waitstatus_to_exitcode(status) != (0 if job.killed is None else -signal.SIGKILL):
-        sys.exit(f"{job.name} ended with {os.waitstatus_to_exitcode(status)}")
-
-
-def run_command_forked(command: Command, path: Path) -> None:
-    """Run train.py in a fork, as the shell would."""
-    log = path.with_suffix(".log")
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
-        sys.argv = ["train.py", *command.arguments]
-        try:
-            run_command(train_command.main)
-        except SystemExit as end:
-            os._exit(end.code)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(99)
-    _, status = os.waitpid(child, 0)
-    result = Result(error=log.read_text(), code=os.waitstatus_to_exitcode(status))
-    torch.save(vars(result), path)
-
-
-def main() -> None:
-    """Run the jobs of a file; the last argument but one names it, the last the folder for results."""
-    file, folder = Path(sys.argv[-2]), Path(sys.argv[-1])
-    jobs = torch.load(file, weights_only=False)
-    if "RANK" in os.environ:
-        for job in jobs:
-            result = run(job)
-            torch.save(vars(result), folder / f"{job.name}-{process_group.rank()}.pt")
-            process_group.wait_for_all()
-        return
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401 - once here and not in every fork
-
-    for module in {module for job in jobs for module in job.imports}:
-        importlib.import_module(module)
+    results = []
     for job in jobs:
-        if isinstance(job, Command):
-            run_command_forked(job, folder / f"{job.name}-0.pt")
-            continue
-        last_event = math.inf
-        if job.killed is not None:
-            whole, share = job.killed
-            last_event = share * torch.load(folder / f"{whole}-0.pt", weights_only=False)["events"]
-        run_forked(job, folder / f"{job.name}-0.pt", last_event)
-
-
-if __name__ == "__main__":
-    sys.modules["jobs"] = sys.modules["__main__"]
-    run_command(main)
+        output, result = job.config["run"]["output_dir"], Result(last_event=last_event)
+        if not results:
+            sys.addaudithook(audit)
+        results.append(run(job, result))
+    return results

@@ -3,9 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,24 +16,6 @@ from millrace.engine.util.errors import UserError
 
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
-
-PREPARE = Path(__file__).resolve().parents[2] / "engine" / "prepare.py"
-
-
-def prepare(runs, *arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, str(PREPARE), *map(str, arguments)],
-        env=runs.environment() | {"HF_HUB_OFFLINE": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process):
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, out + err
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +53,11 @@ def world(tmp_path_factory, write_shards, runs):
 def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world, runs, capsys):
     root, changes = world
     asked = ("--cache", "text,latents", "--dataset", root / "set", "--config", root / "config.json")
-    both = [prepare(runs, *asked, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    said = "".join(ended(process) for process in both)
+    done = runs.script("prepare", *asked, ranks=2)
+    assert done.returncode == 0, done.stderr
     assert set(read_manifest(root / "set").caches) == {"text", "latents"}
-    assert "complete" in said
-    assert said.count("made 2 of its 2 shards") == 4
+    assert "complete" in done.stdout
+    assert done.stdout.count("made 2 of its 2 shards") == 4
     assert prepare_command.main(["--verify", str(root / "set"), "--workers", "1"]) == 0
     assert "every file is as its manifest says" in capsys.readouterr().out
 

@@ -1,9 +1,7 @@
 """engine/evaluate.py as a command on a trained run, on one process and on two."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +9,6 @@ from millrace.engine import evaluate
 from millrace.engine.export import main as export
 from millrace.engine.util.errors import UserError
 
-SCRIPT = Path(evaluate.__file__).resolve()
 CHANGES = {"run": {"steps": 2}, "sampling": {"steps": 2, "guidance": 2.0}}
 
 
@@ -121,14 +118,7 @@ def test_two_processes_give_what_one_gives(command, trained, runs, tmp_path):
         "--output",
         path,
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    done = subprocess.run(
-        [*launch, "29571", str(SCRIPT), *map(str, words)],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    done = runs.script("evaluate", *words, ranks=2)
     assert done.returncode == 0, done.stderr
     two, (one, _) = json.loads(path.read_text()), command("--samples", 70)
     assert (one["processes"], two["processes"]) == (1, 2)

@@ -146,10 +146,10 @@ def test_two_processes(runs, one, tmp_path):
     """At stages 0 and 3."""
     root, _ = one
     jobs = [
-        runs.jobs.Job("zero0", runs.values(tmp_path / "zero0", FP8)),
-        runs.jobs.Job("zero3", runs.values(tmp_path / "zero3", FP8, stage(3), FULL)),
+        runs.job(tmp_path / "zero0", FP8),
+        runs.job(tmp_path / "zero3", FP8, stage(3), FULL),
     ]
-    found = runs.elsewhere(tmp_path / "results", jobs, ranks=2)
+    found = runs.forked(jobs, ranks=2)
     for name in ("zero0", "zero3"):
         assert [result.error for result in found[name]] == [None, None]
         mine = losses(runs, tmp_path / name)

@@ -1,15 +1,9 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from millrace.engine import prepare
 from millrace.engine.util.errors import UserError
-
-COMMAND = Path(__file__).resolve().parents[2] / "engine" / "prepare.py"
 
 
 @pytest.fixture
@@ -44,14 +38,9 @@ def test_a_data_set_is_made_verified_and_summed_up(photos, tmp_path, capsys):
         prepare.main(["verify", str(out)])
 
 
-def test_errors_are_one_line(photos, tmp_path):
+def test_errors_are_one_line(runs, photos, tmp_path):
     (photos / "0.txt").unlink()
-    done = subprocess.run(
-        [sys.executable, str(COMMAND), *words(photos, tmp_path / "out", "--workers", "0")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = runs.script("prepare", *words(photos, tmp_path / "out", "--workers", "0"))
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if not line.startswith("reading")]
     assert len(errors) == 1

@@ -72,22 +72,17 @@ def killed(runs, tmp_path_factory):
     rng = random.Random(7)
     jobs = []
     for number in range(4):
-        values = runs.values(root / f"whole-{number}", CHANGES, stage(number))
-        jobs.append(runs.jobs.Job(f"whole-{number}", values))
+        jobs.append(runs.job(root / f"whole-{number}", CHANGES, stage(number)))
     for i in range(KILLS):
-        values = runs.values(root / f"killed-{i}", CHANGES, stage(i % 4))
         moment = (f"whole-{i % 4}", (i + rng.random()) / KILLS)
-        jobs.append(runs.jobs.Job(f"killed-{i}", values, killed=moment))
-    runs.elsewhere(root / "killing", jobs, ranks=1)
+        jobs.append(runs.job(root / f"killed-{i}", CHANGES, stage(i % 4), killed=moment))
+    runs.forked(jobs)
     left = {
         i: {path.relative_to(root / f"killed-{i}").as_posix() for path in (root / f"killed-{i}").rglob("*")}
         for i in range(KILLS)
     }
-    resumed = [
-        runs.jobs.Job(f"killed-{i}", runs.values(root / f"killed-{i}", CHANGES, stage(i % 4)), resume="auto")
-        for i in range(KILLS)
-    ]
-    results = runs.elsewhere(root / "resuming", resumed, ranks=1)
+    resumed = [runs.job(root / f"killed-{i}", CHANGES, stage(i % 4), resume="auto") for i in range(KILLS)]
+    results = runs.forked(resumed)
     assert [result.error for (result,) in results.values()] == [None] * KILLS
     return root, left
 
@@ -133,10 +128,8 @@ def test_sprint_continues_bit_identically(runs, tmp_path, number):
 @pytest.mark.parametrize("number", [0, 2, 3])
 def test_muon_killed_and_resumed_is_bit_identical(runs, tmp_path, number):
     changes = (CHANGES, {"optimizer": {"kind": "muon"}}, stage(number))
-    names = ("whole", "killed")
-    whole, killed = (runs.jobs.Job(name, runs.values(tmp_path / name, *changes)) for name in names)
-    killed.killed = ("whole", 0.55)
-    runs.elsewhere(tmp_path / "killing", [whole, killed], ranks=1)
+    killed = runs.job(tmp_path / "killed", *changes, killed=("whole", 0.55))
+    runs.forked([runs.job(tmp_path / "whole", *changes), killed])
     reached = [step for step, _ in list_checkpoints(tmp_path / "killed" / "checkpoints")]
     assert 0 < len(reached) < STEPS // 2
     assert runs.here(tmp_path / "killed", *changes, resume="auto").error is None
@@ -164,8 +157,8 @@ def on_two(runs, killed, tmp_path_factory):
     jobs = []
     for number in range(4):
         run = copy_until(killed[0] / "whole-0", 6, root / f"zero{number}")
-        jobs.append(runs.jobs.Job(run.name, runs.values(run, CHANGES, stage(number)), resume="auto"))
-    for name, results in runs.elsewhere(root / "results", jobs, ranks=2).items():
+        jobs.append(runs.job(run, CHANGES, stage(number), resume="auto"))
+    for name, results in runs.forked(jobs, ranks=2).items():
         assert [result.error for result in results] == [None, None], name
     return root
 
@@ -191,14 +184,14 @@ def test_a_flipped_bit_in_the_newest_checkpoint(runs, killed, tmp_path):
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
 
-    refused = runs.finish(runs.command(run, CHANGES, arguments=("--resume", "8")))
+    refused = runs.train(run, CHANGES, arguments=("--resume", "8"))
     assert refused.returncode == 2
     (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert shard.name in error
     assert "sha256" in error
     assert "Traceback" not in refused.stderr
 
-    done = runs.finish(runs.command(run, CHANGES, arguments=("--resume", "auto")))
+    done = runs.train(run, CHANGES, arguments=("--resume", "auto"))
     assert done.returncode == 0
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("not resuming from")]
     assert "step-00000008" in said

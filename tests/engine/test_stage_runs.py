@@ -1,6 +1,7 @@
 """Runs of several stages: they train, say what changes, and go on from anywhere as if never stopped."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,18 +64,14 @@ def staged(runs, tmp_path_factory):
     """Folder with whole-<ZeRO stage> and killed-<i>, which were killed and resumed."""
     root = tmp_path_factory.mktemp("staged")
     names = [f"whole-{number}" for number in (0, 2)]
-    jobs = [
-        runs.jobs.Job(name, runs.values(root / name, stages(root), zero(int(name[-1])))) for name in names
-    ]
+    jobs = [runs.job(root / name, stages(root), zero(int(name[-1]))) for name in names]
     rng = random.Random(3)
     killed = []
     for i in range(KILLS):
-        values = runs.values(root / f"killed-{i}", stages(root), zero(2 * (i % 2)))
         moment = (names[i % 2], (i + rng.random()) / KILLS)
-        killed.append(runs.jobs.Job(f"killed-{i}", values, killed=moment))
-    runs.elsewhere(root / "killing", [*jobs, *killed], ranks=1)
-    resumed = [runs.jobs.Job(job.name, job.config, resume="auto") for job in killed]
-    results = runs.elsewhere(root / "resuming", resumed, ranks=1)
+        killed.append(runs.job(root / f"killed-{i}", stages(root), zero(2 * (i % 2)), killed=moment))
+    runs.forked([*jobs, *killed])
+    results = runs.forked([replace(job, killed=None, resume="auto") for job in killed])
     assert [result.error for (result,) in results.values()] == [None] * KILLS
     return root
 

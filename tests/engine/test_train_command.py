@@ -49,7 +49,7 @@ def test_a_run_on_one_process(runs, tmp_path):
 
 
 def test_help_shows_examples(runs):
-    done = runs.finish([*runs.command_without_config(), "--help"])
+    done = runs.script("train", "--help")
     assert done.returncode == 0
     for word in (
         "--config",
@@ -63,22 +63,20 @@ def test_help_shows_examples(runs):
 
 
 def test_no_configuration_is_a_usage_error(runs):
-    done = runs.finish(runs.command_without_config())
+    done = runs.script("train")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config FILE is needed")
 
 
 def test_print_config_is_the_resolved_configuration(runs, tmp_path):
-    done = runs.finish(
-        runs.command(tmp_path / "run", arguments=("--print-config", "--set", "optimizer.lr=0.5"))
-    )
+    done = runs.train(tmp_path / "run", arguments=("--print-config", "--set", "optimizer.lr=0.5"))
     assert done.returncode == 0
     assert Config.model_validate_json(done.stdout).optimizer.lr == 0.5
     assert not (tmp_path / "run").exists()
 
 
 def test_print_schema_is_json(runs):
-    done = runs.finish([*runs.command_without_config(), "--print-schema"])
+    done = runs.script("train", "--print-schema")
     assert done.returncode == 0
     assert set(Config.model_fields) < set(json.loads(done.stdout)["properties"])
 
@@ -95,10 +93,10 @@ def test_a_run_starts_from_the_weights_of_another(runs, tmp_path):
 
 
 def test_what_changed_since_the_checkpoint_is_said(runs, tmp_path):
-    first = runs.finish(runs.command(tmp_path / "run", arguments=("--set", "run.steps=1")))
+    first = runs.train(tmp_path / "run", arguments=("--set", "run.steps=1"))
     assert first.returncode == 0
     more = ("--resume", "auto", "--set", "run.steps=2", "--set", "objective.time_uniform=0.5")
-    done = runs.finish(runs.command(tmp_path / "run", arguments=more))
+    done = runs.train(tmp_path / "run", arguments=more)
     assert done.returncode == 0
     assert "warning: changed since the checkpoint: objective.time_uniform, run.steps" in done.stderr
     assert f"saved {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in done.stderr
@@ -108,11 +106,11 @@ def test_what_changed_since_the_checkpoint_is_said(runs, tmp_path):
 def test_a_smoke_run_can_be_repeated(runs, tmp_path, folder):
     given = ("--set", f"run.output_dir={tmp_path / folder}") if folder else ()
     for _ in range(2):
-        done = runs.finish(runs.command(tmp_path / "run", arguments=("--smoke", *given)))
+        done = runs.train(tmp_path / "run", arguments=("--smoke", *given))
         assert done.returncode == 0, done.stderr
         assert "finished: 4 steps" in done.stderr
     if folder:
         other = ("--smoke", *given, "--set", "optimizer.lr=0.5")
-        done = runs.finish(runs.command(tmp_path / "run", arguments=other))
+        done = runs.train(tmp_path / "run", arguments=other)
         assert done.returncode == 2
         assert "already holds a run" in done.stderr

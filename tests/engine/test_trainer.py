@@ -16,6 +16,7 @@ from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
+from tests.engine.jobs import run
 
 pytestmark = pytest.mark.slow
 
@@ -56,27 +57,26 @@ def variants():
 
 def job_list(runs, root):
     """Everything that is trained on one process and on two."""
-    jobs = [runs.jobs.Job(name, runs.values(root / name, *changes)) for name, changes in variants().items()]
+    jobs = [runs.job(root / name, *changes) for name, changes in variants().items()]
     for number in range(4):
-        values = runs.values(root / f"bf16-{number}", BF16, stage(number))
-        jobs.append(runs.jobs.Job(f"bf16-{number}", values))
-        values = runs.values(root / f"bad-{number}", BAD, stage(number))
-        jobs.append(runs.jobs.Job(f"bad-{number}", values, spoiled_losses=(2,), spoiled_gradients=(3,)))
+        jobs.append(runs.job(root / f"bf16-{number}", BF16, stage(number)))
+        spoiled = {"spoiled_losses": (2,), "spoiled_gradients": (3,)}
+        jobs.append(runs.job(root / f"bad-{number}", BAD, stage(number), **spoiled))
     reduced = {"precision": {"reduce": "bfloat16"}}
-    jobs.append(runs.jobs.Job("bf16-reduce", runs.values(root / "bf16-reduce", BF16, reduced, stage(2))))
+    jobs.append(runs.job(root / "bf16-reduce", BF16, reduced, stage(2)))
     return jobs
 
 
 @pytest.fixture(scope="module")
 def one(runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
-    return root, {job.name: [runs.jobs.run(job)] for job in job_list(runs, root)}
+    return root, {job.name: [run(job)] for job in job_list(runs, root)}
 
 
 @pytest.fixture(scope="module")
 def two(runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
-    return root, runs.elsewhere(root / "results", job_list(runs, root), ranks=2)
+    return root, runs.forked(job_list(runs, root), ranks=2)
 
 
 @pytest.fixture(params=["one", "two"])

@@ -127,8 +127,8 @@ def test_the_log_has_the_terms(runs, whole):
 def test_two_processes_agree_with_one(runs, tuned, whole, tmp_path, stage):
     output = tmp_path / "two"
     zero = {"deepspeed": {"zero_optimization": {"stage": stage}}}
-    job = runs.jobs.Job("two", runs.values(output, tuned, zero))
-    results = runs.elsewhere(tmp_path / "work", [job], 2)["two"]
+    job = runs.job(output, tuned, zero)
+    results = runs.forked([job], ranks=2)["two"]
     assert [result.error for result in results] == [None, None]
     assert_similar(tensors_of(output), tensors_of(whole))
     # The checkpoint of two is continued by one.

@@ -13,6 +13,7 @@ from millrace.engine.config.loading import (
 )
 from millrace.engine.config.smoke import smoke
 from millrace.engine.config.stages import resolve_stages
+from tests.engine.jobs import Job
 
 
 def shipped():
@@ -78,36 +79,26 @@ def test_overrides_have_the_last_word(tmp_path):
     assert (small.run.output_dir, small.run.steps, small.model.depth) == (f"{tmp_path}/own", 7, 3)
 
 
-TOWERS = (
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit",
-    "transformers.models.t5gemma.modeling_t5gemma",
-)
-"""Modules of the networks that most configurations use."""
-
-
 @pytest.fixture(scope="module")
 def smoked(runs, tmp_path_factory):
     """The command with --smoke on each configuration: results and output folders by name."""
     root = tmp_path_factory.mktemp("smoked")
-    commands = []
+    found = {}
     for path in shipped():
         config = root / path.name
         values = merge(read_json(path), {"run": {"output_dir": str(root / path.stem)}})
         config.write_text(json.dumps(values))
-        commands.append(runs.jobs.Command(path.stem, ["--config", str(config), "--smoke"], TOWERS))
-    results = runs.elsewhere(root / "results", commands, ranks=1)
-    return {name: (result, root / f"{name}-smoke") for name, (result,) in results.items()}
+        found[path.stem] = runs.script("train", "--config", config, "--smoke"), root / f"{path.stem}-smoke"
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in shipped()])
 def test_every_configuration_runs(runs, smoked, name):
     result, output = smoked[name]
-    assert result.code == 0, result.error
+    assert result.returncode == 0, result.stderr
     steps = load_config(output / "config.json").run.steps
-    assert f"finished: {steps} steps" in result.error
+    assert f"finished: {steps} steps" in result.stderr
     records = runs.log(output)
     assert [record["step"] for record in records] == list(range(1, steps + 1))
     assert all(record["applied"] and math.isfinite(record["loss"]) for record in records)
@@ -135,8 +126,8 @@ def sharded(request, runs, tmp_path_factory):
             "logging.tensorboard=false",
         ]
         values = smoke(load_config(path, overrides), overrides).model_dump(mode="json")
-        jobs.append(runs.jobs.Job(path.stem, values, imports=TOWERS))
-    results = runs.elsewhere(root / "results", jobs, ranks=processes)
+        jobs.append(Job(path.stem, values))
+    results = runs.forked(jobs, ranks=processes)
     return {name: (ranks, root / name) for name, ranks in results.items()}
 
 

@@ -79,10 +79,10 @@ def test_two_processes_and_zero(runs, tmp_path, evaluation):
     zero = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}}
     many = {"evaluation": {"samples": 40}}
     jobs = [
-        runs.jobs.Job("on", runs.values(tmp_path / "on", CHANGES, evaluation, many, zero)),
-        runs.jobs.Job("off", runs.values(tmp_path / "off", CHANGES, zero)),
+        runs.job(tmp_path / "on", CHANGES, evaluation, many, zero),
+        runs.job(tmp_path / "off", CHANGES, zero),
     ]
-    results = runs.elsewhere(tmp_path / "results", jobs, ranks=2)
+    results = runs.forked(jobs, ranks=2)
     assert [result.error for name in results for result in results[name]] == [None] * 4
     assert_same_weights(runs, tmp_path / "on", tmp_path / "off")
     assert runs.here(tmp_path / "one", CHANGES, evaluation, many).error is None
