@@ -28,25 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 from ablations_judge import make_assets
-from ablations_scales import (
-    LEARNING_RATES,
-    SCALES,
-    SWEPT,
-    Assets,
-    Scale,
-    at_scale,
-    open_config,
-    set_source,
-)
+from ablations_scales import LEARNING_RATES, SCALES, SWEPT, Assets, Scale, at_scale, open_config, set_source
 from ablations_table import as_text, best_rate, draw, swept
 from recording import RESULTS, ROOT, environment, write
 
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_json
 

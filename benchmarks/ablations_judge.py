@@ -10,20 +10,10 @@ from ablations_scales import Assets, Scale, data_source
 from recording import ROOT
 
 from millrace.engine.config.loading import parse_config
-from millrace.engine.data.sources.digits import (
-    DigitsSource,
-    most_typical,
-)
+from millrace.engine.data.sources.digits import DigitsSource, most_typical
 from millrace.engine.encoders.small_classifier import save_classifier
-from millrace.engine.evaluation.digit_judge import (
-    accuracy,
-    embeddings,
-    train_classifier,
-)
-from millrace.engine.evaluation.frechet import (
-    frechet_distance,
-    moments,
-)
+from millrace.engine.evaluation.digit_judge import accuracy, embeddings, train_classifier
+from millrace.engine.evaluation.frechet import frechet_distance, moments
 
 JUDGE_SEED, TEACHER_SEED = 1, 2
 JUDGE_WIDTH, TEACHER_WIDTH = 8, 16

@@ -27,10 +27,7 @@ from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.data.sources.digits import DigitsSource
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    load_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, load_classifier
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.digit_judge import quality
 from millrace.engine.evaluation.recall import recall
@@ -39,9 +36,7 @@ from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import patchify
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.sampling.grids import save_grid
-from millrace.engine.sampling.sampler import (
-    Sampler,
-)
+from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.trainer import train
 from millrace.engine.util.errors import UserError
 

@@ -6,11 +6,7 @@ from typing import Any, NamedTuple
 from recording import ROOT
 
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    load_config,
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.util.errors import UserError
 
 BASELINE = "latent_256"

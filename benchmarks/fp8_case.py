@@ -12,12 +12,7 @@ from operations import Case, NotApplicable, Setting, Shape, arithmetic_work
 from torch import Tensor, nn
 
 from millrace.kernels import fp8_linear
-from millrace.kernels.ops.fp8_linear import (
-    GRADIENTS,
-    VALUES,
-    missing,
-    rounded,
-)
+from millrace.kernels.ops.fp8_linear import GRADIENTS, VALUES, missing, rounded
 
 
 def fp8_linear_case(shape: Shape, setting: Setting) -> Case:

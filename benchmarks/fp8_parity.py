@@ -37,10 +37,7 @@ from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data import open_source
 from millrace.engine.model.fp8 import TORCHAO
 from millrace.engine.run_log.logs import set_up_logging

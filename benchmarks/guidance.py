@@ -31,28 +31,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.engine.checkpoint.model_weights import (
-    checkpoint_folder,
-    checkpoint_state,
-)
+from millrace.engine.checkpoint.model_weights import checkpoint_folder, checkpoint_state
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config, Sampling
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data import evaluation_view, open_source
-from millrace.engine.data.sources.digits import (
-    NAMES,
-    DigitsSource,
-)
+from millrace.engine.data.sources.digits import NAMES, DigitsSource
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_encoder
-from millrace.engine.evaluation.digit_judge import (
-    quality,
-    train_classifier,
-)
+from millrace.engine.evaluation.digit_judge import quality, train_classifier
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser

@@ -17,10 +17,7 @@ from accuracy import Function
 from torch import Tensor
 
 from millrace.kernels.ops import routing
-from millrace.kernels.ops.routing import (
-    Route,
-    kept_tokens,
-)
+from millrace.kernels.ops.routing import Route, kept_tokens
 from millrace.kernels.support.packed import to_device
 from millrace.kernels.support.registration import uses_triton
 

@@ -17,16 +17,8 @@ from typing import Any
 from recording import RESULTS, write
 
 from millrace.engine.util.errors import UserError
-from millrace.kernels.support.compilation import (
-    Launch,
-    compile_launch,
-    launches,
-    problems,
-)
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    INTERPRETING,
-)
+from millrace.kernels.support.compilation import Launch, compile_launch, launches, problems
+from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING
 
 ARCHITECTURES = (80, 90)
 COLUMNS = (

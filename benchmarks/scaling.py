@@ -47,11 +47,7 @@ from typing import Any
 import torch
 
 from millrace.engine.cli import command_parser, run_command
-from millrace.engine.config.loading import (
-    load_config,
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.util.errors import UserError
 
 Row = dict[str, Any]

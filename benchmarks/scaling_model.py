@@ -9,26 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    load_config,
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.flops import training_flops
 from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import GPUS, Device, MeasuredNetwork
-from millrace.engine.planning.step_memory import (
-    Memory,
-    Shape,
-    memory_of,
-    shape_of,
-)
-from millrace.engine.planning.step_time import (
-    Step,
-    step_of,
-    transfers,
-)
+from millrace.engine.planning.step_memory import Memory, Shape, memory_of, shape_of
+from millrace.engine.planning.step_time import Step, step_of, transfers
 
 Row = dict[str, Any]
 

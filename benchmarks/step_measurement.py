@@ -15,11 +15,7 @@ import waterfall
 from throughput_inputs import FROZEN, Live, open_trainer
 
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    load_config,
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.config.smoke import smoke
 from millrace.engine.distributed import process_group
 from millrace.engine.model.flops import peak_flops

@@ -15,11 +15,7 @@ from millrace.engine import config as settings
 from millrace.engine.config import Config, Data, TextTower
 from millrace.engine.data import Batch, signed_unit
 from millrace.engine.distributed import process_group
-from millrace.engine.encoders.autoencoder import (
-    Autoencoder,
-    Posterior,
-    published_factor,
-)
+from millrace.engine.encoders.autoencoder import Autoencoder, Posterior, published_factor
 from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.batch_encoder import EncodedBatch
 from millrace.engine.encoders.text_encoder import TextEncoder

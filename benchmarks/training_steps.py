@@ -15,10 +15,7 @@ from peer import Peer
 from torch import Tensor, nn
 
 from millrace.engine.config import Config, route_end
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import diffusers_config, diffusers_state
 from millrace.engine.model.denoiser import Denoiser

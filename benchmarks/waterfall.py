@@ -31,10 +31,7 @@ from throughput_inputs import Live
 from torch.profiler import ProfilerActivity, record_function
 
 from millrace.engine.config import Config
-from millrace.engine.distributed import (
-    deepspeed_engine,
-    process_group,
-)
+from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.kernels.support.registration import HAS_TRITON
 
 Row = dict[str, Any]

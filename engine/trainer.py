@@ -20,29 +20,14 @@ from millrace.engine.checkpoint.checkpoints import CheckpointReader, find_start,
 from millrace.engine.checkpoint.weight_formats import start_from
 from millrace.engine.config import Config
 from millrace.engine.config.loading import differences
-from millrace.engine.config.stages import (
-    resolve_stages,
-    stage_at,
-)
+from millrace.engine.config.stages import resolve_stages, stage_at
 from millrace.engine.data import SampleStream, fingerprint, open_source
-from millrace.engine.distributed import (
-    deepspeed_engine,
-    process_group,
-)
-from millrace.engine.distributed.precision_audit import (
-    audit,
-    require_masters,
-)
+from millrace.engine.distributed import deepspeed_engine, process_group
+from millrace.engine.distributed.precision_audit import audit, require_masters
 from millrace.engine.distributed.signals import StopRequests
-from millrace.engine.distributed.zero_shards import (
-    gather_parameters,
-    local_shards,
-)
+from millrace.engine.distributed.zero_shards import gather_parameters, local_shards
 from millrace.engine.encoders.autoencoder import open_autoencoder
-from millrace.engine.encoders.batch_encoder import (
-    BatchEncoder,
-    EncodedBatch,
-)
+from millrace.engine.encoders.batch_encoder import BatchEncoder, EncodedBatch
 from millrace.engine.encoders.frozen_networks import Frozen, open_frozen
 from millrace.engine.encoders.prefetch import BatchPrefetcher
 from millrace.engine.encoders.teacher import Teacher, teacher_of
@@ -57,11 +42,7 @@ from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import peak_flops, training_flops
 from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
-from millrace.engine.optim.build_optimizer import (
-    build_optimizer,
-    describe_optimizer,
-    set_learning_rates,
-)
+from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output

@@ -36,11 +36,7 @@ from millrace.engine.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from millrace.engine.checkpoint.sharded_tensors import (
-    CheckpointReader,
-    Piece,
-    write_shard,
-)
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader, Piece, write_shard
 from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sync_folder

@@ -20,21 +20,11 @@ from collections.abc import Iterable, Iterator, Set
 import torch
 from torch import Tensor, nn
 
-from millrace.engine.checkpoint.checkpoints import (
-    CheckpointReader,
-    Piece,
-)
+from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece
 from millrace.engine.distributed.process_group import rank
-from millrace.engine.distributed.zero_shards import (
-    Shard,
-    masters,
-)
+from millrace.engine.distributed.zero_shards import Shard, masters
 from millrace.engine.optim.ema import EmaWeights
-from millrace.engine.optim.training_optimizer import (
-    TrainingOptimizer,
-    optimizer_entry,
-    optimizer_kinds,
-)
+from millrace.engine.optim.training_optimizer import TrainingOptimizer, optimizer_entry, optimizer_kinds
 from millrace.engine.util.errors import UserError
 
 TUNED_AUTOENCODER = "tuning/"

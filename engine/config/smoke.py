@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from millrace.engine.config import AutoencoderTuning, Config, Data, Fp8, Objective
-from millrace.engine.config.loading import (
-    dict_from_overrides,
-    merge,
-    parse_config,
-)
-from millrace.engine.config.stages import (
-    Stage,
-    resolve_stages,
-)
+from millrace.engine.config.loading import dict_from_overrides, merge, parse_config
+from millrace.engine.config.stages import Stage, resolve_stages
 
 SUFFIX = "-smoke"
 """Added to the run's folder, so that trying a configuration never touches its runs."""

@@ -18,11 +18,7 @@ until the next that does. Epochs are counted from the stage that last set where 
 from typing import Any, NamedTuple
 
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    differences,
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import differences, merge, parse_config
 from millrace.engine.util.errors import UserError
 
 _OWN = ("name", "at")

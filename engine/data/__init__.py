@@ -2,15 +2,8 @@
 
 from millrace.engine.data.batch import Batch, signed_unit
 from millrace.engine.data.crop import evaluation_view
-from millrace.engine.data.sources.open_source import (
-    fingerprint,
-    open_source,
-)
-from millrace.engine.data.sources.pictures import (
-    Captions,
-    Source,
-    UnreadablePicture,
-)
+from millrace.engine.data.sources.open_source import fingerprint, open_source
+from millrace.engine.data.sources.pictures import Captions, Source, UnreadablePicture
 from millrace.engine.data.stream import SampleStream
 
 __all__ = [

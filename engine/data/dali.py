@@ -30,16 +30,8 @@ from torch import Tensor
 from millrace.engine.config import Data
 from millrace.engine.data.crop import resize
 from millrace.engine.data.decoding import Encoded, PythonDecoder, parts
-from millrace.engine.data.sample_choices import (
-    View,
-    Viewer,
-)
-from millrace.engine.data.sources.pictures import (
-    Source,
-    UnreadablePicture,
-    encoded,
-    stored_size,
-)
+from millrace.engine.data.sample_choices import View, Viewer
+from millrace.engine.data.sources.pictures import Source, UnreadablePicture, encoded, stored_size
 
 log = logging.getLogger(__name__)
 

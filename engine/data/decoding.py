@@ -17,15 +17,8 @@ from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.data.crop import cut
-from millrace.engine.data.sample_choices import (
-    View,
-    Viewer,
-)
-from millrace.engine.data.sources.pictures import (
-    Source,
-    UnreadablePicture,
-    holds_files,
-)
+from millrace.engine.data.sample_choices import View, Viewer
+from millrace.engine.data.sources.pictures import Source, UnreadablePicture, holds_files
 from millrace.engine.util.errors import UserError
 
 log = logging.getLogger(__name__)

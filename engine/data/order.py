@@ -12,11 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from millrace.engine.config.data import Points
-from millrace.engine.util.randomness import (
-    Purpose,
-    epoch_order,
-    host_generator,
-)
+from millrace.engine.util.randomness import Purpose, epoch_order, host_generator
 
 Size = tuple[int, int]
 """(h, w) in pixels."""

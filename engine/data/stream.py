@@ -24,10 +24,7 @@ from millrace.engine.data.latent_cache import CachedText, Caches
 from millrace.engine.data.order import Pool
 from millrace.engine.data.sample_choices import Choices
 from millrace.engine.data.sources.mixture import order_of
-from millrace.engine.data.sources.pictures import (
-    Source,
-    UnreadablePicture,
-)
+from millrace.engine.data.sources.pictures import Source, UnreadablePicture
 from millrace.engine.util.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from millrace.engine.config import Precision
-from millrace.engine.distributed.zero_shards import (
-    Shard,
-    masters,
-)
+from millrace.engine.distributed.zero_shards import Shard, masters
 from millrace.engine.util.errors import UserError
 
 AuditRow = tuple[str, str]

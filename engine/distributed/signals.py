@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from millrace.engine.distributed.process_group import (
-    gather_objects,
-    rank,
-    world_size,
-)
+from millrace.engine.distributed.process_group import gather_objects, rank, world_size
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from millrace.engine.distributed.process_group import (
-    rank,
-    world_size,
-)
+from millrace.engine.distributed.process_group import rank, world_size
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,13 @@ import torch
 from torch import Tensor
 
 from millrace.engine.data import Batch, signed_unit
-from millrace.engine.encoders.autoencoder import (
-    Autoencoder,
-    Posterior,
-)
-from millrace.engine.encoders.teacher import (
-    Teacher,
-    TeacherFeatures,
-)
+from millrace.engine.encoders.autoencoder import Autoencoder, Posterior
+from millrace.engine.encoders.teacher import Teacher, TeacherFeatures
 from millrace.engine.encoders.text_encoder import TextEncoder
-from millrace.engine.model.layout import (
-    Layout,
-    LayoutCache,
-    patchify,
-)
+from millrace.engine.model.layout import Layout, LayoutCache, patchify
 from millrace.engine.util.randomness import Purpose
-from millrace.kernels.support.packed import (
-    joined,
-    to_device,
-)
-from millrace.kernels.support.philox import (
-    normal,
-    sample_keys,
-)
+from millrace.kernels.support.packed import joined, to_device
+from millrace.kernels.support.philox import normal, sample_keys
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from millrace.engine.config import AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
-from millrace.engine.encoders.pretrained import (
-    Settings,
-    import_class,
-    load,
-    load_network,
-    random_network,
-)
+from millrace.engine.encoders.pretrained import Settings, import_class, load, load_network, random_network
 from millrace.engine.encoders.teacher import (
     KEY,
     PublishedVision,

@@ -13,29 +13,11 @@ import torch
 
 from millrace.engine.config import Config
 from millrace.engine.data import Source
-from millrace.engine.data.latent_cache import (
-    Cache,
-    Caches,
-    remake,
-)
-from millrace.engine.encoders.autoencoder import (
-    Autoencoder,
-    Constants,
-    autoencoder_entry,
-    open_later,
-)
-from millrace.engine.encoders.identity import (
-    Identity,
-    autoencoder_identity,
-    differing,
-    text_identity,
-)
+from millrace.engine.data.latent_cache import Cache, Caches, remake
+from millrace.engine.encoders.autoencoder import Autoencoder, Constants, autoencoder_entry, open_later
+from millrace.engine.encoders.identity import Identity, autoencoder_identity, differing, text_identity
 from millrace.engine.encoders.pretrained import name_of
-from millrace.engine.encoders.text_encoder import (
-    LaterTextEncoder,
-    TextEncoder,
-    text_encoder_entry,
-)
+from millrace.engine.encoders.text_encoder import LaterTextEncoder, TextEncoder, text_encoder_entry
 from millrace.engine.util.errors import UserError
 
 

@@ -33,13 +33,7 @@ from millrace.engine.data import UnreadablePicture, signed_unit
 from millrace.engine.data.crop import crop_box, cut
 from millrace.engine.data.formats.shard_index import read_manifest
 from millrace.engine.data.formats.shard_writer import write_manifest
-from millrace.engine.data.latent_cache import (
-    CacheFile,
-    CacheRecord,
-    Kind,
-    cache_path,
-    common_path,
-)
+from millrace.engine.data.latent_cache import CacheFile, CacheRecord, Kind, cache_path, common_path
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.distributed.process_group import choose_device
 from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from millrace.engine.config import Alignment, AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
 from millrace.engine.encoders.pretrained import NetworkSize, Settings, weights_digest
-from millrace.engine.encoders.side_stream import (
-    SideStream,
-    use_after,
-)
+from millrace.engine.encoders.side_stream import SideStream, use_after
 from millrace.engine.util import registry
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_json, write_atomically

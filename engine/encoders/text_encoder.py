@@ -25,10 +25,7 @@ from torch import Tensor
 from millrace.engine.config import TextTower
 from millrace.engine.encoders.pretrained import NetworkSize
 from millrace.engine.util import registry
-from millrace.kernels.support.packed import (
-    joined,
-    to_device,
-)
+from millrace.kernels.support.packed import joined, to_device
 
 CLEANING = 1
 """Version of what `clean` does to captions: other captions give other rows."""

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from millrace.engine.encoders.small_classifier import SmallClassifier
-from millrace.engine.evaluation.frechet import (
-    frechet_distance,
-    moments,
-)
+from millrace.engine.evaluation.frechet import frechet_distance, moments
 from millrace.engine.util.errors import UserError
 
 CHUNK = 256

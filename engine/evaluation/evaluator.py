@@ -25,18 +25,9 @@ from millrace.engine.config.evaluation import TITLES
 from millrace.engine.data import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.evaluation import reference_statistics
-from millrace.engine.evaluation.features import (
-    FeatureNetwork,
-    open_network,
-)
-from millrace.engine.evaluation.reference_set import (
-    Reference,
-    levels,
-)
-from millrace.engine.evaluation.statistics import (
-    KINDS,
-    Statistics,
-)
+from millrace.engine.evaluation.features import FeatureNetwork, open_network
+from millrace.engine.evaluation.reference_set import Reference, levels
+from millrace.engine.evaluation.statistics import KINDS, Statistics
 from millrace.engine.model.flops import peak_flops, sampling_flops
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError

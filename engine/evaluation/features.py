@@ -24,16 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from millrace.engine.config.evaluation import MetricName
-from millrace.engine.encoders.dino import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    load_dino,
-)
-from millrace.engine.encoders.pretrained import (
-    import_class,
-    load_network,
-    weights_digest,
-)
+from millrace.engine.encoders.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino
+from millrace.engine.encoders.pretrained import import_class, load_network, weights_digest
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.evaluation.inception import (
     DIM,

@@ -10,10 +10,7 @@ from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.batch_encoder import BatchEncoder
-from millrace.engine.evaluation.evaluator import (
-    Evaluation,
-    untouched_randomness,
-)
+from millrace.engine.evaluation.evaluator import Evaluation, untouched_randomness
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.run_log.logs import RunLog

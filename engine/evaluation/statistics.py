@@ -10,20 +10,9 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config.evaluation import MetricName
-from millrace.engine.distributed.process_group import (
-    gather_objects,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
-from millrace.engine.evaluation.frechet import (
-    Moments,
-    frechet_distance,
-)
-from millrace.engine.evaluation.mmd import (
-    discrepancy,
-    kernel_sum,
-)
+from millrace.engine.distributed.process_group import gather_objects, rank, sum_over_ranks, world_size
+from millrace.engine.evaluation.frechet import Moments, frechet_distance
+from millrace.engine.evaluation.mmd import discrepancy, kernel_sum
 from millrace.engine.util.errors import UserError
 
 

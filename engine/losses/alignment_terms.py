@@ -7,16 +7,9 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Alignment, Config
-from millrace.engine.losses.haste import (
-    QueriesKeys,
-    attention_loss,
-)
+from millrace.engine.losses.haste import QueriesKeys, attention_loss
 from millrace.engine.losses.loss_term import LossInputs, LossTerm
-from millrace.engine.losses.repa import (
-    normalise_over_space,
-    repa_loss,
-    rows_of_block,
-)
+from millrace.engine.losses.repa import normalise_over_space, repa_loss, rows_of_block
 from millrace.engine.model.layout import Layout
 from millrace.engine.model.routing import RoutedSpan
 

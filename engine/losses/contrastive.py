@@ -21,17 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from millrace.engine.model.layout import (
-    Grid,
-    patchify,
-)
+from millrace.engine.model.layout import Grid, patchify
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 from millrace.engine.util.randomness import Purpose
-from millrace.kernels.support.philox import (
-    sample_keys,
-    uniform,
-)
+from millrace.kernels.support.philox import sample_keys, uniform
 
 _NAME = "mean_target"
 

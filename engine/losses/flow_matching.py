@@ -5,20 +5,11 @@ from torch import Tensor
 
 from millrace.engine.config import Objective
 from millrace.engine.losses.contrastive import random_negatives
-from millrace.engine.model.layout import (
-    Grid,
-    Layout,
-)
+from millrace.engine.model.layout import Grid, Layout
 from millrace.engine.util.randomness import Purpose
 from millrace.kernels import add_noise, flow_loss
-from millrace.kernels.support.packed import (
-    rows_from_samples,
-    to_device,
-)
-from millrace.kernels.support.philox import (
-    sample_keys,
-    uniform,
-)
+from millrace.kernels.support.packed import rows_from_samples, to_device
+from millrace.kernels.support.philox import sample_keys, uniform
 
 _REFERENCE_EDGE = 256
 """Pixels of a picture's edge at which JiT's noise has standard deviation 1."""

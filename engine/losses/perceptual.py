@@ -21,11 +21,7 @@ from millrace.engine.encoders.dino import Dino, load_dino
 from millrace.engine.encoders.lpips import Lpips, load_lpips
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.losses.loss_term import LossInputs, LossTerm
-from millrace.engine.model.layout import (
-    Grid,
-    Layout,
-    unpatchify,
-)
+from millrace.engine.model.layout import Grid, Layout, unpatchify
 from millrace.engine.util.errors import UserError
 from millrace.kernels.support.packed import to_device
 

@@ -15,18 +15,9 @@ from torch import Tensor, nn
 
 from millrace.engine.config import Alignment, Model
 from millrace.engine.model.attention_taps import rotate
-from millrace.engine.model.layout import (
-    Grid,
-    Layout,
-    rope_table,
-)
+from millrace.engine.model.layout import Grid, Layout, rope_table
 from millrace.engine.model.routing import RoutedSpan
-from millrace.kernels.support.packed import (
-    is_uniform,
-    rows_from_samples,
-    samples_from_rows,
-    widen,
-)
+from millrace.kernels.support.packed import is_uniform, rows_from_samples, samples_from_rows, widen
 
 HEADS = 4
 """Of the attention projector, as in Photoroom/PRX."""

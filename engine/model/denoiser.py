@@ -21,13 +21,7 @@ from millrace.engine.model.blocks import (
     VectorEmbedder,
     sinusoid,
 )
-from millrace.engine.model.layout import (
-    Grid,
-    Layout,
-    LayoutCache,
-    patchify,
-    unpatchify,
-)
+from millrace.engine.model.layout import Grid, Layout, LayoutCache, patchify, unpatchify
 from millrace.engine.model.resolution_tokens import ResolutionTokens
 from millrace.engine.model.routing import POLICIES, RoutedSpan
 from millrace.engine.model.sprint import Fusion

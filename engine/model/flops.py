@@ -15,10 +15,7 @@ from collections import Counter
 from millrace.engine.config import Config, Model, route_end
 from millrace.engine.model import resolution_tokens
 from millrace.engine.model.blocks import TIME_FEATURES
-from millrace.engine.model.guidance_branches import (
-    Branch,
-    evaluations,
-)
+from millrace.engine.model.guidance_branches import Branch, evaluations
 from millrace.engine.model.routing import POLICIES
 
 PEAK_BF16 = {

@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from millrace.engine.config.precision import (
-    MULTIPLE,
-    Fp8,
-)
+from millrace.engine.config.precision import MULTIPLE, Fp8
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.quiet_imports import quiet_imports

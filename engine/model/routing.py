@@ -25,10 +25,7 @@ from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose
 from millrace.kernels import Route, sample_route
 from millrace.kernels.ops.routing import kept_tokens
-from millrace.kernels.support.philox import (
-    sample_keys,
-    uniform,
-)
+from millrace.kernels.support.philox import sample_keys, uniform
 
 
 class RoutedSpan(NamedTuple):

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Ema
-from millrace.engine.distributed.zero_shards import (
-    Shard,
-    masters,
-)
+from millrace.engine.distributed.zero_shards import Shard, masters
 
 
 class EmaWeights:

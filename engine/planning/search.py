@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data.crop import check_resolution
 from millrace.engine.distributed.deepspeed_engine import zero_stage
 from millrace.engine.encoders.autoencoder import published_factor
@@ -17,20 +14,9 @@ from millrace.engine.model.flops import training_flops
 from millrace.engine.model.routing import require_grid
 from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import Device
-from millrace.engine.planning.frozen_sizes import (
-    Loaded,
-    frozen_networks,
-)
-from millrace.engine.planning.step_memory import (
-    Memory,
-    Shape,
-    memory_of,
-    shape_of,
-)
-from millrace.engine.planning.step_time import (
-    Step,
-    step_of,
-)
+from millrace.engine.planning.frozen_sizes import Loaded, frozen_networks
+from millrace.engine.planning.step_memory import Memory, Shape, memory_of, shape_of
+from millrace.engine.planning.step_time import Step, step_of
 from millrace.engine.util.errors import UserError
 
 POLICIES = ("none", "selective", "full")

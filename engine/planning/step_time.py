@@ -24,13 +24,7 @@ from millrace.engine.config import Config
 from millrace.engine.optim.training_optimizer import optimizer_entry
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Kind, sent_bytes
-from millrace.engine.planning.step_memory import (
-    LIVE,
-    Shape,
-    bucket_elements,
-    fetched,
-    overlaps,
-)
+from millrace.engine.planning.step_memory import LIVE, Shape, bucket_elements, fetched, overlaps
 
 AVERAGE = 3
 """EMA: reads both, writes one."""

@@ -10,10 +10,7 @@ from millrace.engine.checkpoint.model_weights import checkpoint_folder
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.checkpoint.train_state import TUNED_AUTOENCODER, holds_autoencoder
 from millrace.engine.config import Config
-from millrace.engine.encoders.autoencoder import (
-    Autoencoder,
-    open_autoencoder,
-)
+from millrace.engine.encoders.autoencoder import Autoencoder, open_autoencoder
 from millrace.engine.encoders.latent_statistics import save_statistics
 from millrace.engine.util.errors import UserError
 

@@ -24,20 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from millrace.engine.checkpoint.checkpoints import (
-    CheckpointReader,
-    Piece,
-)
+from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece
 from millrace.engine.checkpoint.train_state import TUNED_AUTOENCODER
 from millrace.engine.config import Config
 from millrace.engine.data import Batch, SampleStream
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.autoencoder import Latents
-from millrace.engine.encoders.batch_encoder import (
-    BatchEncoder,
-    EncodedBatch,
-)
+from millrace.engine.encoders.batch_encoder import BatchEncoder, EncodedBatch
 from millrace.engine.encoders.lpips import load_lpips
 from millrace.engine.losses.alignment_terms import alignment_losses
 from millrace.engine.losses.flow_matching import FlowMatching
@@ -54,10 +48,7 @@ from millrace.engine.repa_e.tuning_losses import (
 )
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.util.errors import UserError
-from millrace.kernels.support.packed import (
-    rows_from_samples,
-    to_device,
-)
+from millrace.kernels.support.packed import rows_from_samples, to_device
 
 TERMS = ("reconstruction", "perceptual", "kl", "adversarial", "alignment", "discriminator")
 """Of the log, weighted; the last is the discriminator's own loss."""

@@ -14,9 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from millrace.engine.config import Config
-from millrace.engine.distributed.process_group import (
-    rank,
-)
+from millrace.engine.distributed.process_group import rank
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 

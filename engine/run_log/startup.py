@@ -3,18 +3,10 @@
 import torch
 
 from millrace.engine.config import Config, guidance_warnings
-from millrace.engine.config.stages import (
-    Stage,
-    describe_stage,
-)
+from millrace.engine.config.stages import Stage, describe_stage
 from millrace.engine.data.sources.pictures import Source
-from millrace.engine.distributed import (
-    deepspeed_engine,
-    process_group,
-)
-from millrace.engine.distributed.precision_audit import (
-    AuditRow,
-)
+from millrace.engine.distributed import deepspeed_engine, process_group
+from millrace.engine.distributed.precision_audit import AuditRow
 from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.model.routing import describe
 from millrace.kernels.attention.rope_attention import describe_choice

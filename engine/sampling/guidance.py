@@ -22,14 +22,8 @@ from millrace.engine.encoders.text_encoder import PackedText
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.guidance_branches import (
-    Branch,
-    branches,
-)
-from millrace.engine.model.layout import (
-    Grid,
-    Layout,
-)
+from millrace.engine.model.guidance_branches import Branch, branches
+from millrace.engine.model.layout import Grid, Layout
 from millrace.engine.model.routing import branch_span
 from millrace.engine.util.randomness import Purpose
 from millrace.kernels.support.keys import stream_key

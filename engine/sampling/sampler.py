@@ -10,17 +10,11 @@ from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.guidance_branches import solver_steps
-from millrace.engine.model.layout import (
-    patchify,
-    unpatchify,
-)
+from millrace.engine.model.layout import patchify, unpatchify
 from millrace.engine.sampling.guidance import Guidance
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose
-from millrace.kernels.support.philox import (
-    normal,
-    sample_keys,
-)
+from millrace.kernels.support.philox import normal, sample_keys
 
 Shape = tuple[int, int, int]
 """Channels, height and width of a latent."""

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millrace.engine.checkpoint.model_weights import (
-    checkpoint_folder,
-    checkpoint_state,
-)
+from millrace.engine.checkpoint.model_weights import checkpoint_folder, checkpoint_state
 from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.config import Config, Sampling
 from millrace.engine.config.loading import Given, load_config, merge, nested, parse_config

@@ -15,12 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millrace.kernels.attention.layout import key_mask
 from millrace.kernels.attention.prologue import prologue
-from millrace.kernels.support.packed import (
-    is_uniform,
-    sample_of_row,
-    sample_slices,
-    widen,
-)
+from millrace.kernels.support.packed import is_uniform, sample_of_row, sample_slices, widen
 
 SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,

@@ -32,18 +32,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from millrace.kernels.attention import prologue
-from millrace.kernels.support.compilation import (
-    Launch,
-    capability,
-    meta,
-)
+from millrace.kernels.support.compilation import Launch, capability, meta
 from millrace.kernels.support.packed import sample_slices, unit_stride
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    INTERPRETING,
-    register,
-    uses_triton,
-)
+from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING, register, uses_triton
 
 if HAS_TRITON:
     import triton

@@ -14,10 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.kernels.support.packed import (
-    sample_of_row,
-    sample_slices,
-)
+from millrace.kernels.support.packed import sample_of_row, sample_slices
 
 Joint = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""

@@ -22,15 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.attention.layout import Joint, PaddedRows, joint_shapes, packed_rows
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import sample_slices, unit_stride
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

@@ -23,16 +23,9 @@ from torch import Tensor
 from millrace.kernels.attention import backends
 from millrace.kernels.attention.backends import Inputs
 from millrace.kernels.attention.fused_attention import fused_attention
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.choice import measured_choices
-from millrace.kernels.support.packed import (
-    is_uniform,
-    sample_slices,
-    widen,
-)
+from millrace.kernels.support.packed import is_uniform, sample_slices, widen
 
 Backend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
 

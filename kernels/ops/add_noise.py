@@ -9,24 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
-from millrace.kernels.support.packed import (
-    rows_from_samples,
-    sample_slices,
-    widen,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
+from millrace.kernels.support.compilation import Launch, meta
+from millrace.kernels.support.packed import rows_from_samples, sample_slices, widen
 from millrace.kernels.support.philox import normal
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

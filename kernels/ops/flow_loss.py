@@ -27,15 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.choice import choose
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import (
     rows_from_samples,
     sample_of_row,

@@ -11,27 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.compilation import Launch
-from millrace.kernels.support.packed import (
-    rows_from_samples,
-    sample_groups,
-    unit_stride,
-    widen,
-)
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
-from millrace.kernels.support.rows import (
-    add_partial_sums,
-    launch_shapes,
-    partial_sums,
-    row_launch,
-)
+from millrace.kernels.support.packed import rows_from_samples, sample_groups, unit_stride, widen
+from millrace.kernels.support.registration import HAS_TRITON, register
+from millrace.kernels.support.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 if HAS_TRITON:
     import triton

@@ -17,29 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from millrace.kernels.ops.gated_residual import add_branch_rows
 from millrace.kernels.ops.gated_residual import reference as add_branch
-from millrace.kernels.ops.norm_modulate import (
-    modulate_rows,
-    modulate_rows_gradient,
-)
+from millrace.kernels.ops.norm_modulate import modulate_rows, modulate_rows_gradient
 from millrace.kernels.ops.norm_modulate import reference as modulate
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch
-from millrace.kernels.support.packed import (
-    sample_groups,
-    unit_stride,
-    widen,
-)
+from millrace.kernels.support.packed import sample_groups, unit_stride, widen
 from millrace.kernels.support.registration import HAS_TRITON, register
-from millrace.kernels.support.rows import (
-    add_partial_sums,
-    launch_shapes,
-    partial_sums,
-    row_launch,
-)
+from millrace.kernels.support.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
 
 def reference(
@@ -109,12 +94,7 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from millrace.kernels.support.rows import (
-        layer_norm_gradient,
-        layer_norm_row,
-        load_row,
-        owned_rows,
-    )
+    from millrace.kernels.support.rows import layer_norm_gradient, layer_norm_row, load_row, owned_rows
 
     @triton.jit
     def gated_residual_norm_modulate_fwd_kernel(

@@ -24,15 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from millrace.kernels.support.checks import expect_shape
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import widen
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

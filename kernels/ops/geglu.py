@@ -19,18 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.support.choice import choose
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
-from millrace.kernels.support.packed import (
-    unit_stride,
-    widen,
-)
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.compilation import Launch, meta
+from millrace.kernels.support.packed import unit_stride, widen
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

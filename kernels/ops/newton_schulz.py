@@ -20,15 +20,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from millrace.kernels.support.checks import expect_shape
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import unit_stride
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

@@ -16,22 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from millrace.kernels.ops.sample_route import (
-    Route,
-    kept_tokens,
-    sample_route,
-)
+from millrace.kernels.ops.sample_route import Route, kept_tokens, sample_route
 from millrace.kernels.support.checks import expect_shape
 from millrace.kernels.support.choice import choose
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import unit_stride
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

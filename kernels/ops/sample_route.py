@@ -17,23 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
-from millrace.kernels.support.compilation import (
-    Launch,
-    meta,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import to_device
-from millrace.kernels.support.philox import (
-    sample_keys,
-    uniform,
-)
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    register,
-)
+from millrace.kernels.support.philox import sample_keys, uniform
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton

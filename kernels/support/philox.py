@@ -11,10 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.keys import GOLDEN, MIX, stream_key
 from millrace.kernels.support.packed import rows_from_samples
 from millrace.kernels.support.registration import HAS_TRITON

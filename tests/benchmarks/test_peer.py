@@ -5,10 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.model.conversion import diffusers_state
 from millrace.engine.util.errors import UserError
 from tests.programs import load

@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from millrace.kernels.support.compilation import Launch
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    INTERPRETING,
-)
+from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 compiles = pytest.mark.skipif(INTERPRETING or not HAS_TRITON, reason="needs Triton's compiler")

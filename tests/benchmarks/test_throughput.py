@@ -9,10 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from millrace.engine.config.loading import (
-    load_config,
-    parse_config,
-)
+from millrace.engine.config.loading import load_config, parse_config
 from millrace.engine.model.flops import training_flops
 from millrace.engine.util.errors import UserError
 from tests.programs import environment, load

@@ -17,18 +17,10 @@ from PIL import Image
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data import Captions
 from millrace.engine.data.formats.shard_index import Manifest
-from millrace.engine.data.formats.shard_writer import (
-    StoredSample,
-    sample_record,
-    write_manifest,
-    write_shard,
-)
+from millrace.engine.data.formats.shard_writer import StoredSample, sample_record, write_manifest, write_shard
 from tests.engine.forks import Child, ForkServer, run_script, wait_for
 from tests.engine.jobs import Job, Result, run, run_all, run_counted
 from tests.programs import ROOT, environment

@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.trainer import Trainer
 

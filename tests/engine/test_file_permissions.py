@@ -11,10 +11,7 @@ from millrace.engine.config import Teacher
 from millrace.engine.data.sources.key_subset import write_keys
 from millrace.engine.encoders.latent_cache_writer import write_caches
 from millrace.engine.encoders.latent_statistics import save_statistics
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
 from millrace.engine.encoders.teacher import open_teacher
 from millrace.engine.evaluation import reference_statistics
 from millrace.engine.losses.contrastive import MeanTarget

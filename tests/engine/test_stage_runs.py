@@ -8,10 +8,7 @@ import torch
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
 
 pytestmark = pytest.mark.slow
 

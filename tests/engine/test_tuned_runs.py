@@ -14,10 +14,7 @@ from millrace.engine.config import Autoencoder
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.latent_statistics import STATISTICS_FILE
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
 from millrace.engine.repa_e import tuned_autoencoder
 from millrace.engine.repa_e.tuned_autoencoder import open_trained
 from millrace.engine.trainer import Trainer

@@ -30,23 +30,12 @@ from PIL import Image
 
 from millrace.engine.data import Captions, UnreadablePicture
 from millrace.engine.data.formats.shard_index import Manifest
-from millrace.engine.data.formats.shard_writer import (
-    sample_record,
-    write_manifest,
-    write_shard,
-)
+from millrace.engine.data.formats.shard_writer import sample_record, write_manifest, write_shard
 from millrace.engine.data.prepare.captions import captions_of
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.stored_sample import (
-    RawSample,
-    convert,
-)
+from millrace.engine.data.prepare.stored_sample import RawSample, convert
 from millrace.engine.data.prepare.tars import read_tar
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-    Rejected,
-)
+from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
 

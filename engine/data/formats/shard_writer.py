@@ -14,14 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_index import (
-    BLOCK,
-    ROW,
-    Manifest,
-    Shard,
-    bucket_name,
-    padded,
-)
+from millrace.engine.data.formats.shard_index import BLOCK, ROW, Manifest, Shard, bucket_name, padded
 from millrace.engine.data.sources.pictures import Captions
 from millrace.engine.util.files import HashingFile, atomic_file, sha256, write_atomically
 

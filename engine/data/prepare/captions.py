@@ -2,10 +2,7 @@
 
 import json
 
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Rejected,
-)
+from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import Captions
 
 MAX_CAPTION_BYTES = 64 * 2**10

@@ -9,24 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from millrace.engine.data.prepare.captions import (
-    captions_of,
-    check_size,
-)
+from millrace.engine.data.prepare.captions import captions_of, check_size
 from millrace.engine.data.prepare.settings import readable
-from millrace.engine.data.prepare.stored_sample import (
-    MAX_PICTURE_BYTES,
-    RawSample,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-    Rejected,
-)
-from millrace.engine.data.sources.folder import (
-    OTHER_PICTURES,
-    PICTURES,
-)
+from millrace.engine.data.prepare.stored_sample import MAX_PICTURE_BYTES, RawSample
+from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
+from millrace.engine.data.sources.folder import OTHER_PICTURES, PICTURES
 
 
 class Entry(NamedTuple):

@@ -9,31 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from millrace.engine.data.prepare.folders import (
-    Entry,
-    list_folder,
-    read_entries,
-)
-from millrace.engine.data.prepare.parquet import (
-    TableShape,
-    read_row_group,
-    table_shape,
-)
-from millrace.engine.data.prepare.settings import (
-    Settings,
-    readable,
-    relative,
-)
+from millrace.engine.data.prepare.folders import Entry, list_folder, read_entries
+from millrace.engine.data.prepare.parquet import TableShape, read_row_group, table_shape
+from millrace.engine.data.prepare.settings import Settings, readable, relative
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.prepare.tars import read_tar
-from millrace.engine.data.reject_reasons import (
-    Reject,
-    Rejected,
-)
-from millrace.engine.data.sources.folder import (
-    OTHER_PICTURES,
-    PICTURES,
-)
+from millrace.engine.data.reject_reasons import Reject, Rejected
+from millrace.engine.data.sources.folder import OTHER_PICTURES, PICTURES
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 

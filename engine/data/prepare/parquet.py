@@ -9,15 +9,8 @@ from typing import Any, NamedTuple
 
 from millrace.engine.data.prepare.captions import checked
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.stored_sample import (
-    MAX_PICTURE_BYTES,
-    RawSample,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-    Rejected,
-)
+from millrace.engine.data.prepare.stored_sample import MAX_PICTURE_BYTES, RawSample
+from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
 from millrace.engine.data.sources.pictures import Captions
 from millrace.engine.util.errors import UserError
 

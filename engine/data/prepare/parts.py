@@ -16,20 +16,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from millrace.engine.data.formats.shard_writer import StoredSample
-from millrace.engine.data.prepare.inputs import (
-    Part,
-    read_part,
-)
+from millrace.engine.data.prepare.inputs import Part, read_part
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.stored_sample import (
-    RawSample,
-    convert,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-    Rejected,
-)
+from millrace.engine.data.prepare.stored_sample import RawSample, convert
+from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
 from millrace.engine.util.files import atomic_file, write_atomically
 
 PART_ROW = np.dtype(

@@ -19,34 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_index import (
-    Manifest,
-    Shard,
-    bucket_name,
-    read_manifest,
-)
+from millrace.engine.data.formats.shard_index import Manifest, Shard, bucket_name, read_manifest
 from millrace.engine.data.formats.shard_writer import write_manifest
-from millrace.engine.data.prepare.inputs import (
-    Inputs,
-    find_inputs,
-)
-from millrace.engine.data.prepare.parts import (
-    DonePart,
-    do_part,
-    load_part,
-)
+from millrace.engine.data.prepare.inputs import Inputs, find_inputs
+from millrace.engine.data.prepare.parts import DonePart, do_part, load_part
 from millrace.engine.data.prepare.progress import Progress
-from millrace.engine.data.prepare.reports import (
-    draw_caption_lengths,
-    draw_contact_sheet,
-)
+from millrace.engine.data.prepare.reports import draw_caption_lengths, draw_contact_sheet
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.shard_packing import (
-    Plan,
-    load_shard,
-    make_shard,
-    plan_shards,
-)
+from millrace.engine.data.prepare.shard_packing import Plan, load_shard, make_shard, plan_shards
 from millrace.engine.data.prepare.workers import Workers
 from millrace.engine.data.reject_reasons import Reject
 from millrace.engine.data.sources.shards import ShardsSource

@@ -12,22 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_index import (
-    BLOCK,
-    Shard,
-    bucket_name,
-    padded,
-)
+from millrace.engine.data.formats.shard_index import BLOCK, Shard, bucket_name, padded
 from millrace.engine.data.formats.shard_writer import END, StoredSample, write_shard
-from millrace.engine.data.prepare.parts import (
-    DonePart,
-    open_data,
-)
+from millrace.engine.data.prepare.parts import DonePart, open_data
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-)
+from millrace.engine.data.reject_reasons import Reason, Reject
 from millrace.engine.util.files import write_atomically
 
 

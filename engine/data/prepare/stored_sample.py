@@ -8,18 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from millrace.engine.data.formats.shard_writer import (
-    StoredSample,
-    sample_record,
-)
-from millrace.engine.data.prepare.settings import (
-    ROOM,
-    Settings,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Rejected,
-)
+from millrace.engine.data.formats.shard_writer import StoredSample, sample_record
+from millrace.engine.data.prepare.settings import ROOM, Settings
+from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import (
     READ_FORMATS,
     Captions,

@@ -10,10 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from millrace.engine.data.formats.shard_index import (
-    BLOCK,
-    padded,
-)
+from millrace.engine.data.formats.shard_index import BLOCK, padded
 from millrace.engine.data.reject_reasons import Reason
 
 MAX_NAME_BYTES = 2**16

@@ -9,31 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from millrace.engine.data.prepare.captions import (
-    LIMITS,
-    captions_of,
-    check_size,
-)
+from millrace.engine.data.prepare.captions import LIMITS, captions_of, check_size
 from millrace.engine.data.prepare.settings import readable
-from millrace.engine.data.prepare.stored_sample import (
-    MAX_PICTURE_BYTES,
-    RawSample,
-)
-from millrace.engine.data.prepare.tar_members import (
-    Damage,
-    Member,
-    members,
-    read_member,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-    Rejected,
-)
-from millrace.engine.data.sources.folder import (
-    OTHER_PICTURES,
-    PICTURES,
-)
+from millrace.engine.data.prepare.stored_sample import MAX_PICTURE_BYTES, RawSample
+from millrace.engine.data.prepare.tar_members import Damage, Member, members, read_member
+from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
+from millrace.engine.data.sources.folder import OTHER_PICTURES, PICTURES
 
 
 def read_tar(path: Path, name: str) -> Iterator[RawSample | Reject]:

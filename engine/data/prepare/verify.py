@@ -6,12 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_index import (
-    BLOCK,
-    Shard,
-    read_index,
-    read_manifest,
-)
+from millrace.engine.data.formats.shard_index import BLOCK, Shard, read_index, read_manifest
 from millrace.engine.data.formats.shard_writer import INDEX_VERSION
 from millrace.engine.data.prepare.progress import Progress
 from millrace.engine.util.errors import UserError

@@ -18,12 +18,7 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.sources.pictures import (
-    Captions,
-    OpenSource,
-    Source,
-    read_picture,
-)
+from millrace.engine.data.sources.pictures import Captions, OpenSource, Source, read_picture
 from millrace.engine.util.errors import UserError
 
 _LIST = Path(__file__).with_name("builtin_captions.json")

@@ -16,13 +16,7 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.sources.pictures import (
-    Captions,
-    OpenSource,
-    Source,
-    read_file,
-    read_picture,
-)
+from millrace.engine.data.sources.pictures import Captions, OpenSource, Source, read_file, read_picture
 from millrace.engine.util.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")

@@ -10,12 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from millrace.engine.data.sources.pictures import (
-    Captions,
-    Source,
-    encoded,
-    stored_size,
-)
+from millrace.engine.data.sources.pictures import Captions, Source, encoded, stored_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 

@@ -17,12 +17,7 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.order import BucketRuns, Epochs, Order, Pool, deal
 from millrace.engine.data.sources.mixture_shares import SharePlan
-from millrace.engine.data.sources.pictures import (
-    Captions,
-    Source,
-    encoded,
-    stored_size,
-)
+from millrace.engine.data.sources.pictures import Captions, Source, encoded, stored_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose, host_generator
 

@@ -5,10 +5,7 @@ from collections.abc import Iterator
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.sources.key_subset import (
-    KeptSource,
-    keep_listed,
-)
+from millrace.engine.data.sources.key_subset import KeptSource, keep_listed
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.util import registry

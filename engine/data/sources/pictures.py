@@ -16,10 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Rejected,
-)
+from millrace.engine.data.reject_reasons import Reason, Rejected
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 

@@ -18,12 +18,7 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.formats.shard_index import (
-    Manifest,
-    Shard,
-    read_index,
-    read_manifest,
-)
+from millrace.engine.data.formats.shard_index import Manifest, Shard, read_index, read_manifest
 from millrace.engine.data.sources.pictures import (
     Captions,
     OpenSource,

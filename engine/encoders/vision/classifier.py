@@ -7,12 +7,7 @@ from torch import Tensor
 
 from millrace.engine.config import AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
-from millrace.engine.encoders.small_classifier import (
-    PATCH,
-    SmallClassifier,
-    load_classifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import PATCH, SmallClassifier, load_classifier, save_classifier
 from millrace.engine.encoders.teacher import KEY, QueriesKeys, Teacher, VisionEntry
 from millrace.engine.util.errors import UserError
 

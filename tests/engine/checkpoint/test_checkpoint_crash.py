@@ -12,20 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from millrace.engine.checkpoint import (
-    checkpoints,
-    manifest,
-    sharded_tensors,
-)
-from millrace.engine.checkpoint.checkpoints import (
-    list_checkpoints,
-    resume_checkpoint,
-    save_checkpoint,
-)
-from millrace.engine.checkpoint.sharded_tensors import (
-    CheckpointReader,
-    Piece,
-)
+from millrace.engine.checkpoint import checkpoints, manifest, sharded_tensors
+from millrace.engine.checkpoint.checkpoints import list_checkpoints, resume_checkpoint, save_checkpoint
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader, Piece
 from millrace.engine.util import files, safetensors_file
 from millrace.engine.util.errors import UserError
 

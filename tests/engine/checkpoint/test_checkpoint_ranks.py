@@ -7,10 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from millrace.engine.checkpoint.checkpoints import (
-    resume_checkpoint,
-    save_checkpoint,
-)
+from millrace.engine.checkpoint.checkpoints import resume_checkpoint, save_checkpoint
 from millrace.engine.checkpoint.manifest import DamagedCheckpoint
 from millrace.engine.checkpoint.sharded_tensors import Piece
 from millrace.engine.util.errors import UserError

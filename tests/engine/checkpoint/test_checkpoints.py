@@ -17,10 +17,7 @@ from millrace.engine.checkpoint.checkpoints import (
     save_checkpoint,
 )
 from millrace.engine.checkpoint.manifest import DamagedCheckpoint
-from millrace.engine.checkpoint.sharded_tensors import (
-    CheckpointReader,
-    Piece,
-)
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader, Piece
 from millrace.engine.util.errors import UserError
 
 

@@ -4,15 +4,8 @@ import pytest
 import torch
 
 from millrace.engine.checkpoint.checkpoints import save_checkpoint
-from millrace.engine.checkpoint.model_weights import (
-    checkpoint_folder,
-    checkpoint_state,
-    choose_weights,
-)
-from millrace.engine.checkpoint.sharded_tensors import (
-    CheckpointReader,
-    Piece,
-)
+from millrace.engine.checkpoint.model_weights import checkpoint_folder, checkpoint_state, choose_weights
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader, Piece
 from millrace.engine.config import Config
 from millrace.engine.util.errors import UserError
 

@@ -7,12 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from millrace.engine.config import Config, Section, route_end
-from millrace.engine.config.loading import (
-    dict_from_overrides,
-    json_schema,
-    load_config,
-    parse_config,
-)
+from millrace.engine.config.loading import dict_from_overrides, json_schema, load_config, parse_config
 from millrace.engine.util.errors import UserError
 
 

@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.engine.config.loading import (
-    load_config,
-    merge,
-    read_json,
-)
+from millrace.engine.config.loading import load_config, merge, read_json
 from millrace.engine.config.smoke import smoke
 from millrace.engine.config.stages import resolve_stages
 from tests.engine.jobs import Job

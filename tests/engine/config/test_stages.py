@@ -3,11 +3,7 @@
 import pytest
 
 from millrace.engine.config.loading import parse_config
-from millrace.engine.config.stages import (
-    describe_stage,
-    resolve_stages,
-    stage_at,
-)
+from millrace.engine.config.stages import describe_stage, resolve_stages, stage_at
 from millrace.engine.util.errors import UserError
 
 

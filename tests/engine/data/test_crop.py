@@ -6,14 +6,7 @@ import torch
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.data.crop import (
-    buckets,
-    check_resolution,
-    crop_box,
-    cut,
-    evaluation_view,
-    output_size,
-)
+from millrace.engine.data.crop import buckets, check_resolution, crop_box, cut, evaluation_view, output_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import host_generator
 

@@ -14,11 +14,7 @@ from millrace.engine.data.decoding import PythonDecoder, open_decoder, parts
 from millrace.engine.data.sample_choices import View
 from millrace.engine.data.sources.key_subset import KeptSource
 from millrace.engine.data.sources.mixture import MixtureSource
-from millrace.engine.data.sources.pictures import (
-    encoded,
-    holds_files,
-    stored_size,
-)
+from millrace.engine.data.sources.pictures import encoded, holds_files, stored_size
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

@@ -8,10 +8,7 @@ from millrace.engine.config.data import Part
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import open_source
 from millrace.engine.data.latent_cache import Caches
-from millrace.engine.data.sources.key_subset import (
-    keep_listed,
-    write_keys,
-)
+from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.encoders.latent_cache_writer import write_caches

@@ -13,10 +13,7 @@ from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, UnreadablePicture
 from millrace.engine.data.order import BucketRuns, Pool, deal
 from millrace.engine.data.sources.key_subset import KeptSource
-from millrace.engine.data.sources.mixture import (
-    MixtureSource,
-    order_of,
-)
+from millrace.engine.data.sources.mixture import MixtureSource, order_of
 from millrace.engine.data.sources.mixture_shares import SharePlan
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import host_generator

@@ -1,9 +1,6 @@
 import json
 
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Reject,
-)
+from millrace.engine.data.reject_reasons import Reason, Reject
 
 
 def test_names_are_those_that_files_have():

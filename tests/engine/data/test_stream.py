@@ -12,10 +12,7 @@ from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, UnreadablePicture, open_source
 from millrace.engine.data.crop import crop_box, cut, output_size
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.randomness import (
-    epoch_order,
-    host_generator,
-)
+from millrace.engine.util.randomness import epoch_order, host_generator
 
 
 class Memory:

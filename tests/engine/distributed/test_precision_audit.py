@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from millrace.engine.config import Optimizer, Precision
-from millrace.engine.distributed import (
-    deepspeed_engine,
-    process_group,
-)
-from millrace.engine.distributed.precision_audit import (
-    audit,
-    require_masters,
-)
+from millrace.engine.distributed import deepspeed_engine, process_group
+from millrace.engine.distributed.precision_audit import audit, require_masters
 from millrace.engine.distributed.zero_shards import local_shards
 from millrace.engine.optim.build_optimizer import build_optimizer
 from millrace.engine.optim.ema import EmaWeights

@@ -6,10 +6,7 @@ import signal
 import pytest
 
 from millrace.engine.distributed import signals
-from millrace.engine.distributed.signals import (
-    Request,
-    StopRequests,
-)
+from millrace.engine.distributed.signals import Request, StopRequests
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from millrace.engine.distributed import (
-    deepspeed_engine,
-    process_group,
-)
-from millrace.engine.distributed.zero_shards import (
-    Shard,
-    gather_parameters,
-    local_shards,
-    masters,
-)
+from millrace.engine.distributed import deepspeed_engine, process_group
+from millrace.engine.distributed.zero_shards import Shard, gather_parameters, local_shards, masters
 from millrace.engine.optim.build_optimizer import build_optimizer
 
 CPU = torch.device("cpu")

@@ -7,11 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from millrace.engine.config import Autoencoder
 from millrace.engine.encoders import autoencoder as module
-from millrace.engine.encoders.autoencoder import (
-    network_of,
-    open_autoencoder,
-    published_factor,
-)
+from millrace.engine.encoders.autoencoder import network_of, open_autoencoder, published_factor
 from millrace.engine.util.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")

@@ -8,10 +8,7 @@ from millrace.engine.data import Batch, signed_unit
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.encoders.text_encoder import open_text_encoder
-from millrace.engine.model.layout import (
-    LayoutCache,
-    unpatchify,
-)
+from millrace.engine.model.layout import LayoutCache, unpatchify
 
 CPU = torch.device("cpu")
 GRIDS = [(2, 3), (4, 4), (2, 3)]

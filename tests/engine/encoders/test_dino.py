@@ -3,9 +3,7 @@ import sys
 import pytest
 import torch
 
-from millrace.engine.encoders.dino import (
-    load_dino,
-)
+from millrace.engine.encoders.dino import load_dino
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.util.errors import UserError
 

@@ -6,12 +6,7 @@ import torch
 from millrace.engine.config import Autoencoder, TextTower
 from millrace.engine.encoders import identity as module
 from millrace.engine.encoders.autoencoder import autoencoder_entry
-from millrace.engine.encoders.identity import (
-    autoencoder_identity,
-    differing,
-    digest_of,
-    text_identity,
-)
+from millrace.engine.encoders.identity import autoencoder_identity, differing, digest_of, text_identity
 from millrace.engine.encoders.text_encoder import text_encoder_entry
 from millrace.engine.util.errors import UserError
 

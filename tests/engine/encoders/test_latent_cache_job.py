@@ -10,17 +10,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.data.latent_cache import (
-    TextCache,
-    cache_path,
-    cache_problems,
-)
+from millrace.engine.data.latent_cache import TextCache, cache_path, cache_problems
 from millrace.engine.data.sources.shards import ShardsSource
-from millrace.engine.encoders.latent_cache_writer import (
-    PARTIAL,
-    CacheJob,
-    Maker,
-)
+from millrace.engine.encoders.latent_cache_writer import PARTIAL, CacheJob, Maker
 from millrace.engine.util.errors import UserError
 
 SHARDS = 5

@@ -8,17 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data import SampleStream, open_source
 from millrace.engine.data.formats.shard_index import read_manifest
-from millrace.engine.data.latent_cache import (
-    LatentCache,
-    TextCache,
-    cache_path,
-)
+from millrace.engine.data.latent_cache import LatentCache, TextCache, cache_path
 from millrace.engine.encoders import latent_cache_writer
 from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder

@@ -6,13 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from millrace.engine.config.objective import SMALLEST_VGG
-from millrace.engine.encoders.lpips import (
-    SMALLEST,
-    WIDTHS,
-    Lpips,
-    load_lpips,
-    tiny_lpips,
-)
+from millrace.engine.encoders.lpips import SMALLEST, WIDTHS, Lpips, load_lpips, tiny_lpips
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

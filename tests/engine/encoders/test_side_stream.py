@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from millrace.engine.encoders.side_stream import (
-    SideStream,
-    use_after,
-)
+from millrace.engine.encoders.side_stream import SideStream, use_after
 
 
 def test_on_a_cpu_work_is_done_in_place():

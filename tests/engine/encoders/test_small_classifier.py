@@ -4,11 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    load_classifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, load_classifier, save_classifier
 from millrace.engine.util.errors import UserError
 
 KEY = "alignment.teacher.path"

@@ -6,10 +6,7 @@ import torch.nn.functional as F
 
 from millrace.engine.config import AttentionAlignment, Teacher
 from millrace.engine.encoders import teacher as module
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
 from millrace.engine.encoders.teacher import open_teacher, vision_entry
 from millrace.engine.util.errors import UserError
 

@@ -17,10 +17,7 @@ from millrace.engine.encoders.text_encoder import (
     dense_text,
     open_text_encoder,
 )
-from millrace.engine.encoders.text_encoders.hash import (
-    token_vector,
-    tokenize,
-)
+from millrace.engine.encoders.text_encoders.hash import token_vector, tokenize
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.engine.config import TextTower
-from millrace.engine.encoders.text_encoder import (
-    dense_text,
-    open_text_encoder,
-    text_encoder_entry,
-)
+from millrace.engine.encoders.text_encoder import dense_text, open_text_encoder, text_encoder_entry
 from millrace.engine.util.errors import UserError
 
 transformers = pytest.importorskip("transformers")

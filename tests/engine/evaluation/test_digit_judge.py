@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from millrace.engine.evaluation.digit_judge import (
-    accuracy,
-    embeddings,
-    quality,
-    train_classifier,
-)
-from millrace.engine.evaluation.frechet import (
-    frechet_distance,
-    moments,
-)
+from millrace.engine.evaluation.digit_judge import accuracy, embeddings, quality, train_classifier
+from millrace.engine.evaluation.frechet import frechet_distance, moments
 from millrace.engine.util.errors import UserError
 
 

@@ -5,28 +5,15 @@ import json
 import pytest
 import torch
 
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation import evaluator as module
 from millrace.engine.evaluation.evaluator import Evaluation
-from millrace.engine.evaluation.features import (
-    open_network,
-    tiny_features,
-    tiny_networks,
-)
-from millrace.engine.evaluation.frechet import (
-    frechet_distance,
-    moments,
-)
+from millrace.engine.evaluation.features import open_network, tiny_features, tiny_networks
+from millrace.engine.evaluation.frechet import frechet_distance, moments
 from millrace.engine.evaluation.mmd import mmd
-from millrace.engine.evaluation.reference_set import (
-    Reference,
-    levels,
-)
+from millrace.engine.evaluation.reference_set import Reference, levels
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import sampling_flops

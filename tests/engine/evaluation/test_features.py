@@ -9,11 +9,7 @@ from transformers import CLIPVisionModelWithProjection, Dinov2WithRegistersModel
 
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.evaluation import features as module
-from millrace.engine.evaluation.features import (
-    open_network,
-    tiny_features,
-    tiny_networks,
-)
+from millrace.engine.evaluation.features import open_network, tiny_features, tiny_networks
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from millrace.engine.evaluation.frechet import (
-    Moments,
-    frechet_distance,
-    moments,
-)
+from millrace.engine.evaluation.frechet import Moments, frechet_distance, moments
 from millrace.engine.util.errors import UserError
 
 

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from millrace.engine.evaluation import mmd as module
-from millrace.engine.evaluation.mmd import (
-    SCALE,
-    SIGMA,
-    discrepancy,
-    kernel_sum,
-    mmd,
-)
+from millrace.engine.evaluation.mmd import SCALE, SIGMA, discrepancy, kernel_sum, mmd
 from millrace.engine.util.errors import UserError
 
 

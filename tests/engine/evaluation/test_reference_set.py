@@ -7,10 +7,7 @@ from PIL import Image
 
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import evaluation_view, open_source
-from millrace.engine.evaluation.reference_set import (
-    Reference,
-    levels,
-)
+from millrace.engine.evaluation.reference_set import Reference, levels
 from millrace.engine.util.errors import UserError
 
 

@@ -5,10 +5,7 @@ import json
 import pytest
 import torch
 
-from millrace.engine.evaluation.features import (
-    tiny_features,
-    tiny_networks,
-)
+from millrace.engine.evaluation.features import tiny_features, tiny_networks
 
 pytestmark = pytest.mark.slow
 

@@ -4,16 +4,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from millrace.engine.evaluation.frechet import (
-    frechet_distance,
-    moments,
-)
+from millrace.engine.evaluation.frechet import frechet_distance, moments
 from millrace.engine.evaluation.mmd import mmd
-from millrace.engine.evaluation.statistics import (
-    KINDS,
-    FeatureRows,
-    FeatureSums,
-)
+from millrace.engine.evaluation.statistics import KINDS, FeatureRows, FeatureSums
 from millrace.engine.util.errors import UserError
 
 

@@ -8,17 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from millrace.engine.config import Config, Model, Objective, Routing
-from millrace.engine.losses.contrastive import (
-    MeanTarget,
-    mean_target,
-    random_negatives,
-)
+from millrace.engine.losses.contrastive import MeanTarget, mean_target, random_negatives
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.layout import (
-    LayoutCache,
-    patchify,
-)
+from millrace.engine.model.layout import LayoutCache, patchify
 from millrace.engine.model.routing import routing_policy
 from millrace.engine.util.errors import UserError
 

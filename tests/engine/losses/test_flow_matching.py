@@ -5,10 +5,7 @@ import pytest
 import torch
 
 from millrace.engine.config import Objective
-from millrace.engine.losses.flow_matching import (
-    FlowMatching,
-    shift_time,
-)
+from millrace.engine.losses.flow_matching import FlowMatching, shift_time
 from millrace.engine.model.layout import LayoutCache
 
 DRAWS = 100_000

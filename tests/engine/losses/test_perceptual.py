@@ -8,15 +8,8 @@ from millrace.engine.config import Config, Lpips, Objective, PerceptualDino
 from millrace.engine.config.loading import parse_config
 from millrace.engine.encoders.lpips import tiny_lpips
 from millrace.engine.encoders.teacher import vision_entry
-from millrace.engine.losses.perceptual import (
-    open_perceptual,
-    perceptual_losses,
-    perceptual_terms,
-)
-from millrace.engine.model.layout import (
-    LayoutCache,
-    patchify,
-)
+from millrace.engine.losses.perceptual import open_perceptual, perceptual_losses, perceptual_terms
+from millrace.engine.model.layout import LayoutCache, patchify
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

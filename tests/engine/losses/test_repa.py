@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from millrace.engine.config import Alignment, Config, Model
-from millrace.engine.config.loading import (
-    dict_from_overrides,
-    parse_config,
-)
-from millrace.engine.losses.repa import (
-    AlignmentHead,
-    normalise_over_space,
-    repa_loss,
-    rows_of_block,
-)
+from millrace.engine.config.loading import dict_from_overrides, parse_config
+from millrace.engine.losses.repa import AlignmentHead, normalise_over_space, repa_loss, rows_of_block
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import LayoutCache
 from millrace.engine.model.routing import RoutedSpan, Sprint, Tread

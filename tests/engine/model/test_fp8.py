@@ -13,10 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine.config import ActivationCheckpointing, Config, Fp8, Model, Routing
 from millrace.engine.config.loading import parse_config
-from millrace.engine.config.precision import (
-    MULTIPLE,
-    fp8_shapes,
-)
+from millrace.engine.config.precision import MULTIPLE, fp8_shapes
 from millrace.engine.distributed import deepspeed_engine
 from millrace.engine.model import fp8 as module
 from millrace.engine.model.denoiser import Denoiser

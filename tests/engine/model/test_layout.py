@@ -6,12 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from millrace.engine.model.layout import (
-    LayoutCache,
-    patchify,
-    rope_table,
-    unpatchify,
-)
+from millrace.engine.model.layout import LayoutCache, patchify, rope_table, unpatchify
 
 
 @pytest.mark.parametrize(

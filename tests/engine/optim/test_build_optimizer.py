@@ -8,10 +8,7 @@ from torch import nn
 
 from millrace.engine.config import Model, Muon, Optimizer, Routing
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.optim.build_optimizer import (
-    build_optimizer,
-    describe_optimizer,
-)
+from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

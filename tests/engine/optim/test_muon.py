@@ -13,10 +13,7 @@ from millrace.engine.distributed.zero_shards import local_shards
 from millrace.engine.model.conversion import prx_state
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.optim import muon as muon_module
-from millrace.engine.optim.build_optimizer import (
-    build_optimizer,
-    set_learning_rates,
-)
+from millrace.engine.optim.build_optimizer import build_optimizer, set_learning_rates
 from millrace.engine.optim.muon import update_scale
 
 CPU = torch.device("cpu")

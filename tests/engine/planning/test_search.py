@@ -5,11 +5,7 @@ from dataclasses import replace
 import pytest
 
 from millrace.engine.planning.devices import GPUS
-from millrace.engine.planning.search import (
-    POLICIES,
-    TIE,
-    Planner,
-)
+from millrace.engine.planning.search import POLICIES, TIE, Planner
 from millrace.engine.util.errors import UserError
 
 WIDE = {

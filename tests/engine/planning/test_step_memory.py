@@ -3,13 +3,7 @@
 import pytest
 
 from millrace.engine.planning.activations import Traced
-from millrace.engine.planning.step_memory import (
-    Shape,
-    bucket_elements,
-    memory_of,
-    overlaps,
-    shape_of,
-)
+from millrace.engine.planning.step_memory import Shape, bucket_elements, memory_of, overlaps, shape_of
 
 TRACED = Traced(kept=1, peak=10**9, peak_without_gradients=6 * 10**8, moved=0)
 NOTHING = Traced(0, 0, 0, 0)

@@ -6,19 +6,8 @@ from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.optim.muon import muon_stacks
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Hierarchy, Link
-from millrace.engine.planning.step_memory import (
-    LIVE,
-    Shape,
-    shape_of,
-)
-from millrace.engine.planning.step_time import (
-    copy_passes,
-    fetches,
-    gathers,
-    step_of,
-    transfers,
-    update_bytes,
-)
+from millrace.engine.planning.step_memory import LIVE, Shape, shape_of
+from millrace.engine.planning.step_time import copy_passes, fetches, gathers, step_of, transfers, update_bytes
 
 SHAPE = Shape(parameters=1000, largest=100, tensors=10)
 TRACED = Traced(kept=0, peak=0, peak_without_gradients=0, moved=500)

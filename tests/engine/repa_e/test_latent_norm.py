@@ -2,10 +2,7 @@
 
 import torch
 
-from millrace.engine.model.layout import (
-    patchify,
-    unpatchify,
-)
+from millrace.engine.model.layout import patchify, unpatchify
 from millrace.engine.repa_e.latent_norm import LatentNorm
 
 CPU = torch.device("cpu")

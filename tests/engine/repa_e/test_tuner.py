@@ -8,17 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from millrace.engine.config.loading import (
-    merge,
-    parse_config,
-)
+from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data import Batch, SampleStream, open_source
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder
-from millrace.engine.encoders.small_classifier import (
-    SmallClassifier,
-    save_classifier,
-)
+from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
 from millrace.engine.encoders.teacher import open_teacher
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.flow_matching import FlowMatching
@@ -28,10 +22,7 @@ from millrace.engine.losses.training_model import TrainingModel
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import patchify
 from millrace.engine.repa_e import tuner
-from millrace.engine.repa_e.tuner import (
-    frozen,
-    open_repa_e,
-)
+from millrace.engine.repa_e.tuner import frozen, open_repa_e
 from millrace.engine.util.errors import UserError
 
 pytest.importorskip("diffusers")

@@ -5,10 +5,7 @@ import json
 import pytest
 
 from millrace.engine.distributed import process_group
-from millrace.engine.run_log.sample_log import (
-    SampleLog,
-    keys_of_steps,
-)
+from millrace.engine.run_log.sample_log import SampleLog, keys_of_steps
 
 
 def as_rank(monkeypatch, rank):

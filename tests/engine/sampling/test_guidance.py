@@ -17,25 +17,15 @@ from millrace.engine.config import (
     guidance_warnings,
 )
 from millrace.engine.config.loading import parse_config
-from millrace.engine.encoders.autoencoder import (
-    open_autoencoder,
-)
+from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import forward_flops, sampling_flops
-from millrace.engine.model.guidance_branches import (
-    Branch,
-    branches,
-    describe,
-    evaluations,
-)
-from millrace.engine.model.layout import (
-    patchify,
-    unpatchify,
-)
+from millrace.engine.model.guidance_branches import Branch, branches, describe, evaluations
+from millrace.engine.model.layout import patchify, unpatchify
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
 from millrace.kernels.support.keys import stream_key

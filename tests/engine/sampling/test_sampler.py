@@ -6,17 +6,13 @@ import pytest
 import torch
 
 from millrace.engine.config import Autoencoder, Model, Objective, Routing, Sampling, TextTower
-from millrace.engine.encoders.autoencoder import (
-    open_autoencoder,
-)
+from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser, DenoiserOutput
 from millrace.engine.model.layout import LayoutCache
-from millrace.engine.sampling.sampler import (
-    Sampler,
-)
+from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
 
 CPU = torch.device("cpu")

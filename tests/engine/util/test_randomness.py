@@ -13,12 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from millrace.engine.util.randomness import (
-    Purpose,
-    epoch_order,
-    host_generator,
-    passing_generator,
-)
+from millrace.engine.util.randomness import Purpose, epoch_order, host_generator, passing_generator
 from millrace.kernels.support.philox import sample_keys
 
 

@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from millrace.kernels import rope_attention, sample_route
-from millrace.kernels.attention.rope_attention import (
-    chosen_backend,
-    describe_choice,
-)
+from millrace.kernels.attention.rope_attention import chosen_backend, describe_choice
 
 HEADS, SIDE = 2, 6  # heads of every case; positions come from a table of SIDE^2 rows
 CASES = {

@@ -7,14 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.kernels import fp8_linear
-from millrace.kernels.ops.fp8_linear import (
-    GRADIENTS,
-    VALUES,
-    missing,
-    padded_rows,
-    reference,
-    rounded,
-)
+from millrace.kernels.ops.fp8_linear import GRADIENTS, VALUES, missing, padded_rows, reference, rounded
 
 SHAPES = [(1, 16, 16), (16, 32, 48), (7, 64, 32), (129, 144, 272), (257, 16, 160)]
 """T, K, N: rows that no tile divides, and columns of more than one tile."""

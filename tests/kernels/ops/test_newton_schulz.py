@@ -5,11 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.kernels import newton_schulz
-from millrace.kernels.ops.newton_schulz import (
-    COEFFICIENTS,
-    reference,
-    symmetric_product,
-)
+from millrace.kernels.ops.newton_schulz import COEFFICIENTS, reference, symmetric_product
 
 SHAPES = [(3, 6, 9), (1, 9, 6), (2, 7, 7), (1, 1, 5), (2, 140, 150)]
 

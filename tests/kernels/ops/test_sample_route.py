@@ -7,10 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from millrace.kernels import Route, sample_route
-from millrace.kernels.support.philox import (
-    sample_keys,
-    uniform,
-)
+from millrace.kernels.support.philox import sample_keys, uniform
 
 MIXED = (16, 1, 0, 9, 30)
 

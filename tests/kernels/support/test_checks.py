@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from millrace.kernels.support.checks import (
-    expect_offsets,
-    expect_shape,
-)
+from millrace.kernels.support.checks import expect_offsets, expect_shape
 
 
 def test_accepts_what_fits():

@@ -10,18 +10,8 @@ import pytest
 import torch
 
 from millrace.kernels.support import compilation
-from millrace.kernels.support.compilation import (
-    Launch,
-    Resources,
-    compile_launch,
-    launches,
-    meta,
-    problems,
-)
-from millrace.kernels.support.registration import (
-    HAS_TRITON,
-    INTERPRETING,
-)
+from millrace.kernels.support.compilation import Launch, Resources, compile_launch, launches, meta, problems
+from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING
 
 pytestmark = pytest.mark.skipif(
     INTERPRETING or not HAS_TRITON, reason="needs Triton's compiler, which its interpreter replaces"

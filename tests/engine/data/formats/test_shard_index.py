@@ -5,12 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from millrace.engine.data.formats.shard_index import (
-    ROW,
-    Manifest,
-    read_index,
-    read_manifest,
-)
+from millrace.engine.data.formats.shard_index import ROW, Manifest, read_index, read_manifest
 from millrace.engine.util.errors import UserError
 
 

@@ -4,12 +4,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from millrace.engine.data.formats.shard_writer import (
-    StoredSample,
-    sample_record,
-    shard_bytes,
-    write_shard,
-)
+from millrace.engine.data.formats.shard_writer import StoredSample, sample_record, shard_bytes, write_shard
 from millrace.engine.data.sources.pictures import Captions
 
 

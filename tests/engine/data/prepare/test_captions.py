@@ -1,15 +1,8 @@
 import pytest
 
 from millrace.engine.data import Captions
-from millrace.engine.data.prepare.captions import (
-    captions_of,
-    check_size,
-    checked,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Rejected,
-)
+from millrace.engine.data.prepare.captions import captions_of, check_size, checked
+from millrace.engine.data.reject_reasons import Reason, Rejected
 
 
 @pytest.mark.parametrize(

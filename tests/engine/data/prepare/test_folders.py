@@ -1,10 +1,6 @@
 import os
 
-from millrace.engine.data.prepare.folders import (
-    Entry,
-    list_folder,
-    read_entries,
-)
+from millrace.engine.data.prepare.folders import Entry, list_folder, read_entries
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.reject_reasons import Reason
 from millrace.engine.data.sources.folder import FolderSource

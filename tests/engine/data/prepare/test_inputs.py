@@ -1,10 +1,7 @@
 import pytest
 
 from millrace.engine.data.prepare import inputs
-from millrace.engine.data.prepare.inputs import (
-    find_inputs,
-    read_part,
-)
+from millrace.engine.data.prepare.inputs import find_inputs, read_part
 from millrace.engine.data.reject_reasons import Reason
 from millrace.engine.util.errors import UserError
 

@@ -1,17 +1,11 @@
 import pytest
 
 from millrace.engine.data import Captions
-from millrace.engine.data.prepare.parquet import (
-    read_row_group,
-    table_shape,
-)
+from millrace.engine.data.prepare.parquet import read_row_group, table_shape
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.shard_job import prepare
 from millrace.engine.data.prepare.stored_sample import RawSample
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Rejected,
-)
+from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
 

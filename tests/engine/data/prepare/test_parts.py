@@ -2,13 +2,7 @@ import numpy as np
 import pytest
 
 from millrace.engine.data.prepare.inputs import find_inputs
-from millrace.engine.data.prepare.parts import (
-    MAX_DETAIL,
-    do_part,
-    key_hash,
-    load_part,
-    open_data,
-)
+from millrace.engine.data.prepare.parts import MAX_DETAIL, do_part, key_hash, load_part, open_data
 from millrace.engine.data.reject_reasons import Reason
 
 

@@ -1,12 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from millrace.engine.data.prepare.reports import (
-    ACROSS,
-    THUMBNAIL,
-    draw_caption_lengths,
-    draw_contact_sheet,
-)
+from millrace.engine.data.prepare.reports import ACROSS, THUMBNAIL, draw_caption_lengths, draw_contact_sheet
 from millrace.engine.data.sources.shards import ShardsSource
 
 

@@ -9,11 +9,7 @@ import pytest
 
 from millrace.engine.config import Data
 from millrace.engine.data.crop import output_size
-from millrace.engine.data.prepare.settings import (
-    Settings,
-    readable,
-    relative,
-)
+from millrace.engine.data.prepare.settings import Settings, readable, relative
 from millrace.engine.util.errors import UserError
 
 

@@ -16,11 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millrace.engine.data.prepare import (
-    inputs,
-    shard_job,
-    stored_sample,
-)
+from millrace.engine.data.prepare import inputs, shard_job, stored_sample
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.shard_job import prepare
 from millrace.engine.data.sources.shards import ShardsSource

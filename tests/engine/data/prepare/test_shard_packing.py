@@ -3,12 +3,7 @@ import pytest
 
 from millrace.engine.data.prepare.inputs import find_inputs
 from millrace.engine.data.prepare.parts import do_part
-from millrace.engine.data.prepare.shard_packing import (
-    done_path,
-    load_shard,
-    make_shard,
-    plan_shards,
-)
+from millrace.engine.data.prepare.shard_packing import done_path, load_shard, make_shard, plan_shards
 from millrace.engine.data.reject_reasons import Reason
 
 

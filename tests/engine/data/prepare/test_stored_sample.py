@@ -6,14 +6,8 @@ from PIL import Image
 
 from millrace.engine.data import Captions
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.stored_sample import (
-    RawSample,
-    convert,
-)
-from millrace.engine.data.reject_reasons import (
-    Reason,
-    Rejected,
-)
+from millrace.engine.data.prepare.stored_sample import RawSample, convert
+from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import decode_picture
 
 SETTINGS = Settings(resolution=32, patch=8)

@@ -3,12 +3,7 @@ import tarfile
 
 import pytest
 
-from millrace.engine.data.prepare.tar_members import (
-    Damage,
-    Member,
-    members,
-    read_member,
-)
+from millrace.engine.data.prepare.tar_members import Damage, Member, members, read_member
 from millrace.engine.data.reject_reasons import Reason
 
 

@@ -8,14 +8,7 @@ from sklearn.datasets import load_digits
 from millrace.engine.config import Data
 from millrace.engine.data import open_source
 from millrace.engine.data.crop import evaluation_view
-from millrace.engine.data.sources.digits import (
-    NAMES,
-    WORDS,
-    DigitsSource,
-    measures,
-    most_typical,
-    thirds,
-)
+from millrace.engine.data.sources.digits import NAMES, WORDS, DigitsSource, measures, most_typical, thirds
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,8 @@ import pytest
 
 from millrace.engine.config import Data
 from millrace.engine.data import fingerprint, open_source
-from millrace.engine.data.sources.digits import (
-    DigitsSource,
-    most_typical,
-)
-from millrace.engine.data.sources.key_subset import (
-    keep_listed,
-    write_keys,
-)
+from millrace.engine.data.sources.digits import DigitsSource, most_typical
+from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.util.errors import UserError
 
 

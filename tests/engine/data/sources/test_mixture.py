@@ -13,10 +13,7 @@ from millrace.engine.data.sources.digits import DigitsSource
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.mixture_shares import SharePlan
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.randomness import (
-    epoch_order,
-    host_generator,
-)
+from millrace.engine.util.randomness import epoch_order, host_generator
 
 BATCH = 8
 SHARES = (

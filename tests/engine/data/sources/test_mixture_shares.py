@@ -4,10 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from millrace.engine.data.sources.mixture_shares import (
-    CHUNK,
-    SharePlan,
-)
+from millrace.engine.data.sources.mixture_shares import CHUNK, SharePlan
 
 
 def weight_at(weight, step):

@@ -5,10 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from millrace.engine.data.sources.pictures import (
-    UnreadablePicture,
-    read_picture,
-)
+from millrace.engine.data.sources.pictures import UnreadablePicture, read_picture
 
 
 def gradient(width=40, height=24):

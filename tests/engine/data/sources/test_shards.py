@@ -8,17 +8,9 @@ import pytest
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.data import (
-    Captions,
-    SampleStream,
-    UnreadablePicture,
-    open_source,
-)
+from millrace.engine.data import Captions, SampleStream, UnreadablePicture, open_source
 from millrace.engine.data.sources import shards
-from millrace.engine.data.sources.key_subset import (
-    keep_listed,
-    write_keys,
-)
+from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.open_source import fingerprint
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
