@@ -112,13 +112,13 @@ class InstrumentedTrainer(Trainer):
         if step == 0:
             self.optimizer.step = self.counted_step
         super().train_step()
+        vars(self.optimizer).pop("step", None)  # the class's own from now on
         self.result.unchanged[step] = self.fingerprint() == before
 
     def counted_step(self):
         with FlopCounterMode(display=False) as counter:
             type(self.optimizer).step(self.optimizer)
-        self.result.optimizer_flops = counter.get_total_flops()
-        del self.optimizer.step  # the class's own, from now on
+        self.result.optimizer_flops += counter.get_total_flops()
 
     def fingerprint(self) -> str:
         pieces = [piece.data for piece in state_pieces(self.shards, self.optimizer, self.ema)]
