@@ -204,7 +204,7 @@ def held_out_loss(sampler: Sampler, pictures: Tensor, captions: list[str]) -> fl
             with torch.autocast(
                 sampler.device.type, sampler.compute, enabled=sampler.compute != torch.float32
             ):
-                (out,) = denoiser(noisy, times, text.embeddings, layout)
+                out = denoiser(noisy, times, text.embeddings, layout).prediction
             v = sampler.flow.velocity(out.float(), noisy, t)
             total += (v - (noise - tokens)).square().mean(1).sum().item()
             count += len(tokens)

@@ -313,7 +313,7 @@ def test_attention_is_chosen_for_ragged_and_uniform_batches():
 
 
 def test_choices_are_recorded_under_the_names_that_the_operations_look_up():
-    sources = {path.stem: path.read_text() for path in (BENCHMARKS.parent / "kernels").glob("*.py")}
+    sources = {path.stem: path.read_text() for path in (BENCHMARKS.parent / "kernels").rglob("*.py")}
     for operation in report.CHOICES.keys() - {"rope_attention"}:
         assert any(f'choose("{operation}", ' in source for source in sources.values()), operation
     for key in ("rope_attention_ragged", "rope_attention_uniform"):

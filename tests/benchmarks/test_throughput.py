@@ -192,9 +192,9 @@ class Steps:
     def __init__(self, stop_after=None):
         self.device = torch.device("cpu")
         self.done, self.closed, self.counted_from, self.stop_after = 0, [], None, stop_after
-        self.stop = SimpleNamespace(poll=lambda: SimpleNamespace(stop=self.done == self.stop_after))
+        self.stop_requests = SimpleNamespace(poll=lambda: SimpleNamespace(stop=self.done == self.stop_after))
         self.stream = SimpleNamespace(close=lambda: self.closed.append("stream"))
-        self.log = SimpleNamespace(close=lambda: self.closed.append("log"))
+        self.run_log = SimpleNamespace(close=lambda: self.closed.append("log"))
         self.sample_log = SimpleNamespace(close=lambda: self.closed.append("sample log"))
 
     def train_step(self):

@@ -222,14 +222,14 @@ def test_damaged_files_are_named(dataset):
         return cache.rows((1, 0), "long")
 
     path.write_bytes(whole[:-1])
-    refused(read, path, f"has {len(whole) - 1} bytes, the manifest says {len(whole)}", "--cache text")
+    refused(read, path, f"has {len(whole) - 1} bytes, the manifest says {len(whole)}", "millrace cache text")
     path.write_bytes(b"\xff" * 8 + whole[8:])
     refused(read, path, "damaged")
     path.write_bytes(whole)
     damage(path, -1)
     refused(lambda: read(verify=True), path, "SHA-256")
     path.unlink()
-    refused(read, path, "cannot be read", "--cache text --replace")
+    refused(read, path, "cannot be read", "millrace cache text --replace")
 
 
 @pytest.mark.parametrize("name", ["offsets", "long", "cut"])
@@ -263,7 +263,7 @@ def test_all_damaged_files_are_found(dataset):
 
 
 def test_a_data_set_without_the_cache_says_how_to_make_it(dataset):
-    refused(lambda: TextCache(dataset, read_manifest(dataset)), dataset, "no text cache", "--cache text")
+    refused(lambda: TextCache(dataset, read_manifest(dataset)), dataset, "no text cache", "millrace cache text")
 
 
 def edited(dataset, change):

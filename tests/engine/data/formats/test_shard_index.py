@@ -50,7 +50,7 @@ def test_manifest_comes_back_with_keys_that_are_not_known_yet(dataset, write_sha
 
 def test_folders_that_are_no_data_set(tmp_path):
     refused(lambda: read_manifest(tmp_path / "none"), tmp_path / "none", "no such folder")
-    refused(lambda: read_manifest(tmp_path), tmp_path, "manifest.json", "prepare.py")
+    refused(lambda: read_manifest(tmp_path), tmp_path, "manifest.json", "millrace prepare")
 
 
 @pytest.mark.parametrize(
