@@ -263,7 +263,9 @@ def test_all_damaged_files_are_found(dataset):
 
 
 def test_a_data_set_without_the_cache_says_how_to_make_it(dataset):
-    refused(lambda: TextCache(dataset, read_manifest(dataset)), dataset, "no text cache", "millrace cache text")
+    refused(
+        lambda: TextCache(dataset, read_manifest(dataset)), dataset, "no text cache", "millrace cache text"
+    )
 
 
 def edited(dataset, change):
