@@ -174,8 +174,8 @@ class VisionEntry(ABC):
     def random_teacher(
         self, config: TeacherConfig, device: torch.device, attention: AttentionAlignment | None
     ) -> Teacher:
-        """The published ViT-L with random weights, for benchmarks."""
-        raise NotImplementedError
+        """The published ViT-L with random weights, for benchmarks. Raises ValueError if `large` is None."""
+        raise ValueError(f"{type(self).__name__} has no published ViT-L")
 
 
 def vision_entry(kind: str) -> VisionEntry:

@@ -87,8 +87,9 @@ class HFTextEncoder(TextEncoder):
 
     @staticmethod
     def new_network(shape: Settings) -> Any:
-        """What `read_network` returns, with random weights of another shape."""
-        raise NotImplementedError
+        """What `read_network` returns, with random weights of another shape. Raises ValueError where the
+        published shape is not known."""
+        raise ValueError("the published shape of this text encoder is not known")
 
     @abstractmethod
     def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Optimizer interface: what training asks of an optimizer besides its update; the registry of its kinds."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -17,7 +18,7 @@ HEADS = "alignment."
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-class TrainingOptimizer(torch.optim.Optimizer):
+class TrainingOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer that training can skip, save, shard and describe.
 
     It updates flat FP32 tensors: at ZeRO stages 1 to 3 a master is a slice of many parameters.
@@ -30,9 +31,9 @@ class TrainingOptimizer(torch.optim.Optimizer):
     rest = "everything"
     """What the group besides those of special parameters is called."""
 
+    @abstractmethod
     def state_names(self, name: str) -> tuple[str, ...]:
         """What is stored for each element of a parameter."""
-        raise NotImplementedError
 
     def counts_updates(self, _name: str) -> bool:
         """Whether the state of a parameter has "step", the number of its updates."""

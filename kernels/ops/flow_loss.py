@@ -39,6 +39,10 @@ from millrace.kernels.support.packed import (
 )
 from millrace.kernels.support.registration import HAS_TRITON, register
 
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
 
 def reference(
     prediction: Tensor,
@@ -149,8 +153,6 @@ CHUNK, BLOCK = 4096, 1024
 
 
 if HAS_TRITON:
-    import triton
-    import triton.language as tl
 
     @triton.jit
     def _target_ratio(time, t_min, SAMPLE: tl.constexpr):

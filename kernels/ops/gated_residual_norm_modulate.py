@@ -26,6 +26,12 @@ from millrace.kernels.support.packed import sample_groups, unit_stride, widen
 from millrace.kernels.support.registration import HAS_TRITON, register
 from millrace.kernels.support.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
 
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from millrace.kernels.support.rows import layer_norm_gradient, layer_norm_row, load_row, owned_rows
+
 
 def reference(
     x: Tensor,
@@ -91,10 +97,6 @@ def _backward_eager(
 
 
 if HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from millrace.kernels.support.rows import layer_norm_gradient, layer_norm_row, load_row, owned_rows
 
     @triton.jit
     def gated_residual_norm_modulate_fwd_kernel(
