@@ -55,7 +55,7 @@ build() {
 kernel_tests() { command=("$python" -m pytest -q -m cuda tests/kernels tests/csrc); }
 kernels() {
     # It starts no case after nine tenths of its time, so that the last one can end.
-    command=("$python" benchmarks/kernels.py --seconds $(($1 * 9 / 10))
+    command=("$python" -m benchmarks kernels --seconds $(($1 * 9 / 10))
         --output "$results/kernels-$slug-$stamp.json")
 }
 suite() {
@@ -65,7 +65,7 @@ suite() {
         ${throughput_arguments[@]+"${throughput_arguments[@]}"})
 }
 routing() {
-    command=("$python" benchmarks/routing.py --device cuda --compile --width 1792 --image-tokens 1024
+    command=("$python" -m benchmarks routing --device cuda --compile --width 1792 --image-tokens 1024
         --batch 16 --output "$results/routing-$slug-$stamp.json")
 }
 engine_tests() { command=("$python" -m pytest -q -m cuda tests --ignore tests/kernels --ignore tests/csrc); }

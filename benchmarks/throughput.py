@@ -33,25 +33,16 @@ recorded with its error, and the others go on. The JSON is written after every c
 --profile also writes where one step's time went, as JSON and PNG; of a suite, for the baselines.
 """
 
-import sys
-from pathlib import Path
-
-import recording
-import suite
-import throughput_report as report
-import waterfall
-from step_measurement import measure, resolve
-
-if __name__ == "__main__":
-    # A script's own folder is searched first; names in it must not stand in for installed packages.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 import argparse
 import tempfile
+from pathlib import Path
 from typing import Any
 
-from throughput_inputs import TRAINERS
-
+from millrace.benchmarks.report import recording
+from millrace.benchmarks.report import throughput_report as report
+from millrace.benchmarks.step import suite, waterfall
+from millrace.benchmarks.step.step_measurement import measure, resolve
+from millrace.benchmarks.step.throughput_inputs import TRAINERS
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.distributed import process_group
 from millrace.engine.run_log.logs import set_up_logging
@@ -159,7 +150,7 @@ def main() -> int:
 
 def _publish(rows: list[dict[str, Any]], output: Path | None) -> None:
     """Print the table; write the JSON."""
-    print(report.table(rows))
+    print(report.text(rows))
     device = process_group.choose_device(rows[-1]["device"])
     if output is None and device.type == "cuda":
         output = recording.default_path("throughput", device)

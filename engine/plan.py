@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--loader",
         type=number(float, 1e-6, 1e9),
         metavar="IMAGES",
-        help="images/s that the loader delivers to one process (benchmarks/dataloader.py measures it)",
+        help="images/s that the loader gives one process; `python -m benchmarks dataloader` measures it",
     )
     return parser
 

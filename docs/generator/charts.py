@@ -3,20 +3,18 @@
 Every number comes from a file, whose name stands under the chart. What has no file says so.
 """
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import svg
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-PUBLISHED = ROOT / "benchmarks" / "published.json"
+from millrace.benchmarks.report import suite_report
+from millrace.benchmarks.report.recording import Result, read_results
 
-Result = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "benchmarks" / "published.json"
 
 LEFT, RIGHT, BAR, GAP, INSIDE = 236, 50, 18, 8, 70
 """Pixels: names, figures, a bar, between two of one group, and how long a bar is to hold its figure."""
@@ -38,22 +36,9 @@ class Group(NamedTuple):
     bars: list[Bar]
 
 
-def load(folder: Path = RESULTS) -> list[Result]:
-    """Results of a folder that are no trials, each with the name of its file; oldest first."""
-    found = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
-    return sorted(
-        (result for result in found if not result.get("smoke")),
-        key=lambda result: (result.get("time", ""), result["file"]),
-    )
-
-
-def benchmark(name: str) -> Any:
-    """A module of benchmarks/, found as when one of its programs runs."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+def load() -> list[Result]:
+    """Results that are no trials; oldest first."""
+    return [result for result in read_results() if not result.get("smoke")]
 
 
 def newest(results: Iterable[Result], benchmark: str) -> Result | None:
@@ -103,7 +88,7 @@ def routing(results: list[Result]) -> str:
     """Share of the saved FLOPs that became saved time, ours beside the peer's."""
     result = newest(results, "routing")
     if result is None:
-        return "Not measured: no result of benchmarks/routing.py."
+        return "Not measured: no result of python -m benchmarks routing."
     names = {"ours": ("Millrace", OURS), "peer": ("diffusers, routed as PRX does", THEIRS)}
     groups = [
         Group(
@@ -127,7 +112,7 @@ def dataloader(results: list[Result]) -> str:
     """Pictures per second of each loader, one chart for all cases: each case to its own fastest."""
     result = newest(results, "dataloader")
     if result is None:
-        return "Not measured: no result of benchmarks/dataloader.py."
+        return "Not measured: no result of python -m benchmarks dataloader."
     groups = []
     for case in dict.fromkeys(row["case"] for row in result["rows"]):
         rows = sorted(
@@ -157,7 +142,7 @@ def traffic(results: list[Result]) -> str:
     """Bytes that a step moves, counted operator by operator."""
     result = newest(results, "traffic")
     if result is None:
-        return "Not counted: no result of benchmarks/traffic.py."
+        return "Not counted: no result of python -m benchmarks traffic."
     names = {"ours": ("Millrace", OURS), "peer": ("diffusers' PRX, eager", THEIRS)}
     groups = []
     for config in dict.fromkeys(row["config"] for row in result["rows"]):
@@ -254,7 +239,7 @@ def _relative_speed(results: list[Result]) -> str:
     """Speed of TREAD and SPRINT relative to the dense step of the same side, and where the FLOPs put it."""
     result = newest(results, "routing")
     if result is None:
-        return "Not measured: no result of benchmarks/routing.py."
+        return "Not measured: no result of python -m benchmarks routing."
     cpu = result["options"]["device"] == "cpu"
     sides = (
         {"ours": "Millrace, small model on a CPU", "peer": "diffusers, the same model and CPU"}
@@ -302,7 +287,6 @@ def _relative_speed(results: list[Result]) -> str:
 
 def _post_relative(method: str) -> list[Result]:
     """The post's rows of a routing method: speed relative to their baseline, and that by FLOPs."""
-    suite_report = benchmark("suite_report")
     speeds = {row["config"]: row["batches_per_second"] for row in suite_report.post_rows()}
     found = []
     for row in suite_report.post_rows():

@@ -8,6 +8,7 @@ from typing import Any
 
 import charts
 
+from millrace.benchmarks.report import kernels_report
 from millrace.kernels import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,9 +82,7 @@ def _on_a_gpu(results: list[Result], names: list[str]) -> str:
     """How the fastest of ours stands to the fastest peer, over the cases of the newest measurement."""
     measured = [r for r in results if r["benchmark"] == "kernels" and r["device"] == "cuda"]
     ratios = []
-    for _, rows in (
-        charts.benchmark("kernels_report").by_case(measured[-1]["rows"] if measured else []).items()
-    ):
+    for _, rows in kernels_report.by_case(measured[-1]["rows"] if measured else []).items():
         best: dict[bool, float] = {}
         for row in rows:
             if row["operation"] in names:
@@ -126,9 +125,9 @@ def _bytes(traffic: Result | None, names: list[str]) -> str:
     for row in traffic["rows"]:
         if row["side"] != "ours" or row["overrides"]:
             continue
-        for part in row["by_operator"]:
+        for part in row["fused"]:
             stem = part["operator"].removeprefix("millrace::")
-            if part["operator"].startswith("millrace::") and _belongs(stem, names):
+            if _belongs(stem, names):
                 lines.append(
                     f"| `{row['config']}`, {row['variant']} | `{stem}` | {part['kernels']} | "
                     f"{part['read'] / 1e9:.2f} | {part['written'] / 1e9:.2f} |"
@@ -154,21 +153,14 @@ def _resources(resources: Result | None, module: str) -> str:
     parts = {module, f"{module}_triton"}
     if module == "rope_attention":
         parts |= {row["file"] for row in resources["kernels"] if row["file"].startswith("attention.")}
-    groups: dict[tuple[str, str, int], list[Result]] = defaultdict(list)
-    for row in resources["kernels"]:
-        if row["file"] in parts:
-            groups[row["file"], row["kernel"], row["architecture"]].append(row)
-    if not groups:
-        return ""
     lines = [
-        f"| `{file}.{kernel}` | sm_{architecture} | {max(row['registers'] for row in rows)} | "
-        f"{max(row['spill_bytes'] for row in rows)} | {_shared(rows):.1f} |"
-        for (file, kernel, architecture), rows in sorted(groups.items())
+        f"| `{row['file']}.{row['kernel']}` | sm_{row['architecture']} | {row['registers']} | "
+        f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.1f} |"
+        for row in resources["kernels"]
+        if row["file"] in parts
     ]
+    if not lines:
+        return ""
     head = ["| kernel | for | registers | spilled bytes | shared KiB |", "|---|---|---|---|---|"]
     note = f"Compiled, the most of any launch, from `benchmarks/results/{resources['file']}`"
     return "\n".join([f'??? note "{note}"', "", *(f"    {line}" for line in [*head, *lines])])
-
-
-def _shared(rows: list[Result]) -> float:
-    return max(row["static_shared_bytes"] + row["dynamic_shared_bytes"] for row in rows) / 1024

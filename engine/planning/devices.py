@@ -30,7 +30,7 @@ ASSUMED = {
     "share of the memory that a process may fill": 0.92,
     "host time of ZeRO-3 for each tensor that it gathers, s": 30e-6,
 }
-"""Not measured here. The first two are what `benchmarks/traffic.py` assumes as well."""
+"""Not measured here. The first two are what `python -m benchmarks traffic` assumes as well."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Choice of implementation: which one of an operation runs, where there is more than one.
 
-`auto` takes the registered operator (Triton on CUDA, plain PyTorch on the CPU), unless `measured.json`, which
-`benchmarks/kernels.py --record-choices` writes from measurements on a GPU, names a faster one for that GPU.
+`auto` takes the registered operator (Triton on CUDA, plain PyTorch on the CPU), unless `measured.json`,
+which `python -m benchmarks kernels --record-choices` writes from measurements on a GPU, names a faster one
+for that GPU.
 """
 
 import functools

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from millrace.benchmarks.quality import ablations
+from millrace.benchmarks.quality import ablations_run as one_run
+from millrace.benchmarks.quality import ablations_scales as scales
+from millrace.benchmarks.quality import ablations_table as table
+from millrace.benchmarks.report import logbook_page as page
+from millrace.benchmarks.report.recording import read_results
 from millrace.engine.config.loading import parse_config
 from millrace.engine.util.errors import UserError
-from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-ablations, scales, table, page, one_run = (
-    load(name)
-    for name in ("ablations", "ablations_scales", "ablations_table", "logbook_page", "ablations_run")
-)
 ASSETS = scales.Assets(Path("teacher"), Path("curated.txt"))
 CPU = scales.SCALES["cpu"]
 
@@ -153,13 +154,8 @@ def test_the_page_tells_which_guidance_helps_which_model():
     assert "- `sprint`: the lowest Frechet distance is that of none (1.00, unguided 1.00)" in found
 
 
-def test_the_committed_page_is_what_the_committed_results_say():
-    wanted = page.page(page.load(page.RESULTS))
-    assert wanted == page.PAGE.read_text(), "run python benchmarks/logbook_page.py"
-
-
 def test_the_learning_rates_are_the_best_of_the_committed_sweep():
-    for result in page.load(page.RESULTS):
+    for result in read_results():
         if result["benchmark"] != "ablations" or result["quick"]:
             continue
         for name, rates in table.swept(result).items():
@@ -292,7 +288,8 @@ def broken(tmp_path):
 @pytest.mark.slow
 def test_a_quick_run_end_to_end(tmp_path, broken):
     names = ["latent_256", str(broken), "latent_256_x_prediction", "latent_256_flux2"]
-    words = [sys.executable, str(BENCHMARKS / "ablations.py"), "--quick", "--work", str(tmp_path / "work")]
+    words = [sys.executable, "-m", "millrace.benchmarks", "ablations", "--quick"]
+    words += ["--work", str(tmp_path / "work")]
     output = tmp_path / "results.json"
 
     def start(*configs):

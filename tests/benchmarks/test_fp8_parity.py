@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from millrace.benchmarks.quality import fp8_parity as parity
+from millrace.benchmarks.report import fp8_section
 from millrace.engine.util.errors import UserError
-from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-parity = load("fp8_parity")
 RESULT = ROOT / "benchmarks" / "results" / "fp8_parity.json"
 
 
@@ -48,7 +48,7 @@ def test_one_seed_has_no_spread_to_compare_with():
     base, own = parity.compare(RUNS[:2])
     assert base["held_out_spread"] is None
     assert own["within_spread"] is None
-    assert "One seed: no spread to compare with." in parity.section(result(RUNS[:2]))
+    assert "One seed: no spread to compare with." in fp8_section.section(result(RUNS[:2]))
 
 
 def result(runs=RUNS):
@@ -58,6 +58,8 @@ def result(runs=RUNS):
         "data": {"resolution": 32, "global_batch": 4},
     }
     return {
+        "benchmark": "fp8_parity",
+        "quick": False,
         "table": parity.compare(runs),
         "config": config,
         "seeds": [0, 1],
@@ -72,7 +74,7 @@ def result(runs=RUNS):
 
 
 def test_the_section_says_what_was_measured():
-    text = parity.section(result())
+    text = fp8_section.section(result())
     assert "| FP8, torch | 1.0545 | +2.00%, -1.00% | 2.50% | 1 |" in text
     assert "Seeds of BF16 lie 9.52% apart in the held-out loss" in text
     own = "- `FP8, torch`: held-out loss +0.50% from BF16 on average, higher or lower with the seed; "
@@ -84,33 +86,28 @@ def test_the_section_says_what_was_measured():
         run("BF16", 1, 1.1),
         run("FP8, torch", 1, 1.12),
     ]
-    assert "on average, higher with every seed; every" in parity.section(result(higher))
+    assert "on average, higher with every seed; every" in fp8_section.section(result(higher))
     assert "on a CPU, with emulated products" in text
     assert "commit 0123456789ab," in text.lower()
     assert "torchao not installed" in text
 
 
-def test_the_section_goes_between_its_marks(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{parity.BEGIN}\nold\n{parity.END}\nafter\n")
-    assert parity.write_page(result(), page, check=True) == 1
-    assert parity.write_page(result(), page, check=False) == 0
-    text = page.read_text()
-    assert text.startswith(f"before\n{parity.BEGIN}\nWidth 32")
-    assert text.endswith(f"\n{parity.END}\nafter\n")
+def test_the_section_goes_between_its_marks():
+    page = f"before\n{fp8_section.BEGIN}\nold\n{fp8_section.END}\nafter\n"
+    text = fp8_section.page([result()], page)
+    assert text.startswith(f"before\n{fp8_section.BEGIN}\nWidth 32")
+    assert text.endswith(f"\n{fp8_section.END}\nafter\n")
     assert "old" not in text
-    assert parity.write_page(result(), page, check=True) == 0
-    page.write_text("nothing")
-    with pytest.raises(UserError, match=r"page.md has no line <!-- written"):
-        parity.write_page(result(), page, check=True)
+    assert fp8_section.page([result()], text) == text
+    assert "Not measured" in fp8_section.page([result() | {"quick": True}], page)
+    with pytest.raises(UserError, match=r"precision.md has no line <!-- written"):
+        fp8_section.page([result()], "nothing")
 
 
-def test_the_page_is_what_the_results_say():
-    """And the table in the results is what their runs give."""
+def test_the_table_in_the_results_is_what_their_runs_give():
     stored = json.loads(RESULT.read_text())
     assert not stored["quick"]
     assert stored["table"] == parity.compare(stored["runs"])
-    assert parity.write_page(stored, parity.PAGE, check=True) == 0, "python benchmarks/fp8_parity.py --page"
 
 
 @pytest.mark.slow
@@ -140,7 +137,7 @@ def test_a_quick_check(tmp_path, monkeypatch):
 
 
 def test_arguments_that_do_not_go_together(monkeypatch, capsys):
-    for words, said in ((["--check"], "--check belongs to --page"), (["--arms", "FP8, torch"], "add it")):
+    for words, said in ((["--arms", "FP8, torch"], "add it"),):
         monkeypatch.setattr(sys, "argv", ["fp8_parity.py", *words])
         with pytest.raises(SystemExit):
             parity.parse()

@@ -77,7 +77,7 @@ def test_runs_everything_in_order_and_hands_arguments_on(report):
     (suite,) = (line for line in done.stdout.splitlines() if line.startswith("ran benchmarks/throughput"))
     assert "/suite-NVIDIA-H200-" in suite
     assert suite.endswith("--set a.b=1")
-    (kernels,) = (line for line in done.stdout.splitlines() if line.startswith("ran benchmarks/kernels"))
+    (kernels,) = (line for line in done.stdout.splitlines() if line.startswith("ran -m benchmarks kernels"))
     assert "--set" not in kernels
     for place, line in ((1, kernels), (2, suite)):
         wanted = int(re.search(r"--seconds (\d+)", line)[1])
@@ -93,7 +93,7 @@ def test_unused_time_goes_to_the_later_stages(report):
 
 
 def test_failures_are_counted_and_stop_nothing(report):
-    done = report(cases="*--suite*) exit 3 ;;\n    *kernels.py*) exit 1 ;;")
+    done = report(cases="*--suite*) exit 3 ;;\n    *benchmarks*kernels*) exit 1 ;;")
     assert done.returncode == 2
     outcomes = summary(done)
     assert outcomes["kernels"].startswith("failed: exit code 1")
@@ -113,7 +113,7 @@ def test_a_bare_machine_still_measures_the_kernels(report):
 
 
 def test_a_stage_out_of_time_is_stopped(report):
-    done = report("--seconds", "30", cases="*kernels.py*) exec sleep 90 ;;")
+    done = report("--seconds", "30", cases="*benchmarks*kernels*) exec sleep 90 ;;")
     outcomes = summary(done)
     stopped = re.fullmatch(r"failed: out of time \((\d+) s\), (\d+) s", outcomes["kernels"])
     given, taken = map(int, stopped.groups())

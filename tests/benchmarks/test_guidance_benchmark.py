@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from millrace.benchmarks.quality import guidance as benchmark
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data.sources.digits import DigitsSource
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import sampling_flops
 from millrace.engine.util.errors import UserError
-from tests.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-benchmark = load("guidance")
 CPU = torch.device("cpu")
 
 

@@ -1,40 +1,23 @@
 """The kernel benchmark: its inputs, its arithmetic, its gate, what it recommends, and a run of all of it."""
 
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from millrace.benchmarks.kernels import accuracy, timing
+from millrace.benchmarks.kernels import cases as operations
+from millrace.benchmarks.kernels import comparison as kernels
+from millrace.benchmarks.report import kernels_report as report
 from millrace.engine.util.errors import UserError
+from millrace.kernels.support import choice
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-def load(name, path=None):
-    """A file of benchmarks/, found as when one of them runs as a script."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        if path is None:
-            return importlib.import_module(name)
-        # Under its own name kernels.py would stand in for the package `kernels` in this process.
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-accuracy, timing, operations, report = map(load, ("accuracy", "timing", "operations", "kernels_report"))
-attention_cases, operation_cases = load("attention_cases"), load("operation_cases")
-kernels = load("kernels_benchmark", BENCHMARKS / "kernels.py")
 
 SETTING = operations.Setting(torch.device("cpu"), torch.float32, "aot_eager")
 SHAPES = {shape.name: shape for shape in operations.small_shapes()}
@@ -320,6 +303,10 @@ def test_choices_are_recorded_under_the_names_that_the_operations_look_up():
         assert f'"{key}"' in sources["rope_attention"]
 
 
+def test_choices_are_recorded_where_the_operations_look_them_up():
+    assert kernels.MEASURED.samefile(choice.__file__.replace("choice.py", "measured.json"))
+
+
 def test_recorded_choices_leave_the_others_alone(tmp_path):
     path = tmp_path / "measured.json"
     path.write_text(json.dumps({"Z": {"geglu": "cuda"}, "A": {"flow_loss": "cuda", "other": "triton"}}))
@@ -335,16 +322,13 @@ def test_recorded_choices_leave_the_others_alone(tmp_path):
 
 BARE = """
 import runpy, sys
-for name in ("deepspeed", "pydantic", "einops", "psutil", "diffusers", "safetensors", "PIL"):
+for name in ("deepspeed", "pydantic", "einops", "psutil", "diffusers", "safetensors", "PIL", "matplotlib"):
     sys.modules[name] = None
-sys.path.insert(0, {folder!r})
-sys.argv = ["kernels.py", *{arguments!r}]
+sys.argv = ["benchmarks", "kernels", *{arguments!r}]
 try:
-    runpy.run_path({folder!r} + "/kernels.py", run_name="__main__")
+    runpy.run_module("millrace.benchmarks", run_name="__main__")
 except SystemExit as end:
     print("exit code", end.code)
-from importlib.util import find_spec
-print("shadows", find_spec("kernels") is not None and {folder!r} in find_spec("kernels").origin)
 """
 
 
@@ -353,10 +337,9 @@ def test_smoke_run_on_a_bare_machine(tmp_path):
     output = tmp_path / "out.json"
     chosen = ("rope_attention", "norm_modulate", "sample_route")
     arguments = ["--smoke", "--only", *chosen, "--shapes", "16-tread", "--output", str(output)]
-    code = BARE.format(folder=str(BENCHMARKS), arguments=arguments)
+    code = BARE.format(arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "exit code 0" in done.stdout, done.stdout + done.stderr
-    assert "shadows False" in done.stdout
     assert "these times compare nothing" in done.stdout
     content = json.loads(output.read_text())
     assert (content["benchmark"], content["device"], content["smoke"]) == ("kernels", "cpu", True)
@@ -370,8 +353,17 @@ def test_smoke_run_on_a_bare_machine(tmp_path):
     for peer in ("flash-attn 2", "xformers", "transformer-engine"):
         assert f"torch.compile + {peer}" in statuses
     assert not any(r["status"] in ("wrong", "failed") for r in content["rows"])
-    bars = ElementTree.parse(output.with_suffix(".svg")).getroot()
-    assert len(bars) > len(timed)
+    assert "out.json; no chart: " in done.stdout
+
+
+def test_the_chart_has_a_bar_for_every_implementation(tmp_path, monkeypatch):
+    ours, peer = (row(name, "a", 1.0) | {"share_of_ceiling": 0.5} for name in ("ours/triton", "eager"))
+    lone = row("eager", "b", 1.0, mode="forward") | {"share_of_ceiling": 0.25}
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.extend(figure.axes[0].patches))
+    rows = [ours, peer, lone, *(one | {"mode": "forward"} for one in (ours, peer))]
+    report.draw({"device": "cpu", "rows": rows}, tmp_path / "chart.png")
+    assert [bar.get_width() for bar in drawn] == [50, 50, 25], "forward alone only where nothing else is"
 
 
 @pytest.fixture

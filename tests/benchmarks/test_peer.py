@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.model.conversion import diffusers_state
 from millrace.engine.util.errors import UserError
-from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-peer, steps = load("peer"), load("training_steps")
 
 CONFIG = {
     "model": {"width": 48, "depth": 5, "heads": 3, "patch_size": 2, "in_channels": 4, "context_dim": 20},

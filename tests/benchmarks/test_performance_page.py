@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs import load
+from millrace.benchmarks.report import kernels_report, pages, performance_page, recording, suite_report
+from millrace.benchmarks.step.step_timeline import CATEGORIES
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-performance_page = load("performance_page")
 
 ORIGIN = {
     "time": "2026-01-02T03:04:05+00:00",
@@ -75,13 +74,12 @@ def kernels_result(**others):
 
 
 def test_the_committed_page_is_what_the_committed_results_say():
-    wanted = performance_page.page(performance_page.load(performance_page.RESULTS))
-    assert performance_page.PAGE.read_text() == wanted, "run python benchmarks/performance_page.py"
+    assert not pages.stale(), "run python -m benchmarks pages"
 
 
 def test_without_results_everything_is_said_not_to_be_measured():
     text = performance_page.page([])
-    assert text.count(performance_page.NEVER) == len(performance_page.OPERATIONS)
+    assert text.count(kernels_report.NEVER) == len(kernels_report.OPERATIONS)
     assert text.count("Not measured") == 6
     assert "Not counted" in text
     assert "Not compiled" in text
@@ -92,16 +90,16 @@ def test_kernels_are_set_beside_their_fastest_peer():
     ours, peer = "triton | 100.0 (90.0-110.0) | 87%", "torch.compile (host gaps) | 150.0 | 1.50"
     assert f"| `geglu` | 1024 | both | {ours} | {peer} |" in text
     assert "copy 4300 GB/s, bfloat16 product of 8192 x 8192 790.0 TFLOP/s" in text
-    assert "- `geglu`, liger-kernel: not installed (1024): No module named 'liger_kernel'" in text
+    assert "- geglu, liger-kernel: not installed (1024): No module named 'liger_kernel'" in text
     assert "commit 0123456789ab, torch 2.11.0" in text
-    assert f"| `geglu` | {performance_page.NEVER} |" not in text
-    assert f"| `rope_attention` | {performance_page.NEVER} |" in text
+    assert f"| `geglu` | {kernels_report.NEVER} |" not in text
+    assert f"| `rope_attention` | {kernels_report.NEVER} |" in text
 
 
 @pytest.mark.parametrize("other", [{"smoke": True}, {"device": "cpu"}])
 def test_trial_runs_and_cpus_are_no_gpu_measurement(other):
     text = performance_page.page([kernels_result(**other)])
-    assert text.count(performance_page.NEVER) == len(performance_page.OPERATIONS)
+    assert text.count(kernels_report.NEVER) == len(kernels_report.OPERATIONS)
 
 
 def test_a_kernel_that_was_wrong_on_the_gpu_was_not_measured():
@@ -110,9 +108,9 @@ def test_a_kernel_that_was_wrong_on_the_gpu_was_not_measured():
         untimed("ours/triton", "wrong", "RMS error is 7 times the allowed one"),
     ]
     text = performance_page.page([kernels_result(rows=rows)])
-    assert "- `geglu`, ours/triton: wrong (1024): RMS error is 7 times" in text
+    assert "- geglu, ours/triton: wrong (1024): RMS error is 7 times" in text
     assert "| `geglu` | 1024 | both | none | - | - | eager | 1000.0 | - |" in text
-    assert f"| `geglu` | {performance_page.NEVER} |" in text
+    assert f"| `geglu` | {kernels_report.NEVER} |" in text
 
 
 def test_the_newest_result_of_each_gpu_counts(tmp_path):
@@ -121,7 +119,7 @@ def test_the_newest_result_of_each_gpu_counts(tmp_path):
     for name, result in {"z": old, "a": kernels_result(), "b": other}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     (tmp_path / "a.svg").touch()
-    text = performance_page.page(performance_page.load(tmp_path))
+    text = performance_page.page(recording.read_results(tmp_path))
     assert "777.0" not in text
     assert "### NVIDIA H200" in text
     assert "### NVIDIA A100" in text
@@ -167,8 +165,7 @@ def routing_result(device, saved):
 
 
 def suite_section(suites, routings):
-    arguments = (performance_page._origin, performance_page.markdown)
-    return performance_page.suite_page.suite_section(suites, routings, *arguments)
+    return suite_report.section([*suites, *routings])
 
 
 def test_the_posts_rows_stand_there_without_a_measurement():
@@ -226,7 +223,7 @@ def test_the_newest_suite_of_each_gpu():
 
 
 def test_the_time_of_a_step():
-    seconds = dict.fromkeys(performance_page.suite_page.CATEGORIES, 0.0) | {"GEMM": 0.075, "host gaps": 0.025}
+    seconds = dict.fromkeys(CATEGORIES, 0.0) | {"GEMM": 0.075, "host gaps": 0.025}
     result = ORIGIN | {
         "benchmark": "profile",
         "file": "p.json",
@@ -290,7 +287,7 @@ def test_traffic_and_its_roofline():
         },
         "other_bytes_to_peer": 0.164,
         "kernels": 680,
-        "roofline_seconds": {"step": 0.0616},
+        "roofline_seconds": {"gemm": 0.05, "attention": 0.003, "other": 0.0086, "step": 0.0616},
         "time_to_peer": 0.565,
         "mfu_bound": 0.663,
     }
@@ -298,31 +295,25 @@ def test_traffic_and_its_roofline():
     ceilings = {f"{name}_flops_per_second": 5e14 for name in names} | {"copy_bytes_per_second": 4.3e12}
     result = ORIGIN | {"benchmark": "traffic", "file": "t.json", "ceilings": ceilings, "rows": [row]}
     text = performance_page.page([result])
-    name, counted = "`latent_256` `data.micro_batch=8`", "3.00 | 1.00 | 2.00 | 0.164 | 680"
-    assert f"| {name} | dense | ours | {counted} | 61.60 | 0.565 | 66.3% |" in text
+    name, counted = "latent_256 data.micro_batch=8", "3.00 | 1.00 | 2.00 | 0.164 | 680"
+    assert f"| {name} | dense | ours | {counted} | 50.00 | 3.00 | 8.60 | 61.60 | 0.565 | 66.3% |" in text
     assert "4.3 TB/s in all else" in text
     assert "is no measurement" in text
 
 
-def test_compiled_kernels_show_the_most_that_any_launch_takes():
+def test_compiled_kernels_show_what_they_take():
     kernel = {
         "file": "geglu",
         "kernel": "geglu_fwd_kernel",
         "architecture": 90,
-        "registers": 40,
+        "launches": 2,
+        "registers": 64,
         "spill_bytes": 0,
-        "static_shared_bytes": 1024,
-        "dynamic_shared_bytes": 0,
-        "instructions": [],
+        "shared_bytes": 3072,
+        "instructions": ["wgmma"],
     }
-    other = kernel | {"registers": 64, "dynamic_shared_bytes": 2048, "instructions": ["wgmma"]}
     versions = {"triton": "3.7.1", "ptxas": "12.8"}
-    result = {
-        "benchmark": "resources",
-        "versions": versions,
-        "kernels": [kernel, other],
-        "file": "resources.json",
-    }
+    result = {"benchmark": "resources", "versions": versions, "kernels": [kernel], "file": "resources.json"}
     text = performance_page.page([result])
     assert "| `geglu` | `geglu_fwd_kernel` | 90 | 2 | 64 | 0 | 3.0 | wgmma |" in text
     assert "triton 3.7.1, ptxas 12.8" in text

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from millrace.benchmarks.data import picture_set
 from millrace.engine.config.data import Columns
 from millrace.engine.data.sources.mds import MdsSource
 from millrace.engine.data.sources.shards import ShardsSource
-from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-picture_set = load("picture_set")
 EDGE = 64
 
 

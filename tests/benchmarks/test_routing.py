@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from millrace.benchmarks.report import routing_report as report
+from millrace.benchmarks.step import routing
+from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.model.flops import training_flops
 from millrace.engine.util.errors import UserError
-from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-memory, routing, steps = load("activation_memory"), load("routing"), load("training_steps")
 CPU = torch.device("cpu")
 
 
@@ -53,10 +54,10 @@ def test_rows_are_arithmetic_on_the_samples():
     # 20 % of the user time for 40 % of the FLOPs.
     assert our_tread["user_saved_per_saved_flops"] == pytest.approx(0.2 / 0.4)
     assert our_tread["user_ratio_to_peer"] == pytest.approx(2.4 / 3)
-    lines = routing.table([ours, our_tread, peer, peer_tread]).splitlines()
-    dense = "dense ours 1.000 2000.0 1400.0 6200.0 0.500 - 3000.0 0.500 - 7 0.0 0.500"
+    lines = report.table([ours, our_tread, peer, peer_tread]).text().splitlines()
+    dense = "dense ours 1.000 2000.0 (1400.0-6200.0) 0.500 - 3000.0 0.500 - 7 0.0 0.500"
     assert lines[1].split() == dense.split()
-    routed = "tread peer 0.600 3200.0 3200.0 3200.0 0.500 3000.0 1.250 7 0.0"
+    routed = "tread peer 0.600 3200.0 (3200.0-3200.0) 0.50 3000.0 1.25 7 0.0"
     assert lines[4].split() == routed.split()
 
 
@@ -88,7 +89,7 @@ def test_peak_counts_what_lives_at_once():
         torch.ones(2_000_000).sum()
         return (kept * kept).sum()
 
-    peak = memory.peak_bytes(forward, [weight], CPU)
+    peak = routing.peak_bytes(forward, [weight], CPU)
     assert 12_000_000 <= peak < 12_100_000
     assert torch.equal(weight.grad, torch.full((1_000_000,), 8.0))
 
@@ -96,7 +97,7 @@ def test_peak_counts_what_lives_at_once():
 def test_peak_leaves_out_gradients_that_stay():
     """The gradient of a sum is one number expanded: all that is ever made is that number and the sum."""
     weight = nn.Parameter(torch.ones(1_000_000))
-    peak = memory.peak_bytes(lambda: weight.sum(), [weight], CPU)
+    peak = routing.peak_bytes(lambda: weight.sum(), [weight], CPU)
     assert peak < 1000
 
 

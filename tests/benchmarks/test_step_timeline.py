@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tests.programs import load
+from millrace.benchmarks.step import step_timeline as timeline
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-timeline = load("step_timeline")
 Event = timeline.Event
 
 

@@ -13,6 +13,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from millrace.benchmarks import throughput
+from millrace.benchmarks.report import suite_report as report
+from millrace.benchmarks.step import frozen_networks as frozen
+from millrace.benchmarks.step import peer_steps as peers
+from millrace.benchmarks.step import sample_pictures as pictures
+from millrace.benchmarks.step import step_measurement as measurement
+from millrace.benchmarks.step import suite
+from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.config import Autoencoder
 from millrace.engine.config.loading import load_config
 from millrace.engine.config.smoke import smoke
@@ -20,16 +28,13 @@ from millrace.engine.encoders.autoencoder import autoencoder_entry
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.encoders.text_encoders.t5gemma import T5Gemma
 from millrace.engine.util.errors import UserError
-from tests.programs import environment, load
+from tests.programs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 CPU = torch.device("cpu")
 
 
-suite, report, throughput = load("suite"), load("suite_report"), load("throughput")
-frozen, measurement, peers = load("frozen_networks"), load("step_measurement"), load("peer_steps")
-pictures = load("sample_pictures")
 ROWS = report.post_rows()
 NAMES = [row["config"] for row in ROWS]
 
@@ -150,12 +155,12 @@ def test_the_text_has_all_rows_peers_and_failures():
     ]
     text = report.text(result(cases))
     speeds, relatives, beside, failures, notes = text.split("\n\n")
-    assert [line.split()[0] for line in speeds.splitlines()[1:]] == [row["method"] for row in ROWS]
-    assert len(relatives.splitlines()) == 13
+    assert [line.split()[0] for line in speeds.splitlines()[2:]] == [row["method"] for row in ROWS]
+    assert len(relatives.splitlines()) == 14
     (tread,) = (line for line in relatives.splitlines() if line.startswith("TREAD") and " 1024 " in line)
     assert tread.split()[-2:] == ["0.80", "0.40"], "the figures of routing.py"
     assert "1.00~" in relatives, "another micro-batch than the baseline's"
-    assert beside.splitlines()[1].split()[-1] == "2.00", "ours to the peer"
+    assert beside.splitlines()[2].split()[-1] == "2.00", "ours to the peer"
     assert failures == "latent_256_sprint/cached: failed: RuntimeError: no"
     assert "derived: measured images/s over 256" in notes
     assert "routing.json (Some CPU)" in notes
@@ -183,17 +188,16 @@ def test_fp8_stands_beside_bf16_and_in_no_row_of_the_post():
     rows = {row["config"]: row for row in report.derive(cases, None)}
     assert rows["jit_1024"]["cached"]["images_per_second_per_device"] == 100.0
     assert rows["latent_256"]["cached"] is None
-    head, fast, alone = report.fp8_lines(cases)
-    assert head[-1] == "to BF16"
+    fast, alone = report.fp8_table(cases).rows
     assert (fast[0], fast[1], fast[-1]) == ("jit_1024", "torch", "1.30")
     assert alone[-1] == "-"
-    assert report.fp8_lines(cases[:1]) == []
+    assert not report.fp8_table(cases[:1]).rows
     text = report.text(result(cases))
     assert "to BF16" in text
     assert "jit_1024/cached, FP8 torchao: left out: not installed" in text
     assert "overridden" not in text, "what makes the case is no override of the run"
     smaller = [case("jit_1024"), case("jit_1024", **fp8, micro_batch=16)]
-    assert report.fp8_lines(smaller)[1][-1] == "1.00~"
+    assert report.fp8_table(smaller).rows[0][-1] == "1.00~"
 
 
 def test_an_fp8_case_is_the_configuration_with_the_backend(monkeypatch, tmp_path):
@@ -418,7 +422,6 @@ def test_sample_pictures_are_a_folder_that_trains(tmp_path):
 
 
 def test_an_expanded_mask_changes_nothing_but_its_size(monkeypatch, tmp_path):
-    steps = load("training_steps")
     overrides = [f"run.output_dir={tmp_path}", "conditioning.text.kind=hash"]
     config = smoke(load_config(ROOT / "configs" / "jit_1024.json", overrides), overrides)
     batch = steps.random_batch(config, 2, (8, 8), 6, [6, 3], CPU)

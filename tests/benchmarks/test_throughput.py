@@ -9,17 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from millrace.benchmarks import throughput
+from millrace.benchmarks.report import recording
+from millrace.benchmarks.report import throughput_report as report
+from millrace.benchmarks.step import step_measurement as measurement
 from millrace.engine.config.loading import load_config, parse_config
 from millrace.engine.model.flops import training_flops
 from millrace.engine.util.errors import UserError
-from tests.programs import environment, load
+from tests.programs import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-recording, report, throughput = load("recording"), load("throughput_report"), load("throughput")
-measurement = load("step_measurement")
 PUBLISHED = json.loads((BENCHMARKS / "published.json").read_text())
 ROWS = [(table, row) for table in PUBLISHED["tables"] for row in table["rows"]]
 MAPPED = [(table, row) for table, row in ROWS if row["config"]]
@@ -164,7 +166,7 @@ def row(**changes):
 
 
 def test_table():
-    text = report.table([row(), row(config="other", published=None, ratio_to_published=None, mfu=None)])
+    text = report.text([row(), row(config="other", published=None, ratio_to_published=None, mfu=None)])
     head, first, second, *notes = text.splitlines()
     assert len({line.index("cached") for line in (first, second)}) == 1
     assert max(map(len, text.splitlines())) <= 140
@@ -177,13 +179,13 @@ def test_table():
 
 
 def test_table_marks_what_was_changed_or_skipped():
-    plain = report.table([row(published=None)])
+    plain = report.text([row(published=None)])
     assert "*" not in plain
     assert "not published" not in plain
     assert "skipped" not in plain
-    assert "jit_1024_tread*" in report.table([row(overrides=["a.b=1"])])
-    assert "jit_1024_tread*" in report.table([row(smoke=True)])
-    assert "skipped" in report.table([row(skipped_steps=1)])
+    assert "jit_1024_tread*" in report.text([row(overrides=["a.b=1"])])
+    assert "jit_1024_tread*" in report.text([row(smoke=True)])
+    assert "skipped" in report.text([row(skipped_steps=1)])
 
 
 class Steps:

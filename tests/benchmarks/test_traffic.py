@@ -9,17 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from millrace.benchmarks.models import ledger as ledgers
+from millrace.benchmarks.models import ledger_operators as operators
+from millrace.benchmarks.models import traffic
+from millrace.benchmarks.report import traffic_report as report
+from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.config.loading import parse_config
 from millrace.engine.util.errors import UserError
 from millrace.kernels import fp8_linear, gather_fuse, gather_tokens, norm_modulate, scatter_tokens
 from millrace.kernels.support.rows import row_launch
-from tests.programs import load
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-ledgers, operators, report = load("ledger"), load("ledger_operators"), load("traffic_report")
-steps, traffic = load("training_steps"), load("traffic")
 Cost, Entry = operators.Cost, ledgers.Entry
 
 
@@ -255,8 +257,9 @@ def test_summary_adds_up():
     assert row["kernels"] == 4
     assert row["totals"]["other"]["bytes"] == int(4.3e12) + 8
     for group in report.GROUPS:
-        assert sum(found["bytes"] for found in row[f"by_{group}"]) == 15 + int(4.3e12) + 8
-        assert row[f"by_{group}"][0]["bytes"] == int(4.3e12), "heaviest first"
+        found = report.grouped(entries, group)
+        assert sum(row["bytes"] for row in found) == 15 + int(4.3e12) + 8
+        assert found[0]["bytes"] == int(4.3e12), "heaviest first"
     peer = report.summarise(entries[1:] * 2, 1.0, 450, 420)
     report.compare(row, peer)
     assert row["other_bytes_to_peer"] == pytest.approx(0.5)

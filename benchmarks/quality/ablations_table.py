@@ -1,0 +1,211 @@
+"""What the runs of a logbook amount to: one row each, means and spreads over seeds, curves."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from millrace.benchmarks.report.recording import ROOT
+
+Result = dict[str, Any]
+
+PUBLISHED = ROOT / "benchmarks" / "published.json"
+MEASURES = ("frechet", "accuracy", "recall", "held_out_loss", "loss", "images_per_second", "frechet_curated")
+"""What a run yields; of these accuracy, recall and images_per_second are better the higher they are."""
+HIGHER = ("accuracy", "recall", "images_per_second")
+QUALITY = ("frechet", "recall", "held_out_loss")
+"""What decides whether a row is better, the first that was measured."""
+
+
+class Value(NamedTuple):
+    """A measure over seeds."""
+
+    mean: float
+    spread: float | None
+    """Standard deviation over seeds (n - 1); None for one seed."""
+    seeds: int
+
+
+class Comparison(NamedTuple):
+    """A row beside the baseline, seed by seed."""
+
+    measure: str
+    better: int
+    """Seeds in which the row was better."""
+    seeds: int
+    ratio: float
+    """Mean of the row over mean of the baseline, over the seeds that both have."""
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` if every one of at least two seeds says so."""
+        if self.seeds > 1 and self.better in (0, self.seeds):
+            return "better" if self.better else "worse"
+        return "unclear"
+
+
+def measures(run: Result) -> dict[str, float]:
+    """The measures of a finished run, at its end."""
+    found = {key: value for key, value in run["looks"][-1].items() if key in MEASURES}
+    return found | {"loss": run["loss"][-1], "images_per_second": run["images_per_second"]}
+
+
+def finished(result: Result, name: str) -> dict[int, Result]:
+    """The finished runs of a row by seed, without the sweep's."""
+    runs = [run for run in result["runs"] if run["name"] == name and run.get("lr") is None]
+    return {run["seed"]: run for run in runs if run["status"] == "done"}
+
+
+def value(numbers: list[float]) -> Value:
+    """Mean and spread."""
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Value(statistics.fmean(numbers), spread, len(numbers))
+
+
+def table(result: Result) -> dict[str, dict[str, Value]]:
+    """For each row with a finished run its measures over seeds."""
+    found = {}
+    for row in result["rows"]:
+        runs = [measures(run) for run in finished(result, row["name"]).values()]
+        if runs:
+            names = [name for name in MEASURES if all(name in run for run in runs)]
+            found[row["name"]] = {name: value([run[name] for run in runs]) for name in names}
+    return found
+
+
+def compare(result: Result, name: str) -> Comparison | None:
+    """A row beside the first one, on the seeds that both have; None where there is nothing to compare."""
+    baseline, runs = (finished(result, row) for row in (result["rows"][0]["name"], name))
+    seeds = sorted(baseline.keys() & runs.keys())
+    pairs = [(measures(baseline[seed]), measures(runs[seed])) for seed in seeds]
+    measure = next((m for m in QUALITY if pairs and all(m in old and m in new for old, new in pairs)), None)
+    if measure is None or name == result["rows"][0]["name"]:
+        return None
+    sign = 1 if measure in HIGHER else -1
+    better = sum(sign * (new[measure] - old[measure]) > 0 for old, new in pairs)
+    olds, news = zip(*((old[measure], new[measure]) for old, new in pairs), strict=True)
+    base = statistics.fmean(olds)
+    return Comparison(measure, better, len(seeds), statistics.fmean(news) / base if base else math.nan)
+
+
+def at_times(result: Result, name: str, shares: tuple[float, ...]) -> list[Value]:
+    """The averaged flow loss after each share of the run."""
+    runs = list(finished(result, name).values())
+    found = []
+    for share in shares:
+        numbers = []
+        for run in runs:
+            place = min(
+                range(len(run["loss"])), key=lambda i: abs(run["loss_steps"][i] - share * run["steps"])
+            )
+            numbers.append(run["loss"][place])
+        found.append(value(numbers))
+    return found
+
+
+def published_rows() -> dict[str, tuple[Result, Result]]:
+    """(row, its table's baseline) of the post by name of the configuration that reproduces it."""
+    found: dict[str, tuple[Result, Result]] = {}
+    for part in json.loads(PUBLISHED.read_text())["tables"]:
+        for row in part["rows"]:
+            if row["config"]:
+                found.setdefault(row["config"], (row, part["rows"][0]))
+    return found
+
+
+def swept(result: Result) -> dict[str, dict[float, dict[str, float]]]:
+    """Measures of the sweep's finished runs by configuration and learning rate."""
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for run in result["runs"]:
+        if run.get("lr") is not None and run["status"] == "done":
+            found.setdefault(run["name"], {})[run["lr"]] = measures(run)
+    return found
+
+
+RATED_BY = "held_out_loss"
+"""What a sweep goes by: a mean over all held-out pictures and eight times. With one run a rate, the distance
+between a few hundred samples would choose by chance."""
+
+
+def best_rate(rates: dict[float, dict[str, float]]) -> float:
+    """The learning rate of a sweep with the lowest `RATED_BY`."""
+    return min(rates, key=lambda rate: rates[rate][RATED_BY])
+
+
+def as_text(result: Result) -> str:
+    """The table for a terminal."""
+    rows = table(result)
+    names = [name for name in MEASURES if any(name in found for found in rows.values())]
+    lines = [["configuration", "seeds", *names]]
+    for name, found in rows.items():
+        seeds = next(iter(found.values())).seeds
+        lines.append([name, str(seeds), *(show(found.get(measure)) for measure in names)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def show(found: Value | None, digits: int = 3) -> str:
+    """`mean ± spread`, with so many significant digits of the mean."""
+    if found is None:
+        return "-"
+    if not math.isfinite(found.mean) or found.mean == 0:
+        return f"{found.mean:g}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(found.mean))))
+    text = f"{found.mean:.{places}f}"
+    return text if found.spread is None else f"{text} ± {found.spread:.{places}f}"
+
+
+def draw(result: Result, output: Path, folders: dict[str, Path]) -> None:
+    """Learning curves and samples of the last run of each row as PNG beside the results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    names = [row["name"] for row in result["rows"] if finished(result, row["name"])]
+    if not names:
+        return
+    looked = [m for m in ("frechet", "accuracy", "recall") if m in table(result)[names[0]]]
+    figure, axes = pyplot.subplots(1, 1 + len(looked), figsize=(6 * (1 + len(looked)), 5), squeeze=False)
+    colours = pyplot.get_cmap("tab20")
+    for i, name in enumerate(names):
+        runs = list(finished(result, name).values())
+        style = {
+            "color": "black" if i == 0 else colours((i - 1) % 20),
+            "lw": 2.5 if i == 0 else 1.3,
+            "label": name,
+        }
+        steps = runs[0]["loss_steps"]
+        axes[0][0].plot(
+            steps, [statistics.fmean(r["loss"][k] for r in runs) for k in range(len(steps))], **style
+        )
+        for place, measure in enumerate(looked, start=1):
+            marks = [look["step"] for look in runs[0]["looks"]]
+            heights = [statistics.fmean(r["looks"][k][measure] for r in runs) for k in range(len(marks))]
+            axes[0][place].plot(marks, heights, marker="o", **style)
+    for axis, title in zip(axes[0], ("flow loss of the training, averaged", *looked), strict=True):
+        axis.set(xlabel="step", title=title)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_yscale("log")
+    if "frechet" in looked:
+        axes[0][1 + looked.index("frechet")].set_yscale("log")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(output.with_name(f"{output.stem}-curves.png"), dpi=90)
+    pyplot.close(figure)
+    strips = [folders[name] / "samples.png" for name in names if name in folders]
+    strips = [Image.open(path) for path in strips if path.exists()]
+    if strips:
+        wide, high = max(s.width for s in strips), sum(s.height for s in strips)
+        sheet = Image.new("RGB", (wide, high))
+        top = 0
+        for strip in strips:
+            sheet.paste(strip, (0, top))
+            top += strip.height
+        sheet.resize((2 * wide, 2 * high), Image.Resampling.NEAREST).save(
+            output.with_name(f"{output.stem}-samples.png"), optimize=True
+        )

@@ -1,0 +1,270 @@
+"""Does training in FP8 reach the loss that training in BF16 reaches?
+
+python -m benchmarks fp8_parity                       # train, results/fp8_parity.json and its chart
+python -m benchmarks fp8_parity --quick --work /tmp/parity --output /tmp/parity.json
+
+The same small model is trained on the same real pictures, with the same seed, once in BF16 and once with
+each way to do the blocks' matrix products in FP8, for several seeds. Weights, order of the samples, noise and
+times are functions of the seed, so two runs of one seed differ by their arithmetic alone, and their losses
+can be compared step by step. The measure is how far they are apart beside how far runs of two seeds are.
+Held-out loss is that of parts of pictures that no run was trained on, by the trained weights in BF16, as in
+sampling.
+
+On a CPU the FP8 products are emulated: numbers are rounded as on a GPU, and speeds say nothing. A run that
+was interrupted is continued; --work keeps them.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from millrace.benchmarks.data.picture_set import make_pictures
+from millrace.benchmarks.quality.ablations_run import averages, build_sampler, held_out_loss, prompts, views
+from millrace.benchmarks.report import recording
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.model_weights import checkpoint_state
+from millrace.engine.cli import command_parser, run_command
+from millrace.engine.config import Config
+from millrace.engine.config.loading import merge, parse_config
+from millrace.engine.data import open_source
+from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.trainer import train
+
+Result = dict[str, Any]
+
+BASE: Result = {
+    "run": {"steps": 200, "device": "auto"},
+    "model": {"width": 128, "depth": 4, "heads": 4, "patch_size": 4, "in_channels": 3, "context_dim": 64},
+    "conditioning": {"text": {"kind": "hash"}, "autoencoder": {"kind": "pixels"}},
+    "data": {"source": "folder", "resolution": 32, "global_batch": 8, "micro_batch": 8, "workers": 0}
+    | {"loader": "python"},
+    "optimizer": {"lr": 2e-3, "eps": 1e-8, "clip": 1.0},
+    "schedule": {"kind": "cosine", "warmup": 20, "final": 0.05},
+    "logging": {"tensorboard": False, "every_steps": 25},
+    "sampling": {"every_steps": 0},
+}
+"""What all runs have in common; `data.path` and `data.keys` come from the pictures that are made."""
+BASELINE = "BF16"
+ARMS: dict[str, Result] = {
+    BASELINE: {},
+    "FP8, torch": {"backend": "torch"},
+    "FP8, torchao": {"backend": "torchao"},
+}
+"""`precision.fp8` of each."""
+PICTURES, HELD_OUT = 400, 40
+"""How many parts of the built-in pictures are made, and how many of them, the last, are held out."""
+LOOKS = 4
+"""How often, at equal distances, the held-out loss is measured."""
+HORIZON = 25
+"""Steps over which the training loss is averaged for the chart and the comparison."""
+
+
+def base_config(work: Path, quick: bool) -> Config:
+    """The common configuration; makes the pictures under `work` if they are not there."""
+    resolution, pictures = BASE["data"]["resolution"], 40 if quick else PICTURES
+    folder = make_pictures(work / "pictures", pictures, 2 * resolution, 0)
+    values = merge(BASE, {"data": {"path": str(folder)}})
+    if quick:
+        small = {"width": 32, "depth": 2, "heads": 1, "context_dim": 16}
+        values = merge(values, {"run": {"steps": 6}, "model": small, "data": {"global_batch": 4}})
+        values = merge(values, {"data": {"micro_batch": 4}, "schedule": {"warmup": 2}})
+    return parse_config(values, "benchmarks/fp8_parity.py")
+
+
+def with_keys(config: Config, work: Path, held_out: bool, quick: bool) -> Config:
+    """`config` on the pictures that are trained on, or on the others."""
+    keys = sorted(open_source(config.data).key(i) for i in range(len(open_source(config.data))))
+    count = 4 if quick else HELD_OUT
+    chosen = keys[-count:] if held_out else keys[:-count]
+    path = work / ("held_out.txt" if held_out else "trained.txt")
+    path.write_text("\n".join(chosen) + "\n")
+    return parse_config(merge(config.model_dump(mode="json"), {"data": {"keys": str(path)}}), "keys")
+
+
+def run_config(config: Config, arm: str, seed: int, work: Path) -> Config:
+    """One run."""
+    steps = config.run.steps
+    folder = work / f"{arm.replace(', ', '-')}-{seed}-{steps}"
+    changes = {
+        "run": {"seed": seed, "output_dir": str(folder)},
+        "precision": {"fp8": ARMS[arm]},
+        "checkpoint": {"every_steps": max(1, steps // LOOKS), "keep": 2 * LOOKS},
+    }
+    return parse_config(merge(config.model_dump(mode="json"), changes), f"{arm}, seed {seed}")
+
+
+def measure(config: Config, unseen: Config) -> Result:
+    """Train, and look at the checkpoints."""
+    train(config, "auto")
+    folder = Path(config.run.output_dir)
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    source = open_source(unseen.data)
+    pictures, captions = views(source, unseen.data), prompts(source, unseen.data)
+    looks = []
+    for step, path in list_checkpoints(folder / "checkpoints"):
+        weights, saved = checkpoint_state(path, "model")
+        loss = held_out_loss(build_sampler(saved, weights), pictures, captions)
+        looks.append({"step": step, "held_out_loss": loss})
+    return {
+        "loss": [round(record["loss"], 6) for record in records],
+        "skipped": sum(not record["applied"] for record in records),
+        "looks": looks,
+    }
+
+
+def compare(runs: list[Result]) -> list[Result]:
+    """Each way to compute beside the baseline of the same seed; and the seeds beside each other.
+
+    A distance is a loss over that of the baseline, minus 1: at the last look for the held-out loss; for the
+    training loss, averaged over HORIZON steps, the mean of its size over the run's second half.
+    """
+    at = {(run["arm"], run["seed"]): run for run in runs}
+    seeds = sorted({seed for arm, seed in at if arm == BASELINE})
+    finals = [final(at[BASELINE, seed]) for seed in seeds]
+    table = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        mine = [at[arm, seed] for seed in seeds if (arm, seed) in at]
+        pairs = [(run, at[BASELINE, run["seed"]]) for run in mine]
+        held_out = [final(run) / final(base) - 1 for run, base in pairs]
+        training = [statistics.fmean(map(abs, distances(run, base))) for run, base in pairs]
+        row: Result = {
+            "arm": arm,
+            "seeds": len(mine),
+            "held_out_loss": statistics.fmean(map(final, mine)),
+            "skipped": sum(run["skipped"] for run in mine),
+        }
+        if arm != BASELINE:
+            row |= {"held_out_distances": held_out, "training_distances": training}
+        table.append(row)
+    spread = None
+    if len(finals) > 1:
+        spread = (max(finals) - min(finals)) / statistics.fmean(finals)
+        pairs = [(at[BASELINE, a], at[BASELINE, b]) for a in seeds for b in seeds if a < b]
+        table[0]["training_spread"] = statistics.fmean(
+            statistics.fmean(map(abs, distances(*pair))) for pair in pairs
+        )
+    table[0]["held_out_spread"] = spread
+    for row in table[1:]:
+        largest = max(map(abs, row["held_out_distances"]))
+        row["within_spread"] = None if spread is None else largest < spread
+    return table
+
+
+def final(run: Result) -> float:
+    """The held-out loss at the end."""
+    return run["looks"][-1]["held_out_loss"]
+
+
+def distances(run: Result, base: Result) -> list[float]:
+    """Relative distance of the averaged training losses at each step of the second half."""
+    smooth, wanted = (averages(each["loss"], HORIZON) for each in (run, base))
+    return [a / b - 1 for a, b in zip(smooth, wanted, strict=True)][len(wanted) // 2 :]
+
+
+def draw(result: Result, path: Path) -> None:
+    """Training loss, its distance from the baseline's, and the held-out loss, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(17, 4.5))
+    at = {(run["arm"], run["seed"]): run for run in result["runs"]}
+    arms = list(dict.fromkeys(arm for arm, _ in at))
+    for (arm, seed), run in at.items():
+        colour, base = f"C{arms.index(arm)}", at.get((BASELINE, seed))
+        smooth = averages(run["loss"], HORIZON)
+        label = arm if seed == result["seeds"][0] else None
+        style = {"color": colour, "lw": 1, "label": label}
+        axes[0].plot(range(1, len(smooth) + 1), smooth, **style)
+        if base is not None and arm != BASELINE:
+            other = averages(base["loss"], HORIZON)
+            apart = [100 * (a / b - 1) for a, b in zip(smooth, other, strict=True)]
+            axes[1].plot(range(1, len(apart) + 1), apart, **style)
+        looks = run["looks"]
+        axes[2].plot(
+            [x["step"] for x in looks], [x["held_out_loss"] for x in looks], marker="o", ms=3, **style
+        )
+    titles = (
+        f"training loss, averaged over {HORIZON} steps",
+        f"its distance from {BASELINE} of the same seed, %",
+        "held-out loss",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(xlabel="step", title=title)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    axes[0].set_yscale("log")
+    axes[2].set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    """Arguments of the command."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help=f"default {BASE['run']['steps']}")
+    parser.add_argument("--quick", action="store_true", help="try everything: a tiny model, six steps")
+    parser.add_argument("--work", type=Path, default=Path("runs/fp8_parity"), help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=recording.RESULTS / "fp8_parity.json")
+    arguments = parser.parse_args()
+    if BASELINE not in arguments.arms:
+        parser.error(f"--arms: {BASELINE} is what the others are compared with; add it")
+    return arguments
+
+
+def main() -> int:
+    """Train, compare, write."""
+    arguments = parse()
+    set_up_logging()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    common = base_config(work, arguments.quick)
+    if arguments.steps:
+        common = common.model_copy(update={"run": common.run.model_copy(update={"steps": arguments.steps})})
+    unseen = with_keys(common, work, True, arguments.quick)
+    seen = with_keys(common, work, False, arguments.quick)
+    shown = seen.model_dump(
+        mode="json", include={"run", "model", "objective", "data", "optimizer", "schedule"}
+    )
+    for key in ("path", "keys"):
+        shown["data"][key] = None  # where the files lie is no property of the runs
+    chart = arguments.output.with_suffix(".png")
+    result: Result = {
+        "benchmark": "fp8_parity",
+        **recording.environment(),
+        "torchao": recording._version("torchao"),
+        "quick": arguments.quick,
+        "emulated": not torch.cuda.is_available(),
+        "seeds": arguments.seeds,
+        "config": shown,
+        "held_out_pictures": len(open_source(unseen.data)),
+        "horizon": HORIZON,
+        "chart": chart.name,
+        "runs": [],
+        "table": [],
+    }
+    for seed in arguments.seeds:
+        for arm in arguments.arms:
+            found = measure(run_config(seen, arm, seed, work), unseen)
+            result["runs"].append({"arm": arm, "seed": seed, **found})
+            print(f"{arm}, seed {seed}: held-out loss {final(found):.4f}", flush=True)
+            result["table"] = compare(result["runs"])
+            recording.write(arguments.output, result)
+    draw(result, chart)
+    for row in result["table"]:
+        print(row)
+    print(f"written to {arguments.output} and {chart.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
