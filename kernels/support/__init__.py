@@ -1,1 +1,1 @@
-"""Support of the operations: registration, checks, choice, compilation, rows, packing, Philox."""
+"""Support of the operations: registration, checks, autocast, choice, compilation, rows, packing, Philox."""
