@@ -11,6 +11,6 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     `torch.is_autocast_enabled` raises for "meta". `torch.amp.is_autocast_available` would say so, but Dynamo
     cannot trace it in torch 2.11, and each call would break the compiled graph.
     """
-    return (
-        torch.get_autocast_dtype(device) if device in _DEVICES and torch.is_autocast_enabled(device) else None
-    )
+    if device not in _DEVICES or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -409,13 +409,12 @@ def test_says_what_auto_takes_on_a_gpu(monkeypatch):
         "millrace.kernels.attention.rope_attention"
     )  # the package has the function
     monkeypatch.setattr(module, "_measured", lambda kind, _device: measured[kind])
-    assert describe_choice(torch.device("cuda"), torch.bfloat16) == (
+    assert describe_choice(torch.device("cuda"), torch.bfloat16, 64) == (
         "triton for uniform batches (measured on this GPU), "
         "varlen for ragged batches (not measured on this GPU)"
     )
-    assert (
-        describe_choice(torch.device("cuda"), torch.float32) == "sdpa (no other backend for float32 on cuda)"
-    )
+    other = describe_choice(torch.device("cuda"), torch.float32, 64)
+    assert other == "sdpa (no other backend for float32 on cuda)"
 
 
 @pytest.mark.cuda
