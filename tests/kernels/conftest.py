@@ -8,6 +8,7 @@ every gradient, in the largest error and in the RMS error.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 
@@ -38,6 +39,22 @@ def dtype(request, device) -> torch.dtype:
     if INTERPRETING and device == "cpu" and request.param == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bf16 wrongly, so operations do not use it there")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _as_on_cuda(monkeypatch):
+    """In the interpreter, as on CUDA, the fused attention takes no FP64: a test that gives it some fails
+    without a GPU too."""
+    if not INTERPRETING:
+        return
+    module = import_module("millrace.kernels.attention.rope_attention")
+    fused = module._BACKENDS["triton"]
+
+    def refuse(inputs, *settings):
+        assert inputs.qkv.dtype != torch.float64, "backend 'triton' takes no FP64 on CUDA"
+        return fused(inputs, *settings)
+
+    monkeypatch.setitem(module._BACKENDS, "triton", refuse)
 
 
 @pytest.fixture
