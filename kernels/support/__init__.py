@@ -1,2 +1,2 @@
-"""Support of the operations: registration, checks, autocast, choice, packages, compilation, rows, packing,
-Philox."""
+"""Support of the operations: registration, checks, autocast, choice, packages, compilation, accuracy, rows,
+packing, Philox."""
