@@ -13,6 +13,7 @@ import os
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache
 from multiprocessing import get_context
@@ -45,8 +46,12 @@ def main() -> int:
         raise UserError(f"--only {arguments.only}: no such file with kernels; there are {files}")
     began, rows = time.monotonic(), []
     jobs = [(i, chip) for chip in arguments.chips for i in chosen if chip >= declared()[i][1].needs]
-    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
-        for found in pool.map(_measure, jobs):
+    with ExitStack() as stack:
+        run = map
+        if arguments.processes > 1:
+            pool = ProcessPoolExecutor(arguments.processes, get_context("spawn"))
+            run = stack.enter_context(pool).map
+        for found in run(_measure, jobs):
             print(*map(report.line, found), sep="\n", flush=True)
             rows += found
     content = {

@@ -305,18 +305,21 @@ def test_compiled_kernels_show_what_they_take():
     kernel = {
         "file": "geglu",
         "kernel": "geglu_fwd_kernel",
-        "architecture": 90,
+        "chip": 90,
         "launches": 2,
         "registers": 64,
-        "spill_bytes": 0,
+        "occupancy": 8,
+        "spill_bytes": 16,
+        "loop_local": 1,
         "shared_bytes": 3072,
-        "instructions": ["wgmma"],
+        "instructions": "wgmma",
+        "problems": 1,
     }
-    versions = {"triton": "3.7.1", "ptxas": "12.8"}
-    result = {"benchmark": "resources", "versions": versions, "kernels": [kernel], "file": "resources.json"}
+    result = {"benchmark": "resources", "kernels": [kernel], "file": "resources.json", "minutes": 7.5}
+    result |= {"versions": {"triton": "3.7.1", "ptxas": "12.8"}, "processes": 2}
     text = performance_page.page([result])
-    assert "| `geglu` | `geglu_fwd_kernel` | 90 | 2 | 64 | 0 | 3.0 | wgmma |" in text
-    assert "triton 3.7.1, ptxas 12.8" in text
+    assert "| geglu | geglu_fwd_kernel | 90 | 2 | 64 | 8 | 16 | 1 | 3.0 | wgmma | 1 |" in text
+    assert "triton 3.7.1, ptxas 12.8; `resources.json`, 7.5 minutes in 2 processes" in text
 
 
 def test_loaders_are_ranked_and_set_against_the_targets():
