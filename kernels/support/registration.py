@@ -18,6 +18,10 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Triton decides when a kernel is defined, so this is read once."""
+if INTERPRETING:
+    from millrace.kernels.support import interpreter
+
+    interpreter.install()
 
 _library = torch.library.Library("millrace", "DEF")
 
@@ -54,10 +58,6 @@ def _choose(eager: Callable[..., Any], triton: Callable[..., Any]) -> Callable[.
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether operations on this tensor run their Triton kernels.
-
-    The interpreter computes BF16 wrongly and in silence, so BF16 on the CPU is plain PyTorch even there.
-    """
-    if tensor.is_cuda:
-        return HAS_TRITON and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return INTERPRETING and tensor.dtype in (torch.float32, torch.float16)
+    """Whether operations on this tensor run their Triton kernels."""
+    runs = HAS_TRITON if tensor.is_cuda else INTERPRETING
+    return runs and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -34,9 +34,7 @@ def device(request) -> str:
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def dtype(request, device) -> torch.dtype:
-    if INTERPRETING and device == "cpu" and request.param == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bf16 wrongly, so operations do not use it there")
+def dtype(request) -> torch.dtype:
     return request.param
 
 
