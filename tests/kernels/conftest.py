@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.kernels.support.registration import INTERPRETING
 
+if INTERPRETING:
+    from tests.kernels.memory_watch import judged
+
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -168,6 +171,8 @@ def _assert_close(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: t
     rounding = torch.finfo(dtype).eps * exact.abs().max()
     for measure, of in (("largest", _largest), ("RMS", _rms)):
         error, allowed = of(got - exact), 2 * of(plain - exact) + rounding
+        if INTERPRETING and error:
+            judged(name, (error / allowed).item())
         assert error <= allowed, f"{name}: {measure} error {error:.3e}, allowed {allowed:.3e}"
 
 
