@@ -9,9 +9,9 @@ compute.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import triton.language as tl
+from torch import Tensor
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -21,17 +21,21 @@ FORMATS = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.f
 _NARROW = {*FORMATS, tl.float8e5b16, tl.float8e4b8, tl.float8e4b15}
 
 
-def _values(handle: TensorHandle) -> np.ndarray:
-    """The numbers that a handle stands for, in a dtype in which NumPy computes."""
-    if handle.dtype.scalar not in FORMATS:
-        return handle.data
-    bits = torch.from_numpy(np.array(handle.data, order="C"))
-    return bits.view(FORMATS[handle.dtype.scalar]).float().numpy()
+def _values(handle: TensorHandle) -> Tensor:
+    """The numbers that a handle stands for."""
+    held = torch.from_numpy(handle.data.copy(order="C"))
+    dtype = FORMATS.get(handle.dtype.scalar)
+    return held if dtype is None else held.view(dtype).float()
 
 
-def _rounded(values: np.ndarray, dtype: tl.dtype) -> TensorHandle:
+def _widened(handle: TensorHandle) -> TensorHandle:
+    """The same numbers in FP32, if NumPy has no dtype for them."""
+    narrow = handle.dtype.scalar in FORMATS
+    return TensorHandle(_values(handle).numpy(), tl.float32) if narrow else handle
+
+
+def _rounded(wide: Tensor, dtype: tl.dtype) -> TensorHandle:
     """The nearest numbers of a format, halves to even; FP8 saturates, as the instructions of a GPU do."""
-    wide = torch.from_numpy(np.array(values, order="C"))
     if dtype.is_fp8():
         most = torch.finfo(FORMATS[dtype]).max
         wide = wide.clamp(-most, most)
@@ -50,13 +54,12 @@ class Builder(InterpreterBuilder):
     """The interpreter's operations, with conversions and dots of narrow formats and no other arithmetic."""
 
     def get_bf16(self, value: float) -> TensorHandle:
-        return _rounded(np.array([value], dtype=np.float32), tl.bfloat16)
+        return _rounded(torch.tensor([value], dtype=torch.float32), tl.bfloat16)
 
     def cast_impl(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
         if dst_type.scalar in FORMATS:
             return _rounded(_values(src), dst_type.scalar)
-        if src.dtype.scalar in FORMATS:
-            src = TensorHandle(_values(src), tl.float32)
+        src = _widened(src)
         _refuse("a cast", src)
         return super().cast_impl(src, dst_type)
 
@@ -67,8 +70,7 @@ class Builder(InterpreterBuilder):
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any) -> TensorHandle:
         _refuse("a sum", d)
-        wide = (TensorHandle(_values(x), tl.float32) if x.dtype.scalar in FORMATS else x for x in (a, b))
-        return super().create_dot(*wide, d, *options)
+        return super().create_dot(_widened(a), _widened(b), d, *options)
 
     def unary_op(self, arg: TensorHandle, op: Callable) -> TensorHandle:
         _refuse(op.__name__, arg)
@@ -79,7 +81,7 @@ class Builder(InterpreterBuilder):
         return super().binary_op(lhs, rhs, op)
 
     def ternary_op(self, a: TensorHandle, b: TensorHandle, c: TensorHandle, op: Callable) -> TensorHandle:
-        if op is not np.where:  # a choice moves bits
+        if op.__name__ != "where":  # a choice moves bits
             _refuse(op.__name__, a, b, c)
         return super().ternary_op(a, b, c, op)
 

@@ -1,4 +1,4 @@
-"""Memory that kernels touch in Triton's interpreter: launches are watched, their programs in a shuffled order.
+"""Memory that kernels touch in Triton's interpreter: launches are watched, programs run in a shuffled order.
 
 A launch fails where a program loads or stores outside the storage of the argument that its pointer came from,
 where two programs store to one address or one loads what another stores, where one store names an address
@@ -101,9 +101,10 @@ class Launch:
     grid: tuple[int, int, int] = (0, 0, 0)
     program: int = 0
 
-    def touch(self, pointers: TensorHandle, mask: TensorHandle | None, how: str) -> None:
+    def touch(self, pointers: TensorHandle, mask: TensorHandle, how: str) -> None:
         """Check and note the addresses of a load, a store or an atomic operation."""
-        addresses = pointers.data.ravel() if mask is None or mask.data.all() else pointers.data[mask.data]
+        # The interpreter holds some masks as integers, by which NumPy would index.
+        addresses = pointers.data[mask.data.astype(bool)]
         if not addresses.size:
             return
         self.tally.addresses += addresses.size
@@ -192,10 +193,10 @@ class WatchingBuilder(Builder):
         return super().create_masked_store(ptrs, value, mask, *rest)
 
     def create_atomic_rmw(self, operation, ptr, val, mask, *rest):
-        if operation not in _ANY_ORDER:
-            raise MemoryFault(f"the result of atomic {operation} follows the order of the programs")
         self.launch.touch(ptr, mask, "atomic operation")
         super().create_atomic_rmw(operation, ptr, val, mask, *rest)
+        if operation not in _ANY_ORDER:
+            raise MemoryFault(f"the result of atomic {operation} follows the order of the programs")
         return _Unordered()
 
     def create_atomic_cas(self, *arguments):
