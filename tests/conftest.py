@@ -21,7 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     # Here, because the process that hands tests to workers loads no conftest.py further down.
     if os.environ.get("TRITON_INTERPRET") == "1":
-        config.pluginmanager.import_plugin("tests.kernels.memory_watch")
+        from tests.kernels import memory_watch
+
+        config.pluginmanager.register(memory_watch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -250,8 +250,9 @@ def _caller() -> tuple[str, str]:
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is torch._ops.OpOverload.__call__.__code__:
-            operator, first = frame.f_locals["self"], frame.f_locals["args"][0]
+            operator = frame.f_locals["self"]
             if operator.namespace == "millrace":
+                first = next(iter((*frame.f_locals["args"], *frame.f_locals["kwargs"].values())))
                 return operator._schema.name, DTYPES.get(first.dtype, "others")
         frame = frame.f_back
     return "no operator", "others"
