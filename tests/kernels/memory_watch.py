@@ -292,14 +292,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("Kernels in Triton's interpreter")
     columns = (*DTYPES.values(), "others")
     write("launches (largest error, as a share of what is allowed), and addresses that were watched")
-    write(f"{'operator':42}" + "".join(f"{name:>14}" for name in columns) + f"{'addresses':>14}")
+    write(f"{'operator':46}" + "".join(f"{name:>14}" for name in columns) + f"{'addresses':>14}")
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("millrace::")}
     for operator in sorted(registered | {name for name, _ in TALLIES}):
         row = [TALLIES.get((operator, name), Tally()) for name in columns]
         cells = (f"{x.launches}" + (f" ({x.worst:.2f})" if x.worst else "") for x in row)
-        write(f"{operator:42}" + "".join(f"{x:>14}" for x in cells) + f"{sum(x.addresses for x in row):>14,}")
+        write(f"{operator:46}" + "".join(f"{x:>14}" for x in cells) + f"{sum(x.addresses for x in row):>14,}")
     for what in ("launches", "addresses"):
         sums = [
             sum(getattr(x, what) for (_, name), x in TALLIES.items() if name == column) for column in columns
         ]
-        write(f"{what:42}" + "".join(f"{x:>14,}" for x in sums) + f"{sum(sums):>14,}")
+        write(f"{what:46}" + "".join(f"{x:>14,}" for x in sums) + f"{sum(sums):>14,}")
