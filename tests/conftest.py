@@ -12,13 +12,18 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS reads it when it starts
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Tiny tensors gain nothing from threads; more of them only make runs on a shared machine slow.
 
     In the environment as well: a Trainer without the variable takes the threads it finds, for this process
     and for all tests after it, and the bits of a sum follow the number of threads.
     """
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    # Here, because the process that hands tests to workers loads no conftest.py further down.
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.kernels import memory_watch
+
+        config.pluginmanager.register(memory_watch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

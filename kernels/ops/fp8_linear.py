@@ -34,7 +34,7 @@ from millrace.kernels.support.autocast import autocast_dtype
 from millrace.kernels.support.checks import expect_shape
 from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import unit_stride
-from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING, register
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton
@@ -53,8 +53,6 @@ _TOP = {VALUES: 135, GRADIENTS: 142}
 largest k that keeps it at or below that: k = n + 127 - e, one less if 1.f > 1.75."""
 _MOST = 126
 """Largest k: 2^-k is the unit and stays a normal number."""
-_GRID = {VALUES: (2.0**-3, 2.0**-9), GRADIENTS: (2.0**-2, 2.0**-16)}
-"""Steps of both formats: a share of the power of two below a magnitude, and the smallest."""
 
 
 def reference(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -92,14 +90,6 @@ if HAS_TRITON:
         return row, column, row[:, None] * stride + column[None, :], inside
 
     @triton.jit
-    def _round(value, RELATIVE: tl.constexpr, SMALLEST: tl.constexpr):
-        """To the nearest multiple of the step at that magnitude, halves to even: FP32 has 24 bits, so of a
-        sum with 1.5 x 2^23 steps whole steps remain."""
-        power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        steps = tl.maximum(power * RELATIVE, SMALLEST) * 12582912.0
-        return (value + steps) - steps
-
-    @triton.jit
     def fp8_linear_amax_kernel(x, amax, rows, columns, stride, TILE: tl.constexpr):
         _, _, at, inside = _tile(rows, columns, stride, TILE)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -121,9 +111,6 @@ if HAS_TRITON:
         stride,
         TOP: tl.constexpr,
         MOST: tl.constexpr,
-        RELATIVE: tl.constexpr,
-        SMALLEST: tl.constexpr,
-        ROUND: tl.constexpr,
         STRAIGHT: tl.constexpr,
         TURNED: tl.constexpr,
         TILE: tl.constexpr,
@@ -137,8 +124,6 @@ if HAS_TRITON:
             tl.store(unit, tl.where(exponent < 255, ((127 - k) << 23).to(tl.float32, bitcast=True), scale))
         row, column, at, inside = _tile(rows, columns, stride, TILE)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
-        if ROUND:
-            value = _round(value, RELATIVE, SMALLEST)
         if STRAIGHT:
             place = row[:, None] * columns + column[None, :]
             tl.store(straight + place, value.to(straight.dtype.element_ty), mask=inside)
@@ -168,7 +153,6 @@ def _cast_triton(
     outputs = _cast_fake(x, amax, gradient, straight, turned)
     if not x.numel():
         return _cast_eager(x, amax, gradient, straight, turned)
-    relative, smallest = _GRID[_format(gradient)]
     fp8_linear_cast_kernel[(_tiles(rows) * _tiles(columns),)](
         x,
         amax,
@@ -180,10 +164,6 @@ def _cast_triton(
         x.stride(0),
         TOP=_TOP[_format(gradient)],
         MOST=_MOST,
-        RELATIVE=relative,
-        SMALLEST=smallest,
-        # Hardware rounds in the cast. Triton's interpreter loses the carry into the exponent there.
-        ROUND=INTERPRETING,
         STRAIGHT=straight,
         TURNED=turned,
         TILE=TILE,

@@ -18,6 +18,10 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Triton decides when a kernel is defined, so this is read once."""
+if INTERPRETING:
+    from millrace.kernels.support import interpreter
+
+    interpreter.install()
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What kernels on floating point numbers take: FP64 is left to plain PyTorch."""
@@ -67,10 +71,5 @@ def _choose(
 
 
 def uses_triton(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
-    """Whether operations on this tensor run their Triton kernels, which take `dtypes`.
-
-    The interpreter computes BF16 wrongly and in silence, so BF16 on the CPU is plain PyTorch even there.
-    """
-    if tensor.dtype not in dtypes:
-        return False
-    return HAS_TRITON if tensor.is_cuda else INTERPRETING and tensor.dtype != torch.bfloat16
+    """Whether operations on this tensor run their Triton kernels, which take `dtypes`."""
+    return tensor.dtype in dtypes and (HAS_TRITON if tensor.is_cuda else INTERPRETING)

@@ -1,6 +1,7 @@
 """rope_attention against its equations, one sample and one head at a time."""
 
 import importlib
+import math
 from collections.abc import Callable
 
 import pytest
@@ -230,12 +231,15 @@ def test_packing_equals_masked_padding(backend, case, within, spans, device):
 
 @pytest.mark.parametrize("lengths", [(40, 24), (32, 32)], ids=["unequal", "uniform"])
 def test_logits_and_softmax_are_fp32_for_bf16_inputs(lengths, backend, case, spans, device):
-    """Queries and keys of +-1 leave the norm exact, so only what follows can err.
+    """Queries and keys of +-1 leave the norm exact, so only what follows can err: a scale of log 2 does not
+    round the queries of a kernel whose logits are in units of it.
 
     Logits have a spread of 8. Rounded to bf16 those would be wrong by up to 2^-5 and the output by
     about 1 %; in FP32 what remains are the roundings of the probabilities and of the output.
     """
-    arguments = case(lengths, (9, 9)) | {"eps": 0.0, "scale": 1.0}
+    scale = math.log(2)
+    arguments = case(lengths, (9, 9)) | {"eps": 0.0, "scale": scale}
+    arguments["q_weight"] = arguments["q_weight"] / scale
     for name in ("qkv", "text_kv"):
         arguments[name][:, :-1] = arguments[name][:, :-1].sign()
     arguments["cos"], arguments["sin"] = torch.ones_like(arguments["cos"]), torch.zeros_like(arguments["sin"])
@@ -246,7 +250,7 @@ def test_logits_and_softmax_are_fp32_for_bf16_inputs(lengths, backend, case, spa
         for name in ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
     }
     wide = {name: value.double() for name, value in narrow.items()}
-    exact = evaluate_formula(arguments | wide, spans(*lengths), spans(9, 9), scale=1.0, eps=0.0)
+    exact = evaluate_formula(arguments | wide, spans(*lengths), spans(9, 9), scale=scale, eps=0.0)
     got = rope_attention(**arguments | narrow, backend=backend).double()
     error = (got - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 2**-8

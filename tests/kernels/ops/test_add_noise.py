@@ -71,6 +71,17 @@ def test_keys_stand_for_the_noise_they_draw(lengths, features, scale, offsets, d
     assert torch.equal(noisy, add_noise(clean, keys, t, cu_seqlens, noise_scale=scale))
 
 
+def test_drawn_noise_is_rounded_once(offsets, spans, dtype, device):
+    """It is FP32 whatever the data are, and so is the sum until it is stored."""
+    lengths = (2, 0, 3)
+    clean, t = torch.randn(5, 10, device=device).to(dtype), torch.rand(3, device=device)
+    keys = torch.tensor([11, -3, 8], device=device)
+    noisy, noise = add_noise(clean, keys, t, offsets(*lengths), return_noise=True)
+    assert (noisy.dtype, noise.dtype) == (dtype, torch.float32)
+    exact = formula(spans(*lengths))(clean.double(), noise.double(), t.double())
+    assert (noisy - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_drawn_noise_does_not_depend_on_the_batch(offsets, device):
     """To the bit: alone, between others, with any bound of the lengths."""
     clean = torch.randn(10, 7, device=device)
