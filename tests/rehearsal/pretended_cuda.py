@@ -53,6 +53,8 @@ def pretended_cuda(architecture: int = 90) -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        # It reads its argument, which must be a stream of the driver's, before any mode is asked.
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", lambda _tensor, _stream: None))
         stack.enter_context(_guarded())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_Copies())
@@ -119,8 +121,6 @@ class _StandIns(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.pin_memory:
             return args[0]
-        if func is Tensor.record_stream:
-            return None
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is torch.empty:
