@@ -2,6 +2,7 @@
 # make train         learn the built-in pictures by heart, then sample every caption and print how many come back
 # make test          the tests          make lint  style          make schema  configs/schema.json
 # make docs          the documentation as a site, in build/site
+# make torch-versions  the tests of the kernels with torch 2.11, 2.12 and 2.13
 # make constraints   constraints.txt: the newest versions that pyproject.toml allows, of every package
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 PIP = PYTHONWARNINGS=ignore $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: install train test lint schema docs constraints clean
+.PHONY: install train test lint schema docs torch-versions constraints clean
 install: $(VENV)/.installed
 
 # Python first, because the rest downloads gigabytes. Then torch: DeepSpeed's build imports it. On Linux, PyPI has
@@ -60,6 +61,16 @@ docs: install
 	$(BIN)/python docs/generator/stage.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "written to build/site/index.html"
+
+# The kernels on every release of torch that pyproject.toml admits, each in an environment of its own.
+TORCH ?= 2.11 2.12 2.13
+torch-versions:
+	for version in $(TORCH); do \
+	    $(PYTHON) -m venv build/torch-$$version && \
+	    build/torch-$$version/bin/pip install --quiet "torch==$$version.*" triton numpy pytest pytest-timeout \
+	        "setuptools>=77" && \
+	    build/torch-$$version/bin/pip install --quiet --no-deps --no-build-isolation --editable . && \
+	    build/torch-$$version/bin/python -m pytest -q tests/kernels tests/csrc || exit 1; done
 
 # An environment of its own without constraints, and what pip put there. `+cpu` and the like are builds of a version.
 constraints:

@@ -17,6 +17,7 @@ setup(
         "millrace.configs": ["*.json"],
         "millrace.configs.models": ["*.json"],
         "millrace.engine.data.sources": ["*.json"],
+        "millrace.engine.planning": ["*.json"],
         "millrace.kernels": ["*.so"],
         "millrace.kernels.support": ["*.json"],
     },

@@ -43,7 +43,7 @@ from millrace.benchmarks.report import throughput_report as report
 from millrace.benchmarks.step import suite, waterfall
 from millrace.benchmarks.step.step_measurement import measure, resolve
 from millrace.benchmarks.step.throughput_inputs import TRAINERS
-from millrace.engine.cli import command_parser, run_command
+from millrace.engine.cli import command_parser, number, run_command
 from millrace.engine.distributed import process_group
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.util.errors import UserError
@@ -63,11 +63,11 @@ def parse() -> argparse.Namespace:
         choices=tuple(TRAINERS),
         help="where the inputs come from: a row for each (default cached; with --suite cached and live)",
     )
-    add("--steps", type=_positive, help="measured steps (default 20, with --smoke 4, or 2 for a suite)")
-    add("--warmup", type=_positive, help="steps before them (default 5, with --smoke 1)")
+    add("--steps", type=number(int, 1), help="measured steps (default 20, with --smoke 4, or 2 for a suite)")
+    add("--warmup", type=number(int, 1), help="steps before them (default 5, with --smoke 1)")
     add(
         "--text-tokens",
-        type=_positive,
+        type=number(int, 1),
         metavar="N",
         help="text tokens of a sample where they come from memory (default conditioning.text.max_tokens)",
     )
@@ -84,7 +84,12 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="write where one step's time went, as JSON and PNG: beside --output, else in runs/profiles",
     )
-    add("--seconds", type=_positive, metavar="N", help="with --suite: begin no case that may end after these")
+    add(
+        "--seconds",
+        type=number(int, 1),
+        metavar="N",
+        help="with --suite: begin no case that may end after these",
+    )
     add("--case", nargs="+", metavar="NAME", help="with --suite: these cases only, e.g. latent_256/cached")
     add("--watch", action="store_true", help="with --suite: cases in a process of their own also on a CPU")
     add("--continue-file", action="store_true", help=argparse.SUPPRESS)
@@ -110,12 +115,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} belongs to --suite; add --suite post, or leave it out")
     if arguments.watch and not arguments.output:
         raise UserError("--watch needs --output FILE, through which the processes go on where one ended")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def main() -> int:

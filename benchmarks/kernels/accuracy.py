@@ -1,8 +1,7 @@
 """Whether an implementation is right: the gate that everything passes before it is timed.
 
-An implementation may be twice as far from the float64 result as plain PyTorch is in the same dtype, plus one
-rounding of the largest value. That holds for every output and every gradient, in the largest error and in the
-RMS error; integer outputs must be equal. It is the rule of the tests of the operations.
+Every output and every gradient must be as near to the float64 result as `millrace.kernels.support.accuracy`
+asks; integer outputs must be equal. It is the rule of the tests of the operations.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from millrace.kernels.support.accuracy import allowed_errors, errors, longest_sum
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -75,9 +76,8 @@ class Gate:
         self.allowed: dict[str, dict[str, float]] = {}
         for name, exact in self.exact.items():
             if exact.is_floating_point() and exact.numel():
-                rounding = torch.finfo(_dtype(inputs)).eps * exact.abs().max().item()
-                errors = _errors(plain_results[name], exact)
-                self.allowed[name] = {which: 2 * error + rounding for which, error in errors.items()}
+                terms = longest_sum(exact, inputs.values())
+                self.allowed[name] = allowed_errors(exact, plain_results[name], _dtype(inputs), terms)
 
     def check(self, function: Function) -> Verdict:
         """Judge an implementation."""
@@ -92,7 +92,7 @@ class Gate:
                 if not torch.equal(found[name], exact.to(found[name].dtype)):
                     return Verdict(float("inf"), f"{name} is not equal")
                 continue
-            for which, error in _errors(found[name], exact).items():
+            for which, error in errors(found[name], exact).items():
                 ratio = error / max(self.allowed[name][which], 1e-300)
                 if not ratio <= worst.error_over_allowed:
                     worst = Verdict(ratio, f"{which} error of {name}")
@@ -104,8 +104,3 @@ class Gate:
 def _dtype(inputs: Mapping[str, Tensor]) -> torch.dtype:
     """The coarsest dtype among the inputs: the one that the operation computes in."""
     return max((x.dtype for x in inputs.values()), key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _errors(got: Tensor, exact: Tensor) -> dict[str, float]:
-    difference = got.double() - exact
-    return {"largest": difference.abs().max().item(), "RMS": difference.square().mean().sqrt().item()}

@@ -19,7 +19,6 @@ is fastest on this GPU to kernels/support/measured.json, which `auto` reads.
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import sys
 import time
@@ -273,7 +272,7 @@ def main() -> int:
     if output is None and device.type == "cuda":
         output = recording.default_path("kernels", device)
     environment = recording.environment()
-    environment["versions"] |= {name: _version(name) for name in PEERS}
+    environment["versions"] |= {name: recording.version_of(name) for name in PEERS}
     content: dict[str, Any] = {
         "benchmark": "kernels",
         **environment,
@@ -308,13 +307,6 @@ def _publish(content: dict[str, Any], output: Path | None) -> None:
         print("on a CPU: these times compare nothing; the Triton and CUDA kernels did not run")
     if output is not None:
         print(draw_beside(report.draw, content, output))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def fp8_linear_case(shape: Shape, setting: Setting) -> Case:
             "torchao": lambda: _torchao(setting),
             "transformer-engine": lambda: _transformer_engine(weight, setting),
         },
-        plain=_Rounded.apply,
+        plain=lambda x, weight: _Rounded.apply(x, weight),  # before torch 2.13 it takes no keywords
     )
 
 

@@ -1,84 +1,116 @@
-"""What every Triton kernel takes of an A100 and of an H100: registers, spills, shared memory, instructions.
+"""What every Triton kernel takes of each chip: registers, occupancy, local memory in loops, shared memory.
 
-python -m benchmarks resources                  # a line for each launch, and results/resources.json
-python -m benchmarks resources --only geglu     # the lines of one file of kernels/
+python -m benchmarks resources                            # every chip, and results/resources.json
+python -m benchmarks resources --only geglu --chips 90    # the launches of one file of kernels/ on one chip
 
 Kernels are compiled, not run, so this needs Triton but no GPU. The file holds the most that any launch of a
-kernel takes, and depends on nothing but the sources and the versions that it names. The exit code is 1, and
-no file is written, if a kernel spills, takes more shared memory than the chip has, or does not use the
-instructions it is written for.
+kernel takes, and depends on nothing but the sources and the versions that it names. The exit code is 1 if a
+kernel accesses local memory in a loop, takes more than the chip has, or does not use the matrix instructions
+that it is written for; what is wrong stands in the file as well.
 """
 
+import os
+import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from millrace.benchmarks.report import resources_report as report
 from millrace.benchmarks.report.recording import RESULTS, write
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.util.errors import UserError
-from millrace.kernels.support.compilation import Launch, compile_launch, launches, problems
+from millrace.kernels.support.compilation import CHIPS, Launch, compile_launch, launches, problems
 from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING
 
-ARCHITECTURES = (80, 90)
-FIGURES = ("registers", "spill_bytes", "shared_bytes", "instructions")
+Row = dict[str, Any]
+MOST = ("registers", "spill_bytes", "loop_local", "shared_bytes")
 
 
 def main() -> int:
     """Compile, print, write."""
     parser = command_parser(__doc__)
-    parser.add_argument("--only", metavar="FILE", help="name of one file of kernels/, such as geglu")
-    parser.add_argument(
-        "--output", type=Path, help="JSON file; default results/resources.json, none with --only"
-    )
+    add = parser.add_argument
+    add("--only", metavar="FILE", help="name of one file of kernels/, such as geglu")
+    add("--chips", nargs="+", type=int, choices=CHIPS, default=list(CHIPS), metavar="N", help="default all")
+    add("--processes", type=int, default=os.cpu_count(), metavar="N", help="default one a core")
+    add("--output", type=Path, help="JSON file; default results/resources.json, none with --only or --chips")
     arguments = parser.parse_args()
-    chosen = [(file, launch) for file, launch in _declared() if arguments.only in (None, file)]
+    chosen = [i for i, (file, _) in enumerate(declared()) if arguments.only in (None, file)]
     if not chosen:
-        files = sorted({file for file, _ in _declared()})
-        raise UserError(f"--only {arguments.only}: no such file with kernels; there are {', '.join(files)}")
-    rows, faults = [], []
-    for file, launch in chosen:
-        for row, wrong in measure(file, launch):
-            figures = ", ".join(f"{name} {row[name]}" for name in FIGURES)
-            print(f"sm_{row['architecture']} {row['kernel']}: {figures} ({file}: {launch.name})", flush=True)
-            rows.append(row)
-            faults += [
-                f"{file}: {launch.name}: {row['kernel']} for sm_{row['architecture']} {w}" for w in wrong
-            ]
-    if faults:
-        raise SystemExit("\n".join(faults))
-    output = arguments.output or (None if arguments.only else RESULTS / "resources.json")
-    if output is not None:
-        write(output, {"benchmark": "resources", "versions": versions(), "kernels": summary(rows)})
+        files = ", ".join(sorted({file for file, _ in declared()}))
+        raise UserError(f"--only {arguments.only}: no such file with kernels; there are {files}")
+    began, rows = time.monotonic(), []
+    jobs = [(i, chip) for chip in arguments.chips for i in chosen if chip >= declared()[i][1].needs]
+    with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
+        for found in pool.map(_measure, jobs):
+            print(*map(report.line, found), sep="\n", flush=True)
+            rows += found
+    content = {
+        "benchmark": "resources",
+        "versions": versions(),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "processes": arguments.processes,
+        "kernels": summary(rows),
+    }
+    print(report.table(content["kernels"]).text())
+    whole = arguments.only is None and arguments.chips == list(CHIPS)
+    if output := arguments.output or (RESULTS / "resources.json" if whole else None):
+        write(output, content)
         print(f"written to {output}")
-    return 0
+    faults = [f"{row['file']}: {row['launch']}: {wrong}" for row in rows for wrong in row["problems"]]
+    print(*faults, sep="\n")
+    return int(bool(faults))
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each kernel on each architecture how many launches there are, and the most that any takes."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["file"], row["kernel"], row["architecture"]].append(row)
+@cache
+def declared() -> list[tuple[str, Launch]]:
+    """Every launch of training. Raises UserError where nothing can be compiled."""
+    if not HAS_TRITON:
+        raise UserError("Triton is not installed: pip install triton")
+    if INTERPRETING:
+        raise UserError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
+    return list(launches())
+
+
+def _measure(job: tuple[int, int]) -> list[Row]:
+    index, chip = job
+    return measure(*declared()[index], chip)
+
+
+def measure(file: str, launch: Launch, chip: int) -> list[Row]:
+    """Of each kernel of a launch: what it takes of a chip, and what is wrong with that."""
     return [
-        dict(zip(("file", "kernel", "architecture"), key, strict=True))
-        | {"launches": len(group)}
-        | {name: max(row[name] for row in group) for name in FIGURES[:-1]}
-        | {"instructions": sorted({name for row in group for name in row["instructions"]})}
-        for key, group in sorted(groups.items())
+        asdict(resources)
+        | {
+            "file": file,
+            "launch": launch.name,
+            "chip": chip,
+            "shared_bytes": resources.shared_bytes,
+            "occupancy": resources.occupancy(chip),
+            "problems": [f"{resources.kernel} on sm_{chip} {w}" for w in problems(launch, resources, chip)],
+        }
+        for resources in compile_launch(launch, chip)
     ]
 
 
-def measure(file: str, launch: Launch) -> list[tuple[dict[str, Any], list[str]]]:
-    """Of each kernel of a launch on each architecture: what it takes, and what is wrong with that."""
+def summary(rows: list[Row]) -> list[Row]:
+    """Of each kernel on each chip the launches, the most that any takes, and the least occupancy."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["file"], row["kernel"], row["chip"]].append(row)
     return [
-        (
-            {"file": file, "architecture": architecture, "shared_bytes": resources.shared_bytes}
-            | asdict(resources),
-            problems(launch, resources, architecture),
-        )
-        for architecture in ARCHITECTURES
-        if architecture >= launch.needs
-        for resources in compile_launch(launch, architecture)
+        {"file": file, "kernel": kernel, "chip": chip, "launches": len(group)}
+        | {name: max(row[name] for row in group) for name in MOST}
+        | {
+            "occupancy": min(row["occupancy"] for row in group),
+            "instructions": " ".join(sorted({name for row in group for name in row["instructions"]})),
+            "problems": sum(bool(row["problems"]) for row in group),
+        }
+        for (file, kernel, chip), group in sorted(groups.items())
     ]
 
 
@@ -86,15 +118,8 @@ def versions() -> dict[str, str]:
     """Of what turns a kernel into instructions."""
     import triton
 
-    return {"triton": triton.__version__, "ptxas": triton.knobs.nvidia.ptxas.version}
-
-
-def _declared() -> list[tuple[str, Launch]]:
-    if not HAS_TRITON:
-        raise UserError("Triton is not installed: pip install triton")
-    if INTERPRETING:
-        raise UserError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
-    return list(launches())
+    tools = {"ptxas": triton.knobs.nvidia.ptxas, "ptxas for Blackwell": triton.knobs.nvidia.ptxas_blackwell}
+    return {"triton": triton.__version__} | {name: tool.version for name, tool in tools.items()}
 
 
 if __name__ == "__main__":

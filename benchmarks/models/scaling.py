@@ -43,6 +43,7 @@ from millrace.benchmarks.report import scaling_report as report
 from millrace.benchmarks.report.charts import draw_beside
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config.loading import load_config, merge, parse_config
+from millrace.engine.planning.devices import CALIBRATION
 from millrace.engine.util.errors import UserError
 
 Row = dict[str, Any]
@@ -94,6 +95,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=0.6, help="time of each measurement of the machine (default 0.6)")
     add("--smoke", action="store_true", help="a tiny model, stages 0 and 2, few repetitions")
     add("--model-only", action="store_true", help="measure nothing: model the points of the result file anew")
+    add("--calibrate", action="store_true", help="set the planner by the steps measured on GPUs, and stop")
     add("--output", type=Path, metavar="FILE", help="result file (default benchmarks/results/scaling.json)")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -243,9 +245,22 @@ def progress(i: int, processes: int, stage: int | None, found: list[Row]) -> str
     return line + f"ZeRO {stage}: {statistics.median(max(step) for step in steps):.3f} s"
 
 
+def calibrate() -> int:
+    """Write the slack of every GPU with a measured step where the planner reads it."""
+    points = scaling_model.gpu_points(recording.RESULTS)
+    if not points:
+        raise UserError("no step measured on a GPU is among the results; run benchmarks/throughput.py on one")
+    print(report.gpu_table(points).text())
+    recording.write(CALIBRATION, json.loads(CALIBRATION.read_text()) | scaling_model.calibration(points))
+    print(f"written to {CALIBRATION}")
+    return 0
+
+
 def main() -> int:
     """Measure, model, and write both."""
     arguments = parse()
+    if arguments.calibrate:
+        return calibrate()
     if arguments.model_only:
         try:
             content = json.loads(arguments.output.read_text())
@@ -266,7 +281,7 @@ def main() -> int:
         }
     content["rows"] = scaling_model.predict(content)
     content["gpu_points"] = scaling_model.gpu_points(recording.RESULTS)
-    content["modelled"] = [] if content["smoke"] else scaling_model.modelled(content["gpu_points"])
+    content["modelled"] = [] if content["smoke"] else scaling_model.modelled()
     recording.write(arguments.output, content)
     print(report.table(content["rows"]).text(), report.largest_errors(content["rows"]), sep="\n\n")
     accepted = scaling_model.accepted(content["rows"])

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -200,7 +201,7 @@ def gpu_points(folder: Path) -> list[Row]:
             )
             if device is None or not usable or "resolved" not in row or not row.get("step_seconds_median"):
                 continue
-            points.append(_gpu_point(row, device, path.name))
+            points.append(_gpu_point(row, device, path.name) | {"gpu": _gpu_key(result)})
     return points
 
 
@@ -234,10 +235,17 @@ def _gpu_point(row: Row, device: Device, file: str) -> Row:
     }
 
 
-def modelled(points: list[Row]) -> list[Row]:
-    """`MODELLED` on H200, every ZeRO stage, the same batch on each; calibrated where H200 were measured."""
-    slacks = [row["slack"] for row in points if row["device"] == GPUS["h200"].name]
-    device = GPUS["h200"].calibrated(statistics.median(slacks)) if slacks else GPUS["h200"]
+def calibration(points: list[Row]) -> dict[str, float]:
+    """The slack that would have been right, by name of the GPU: the median of its points."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in points:
+        found[row["gpu"]].append(row["slack"])
+    return {name: round(statistics.median(slacks), 3) for name, slacks in sorted(found.items())}
+
+
+def modelled() -> list[Row]:
+    """`MODELLED` on H200, every ZeRO stage, the same batch on each."""
+    device = GPUS["h200"]
     name, micro_batch = MODELLED
     rows = []
     values = load_config(str(CONFIGS / f"{name}.json")).model_dump(mode="json")

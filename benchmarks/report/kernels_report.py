@@ -113,7 +113,7 @@ def text(rows: list[Row], ceilings: Mapping[str, Any]) -> str:
         f"ceilings of this device: {ceilings_in_words(ceilings)}",
         "GB/s and TFLOP/s: the least work of the operation over the median time, for every implementation",
         "backward: the backward pass alone, on a retained graph; both: forward and backward",
-        "error: over the allowed one, which is twice plain PyTorch's in the same dtype (1 = just right)",
+        "error: over the allowed one (kernels/support/accuracy.py); right up to 1",
     ]
     if any(row.get("host_gaps") for row in rows):
         notes.append("*: the device waited for the host in some calls, so this time is too long")

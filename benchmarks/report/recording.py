@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {"torch": torch.__version__} | {name: _version(name) for name in PACKAGES},
+        "versions": {"torch": torch.__version__} | {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -121,7 +121,8 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None without it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -113,12 +113,8 @@ def largest_errors(rows: list[Result]) -> str:
     )
 
 
-def _gpu_points(points: list[Result]) -> str:
-    if not points:
-        return (
-            "On GPUs: no measured step among the results yet, so the figures below rest on data sheets and "
-            "assumptions alone."
-        )
+def gpu_table(points: list[Result]) -> Table:
+    """Steps measured on GPUs beside the model; slack: the one that would have been right."""
     head = [
         "GPU",
         "configuration",
@@ -146,9 +142,18 @@ def _gpu_points(points: list[Result]) -> str:
         ]
         for row in points
     ]
+    return Table(head, lines, left=2)
+
+
+def _gpu_points(points: list[Result]) -> str:
+    if not points:
+        return (
+            "On GPUs: no measured step among the results yet, so the figures below rest on data sheets and "
+            "assumptions alone."
+        )
     return (
-        "Steps measured on GPUs (inputs from memory) beside the model with its assumed slack; slack: the one "
-        f"that would have been right.\n\n{Table(head, lines).markdown()}"
+        "Steps measured on GPUs (inputs from memory) beside the model as it was then; slack: the one that "
+        f"would have been right.\n\n{gpu_table(points).markdown()}"
     )
 
 

@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from millrace.benchmarks.report import recording
 from millrace.benchmarks.report import routing_report as report
 from millrace.benchmarks.step import training_steps as steps
-from millrace.engine.cli import command_parser, run_command
+from millrace.engine.cli import command_parser, number, run_command
 from millrace.engine.config import Config
 from millrace.engine.config.loading import parse_config
 from millrace.engine.model.flops import training_flops
@@ -228,7 +228,11 @@ def parse() -> argparse.Namespace:
         ("text-tokens", 256, "rows of text with padding"),
     ):
         parser.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{help_text} (default {default})"
+            f"--{name}",
+            type=number(int, 1),
+            default=default,
+            metavar="N",
+            help=f"{help_text} (default {default})",
         )
     parser.add_argument(
         "--variants",
@@ -247,12 +251,6 @@ def parse() -> argparse.Namespace:
     arguments.variants = list(dict.fromkeys(("dense", *arguments.variants)))
     arguments.dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
     return arguments
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def main() -> int:

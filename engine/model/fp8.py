@@ -18,6 +18,7 @@ from millrace.engine.util.errors import UserError
 from millrace.engine.util.quiet_imports import quiet_imports
 from millrace.kernels import fp8_linear
 from millrace.kernels.ops.fp8_linear import missing
+from millrace.kernels.support.autocast import autocast_dtype
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 """Rows (T, K) and a weight (N, K) -> (T, N)."""
@@ -129,9 +130,8 @@ def _on_padded_rows(multiply: Multiply) -> Multiply:
     cast to autocast's dtype, where that is on. Without rows there is nothing to multiply."""
 
     def call(x: Tensor, weight: Tensor) -> Tensor:
-        device, rows = x.device.type, x.shape[0]
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        rows = x.shape[0]
+        x = x.to(autocast_dtype(x.device.type) or x.dtype)
         if not rows:
             return x @ weight.t().to(x.dtype)
         lacking = -rows % MULTIPLE

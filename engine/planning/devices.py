@@ -11,8 +11,10 @@
 The shares that are reached of these, and the latencies, are assumptions (`ASSUMED`), not measurements.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal, Protocol
 
 from millrace.engine.model.flops import PEAK_BF16
@@ -162,4 +164,17 @@ def _gpu(name: str, memory: float, bandwidth: float) -> Device:
     )
 
 
-GPUS = {"h200": _gpu("H200", 141e9, 4.8e12), "h100": _gpu("H100", 80e9, 3.35e12)}
+CALIBRATION = Path(__file__).with_name("calibration.json")
+"""Slack by the names in `GPUS`; `python -m benchmarks scaling --calibrate` writes it from measured steps."""
+
+
+def _gpus(calibration: dict[str, float]) -> dict[str, Device]:
+    """The devices of the data sheets, with what was measured in place of what is assumed."""
+    sheets = {"h200": _gpu("H200", 141e9, 4.8e12), "h100": _gpu("H100", 80e9, 3.35e12)}
+    return {
+        name: device.calibrated(calibration[name]) if name in calibration else device
+        for name, device in sheets.items()
+    }
+
+
+GPUS = _gpus(json.loads(CALIBRATION.read_text()))

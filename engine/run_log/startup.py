@@ -51,4 +51,4 @@ def _attention(config: Config, device: torch.device) -> str:
     """The backend that the blocks use."""
     if config.model.attention_backend != "auto":
         return config.model.attention_backend
-    return describe_choice(device, getattr(torch, config.precision.compute))
+    return describe_choice(device, getattr(torch, config.precision.compute), config.model.head_dim)

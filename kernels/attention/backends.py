@@ -4,8 +4,7 @@ Each function takes the inputs of `rope_attention` as `Inputs`, runs the prologu
 library reads, and returns (T, H, D). None waits for a CUDA device.
 """
 
-import functools
-import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from millrace.kernels.attention.fused_attention import HEAD_DIMS
 from millrace.kernels.attention.layout import key_mask
 from millrace.kernels.attention.prologue import prologue
+from millrace.kernels.support.choice import Obstacle
+from millrace.kernels.support.packages import is_importable, is_installed
 from millrace.kernels.support.packed import is_uniform, sample_of_row, sample_slices, widen
+from millrace.kernels.support.registration import HAS_TRITON
 
 SDPA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
@@ -24,6 +27,10 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 """torch's own order puts FlashAttention-2 first on Hopper, where cuDNN is about twice as fast."""
+
+MASKED_SDPA_ORDER = [backend for backend in SDPA_ORDER if backend != SDPBackend.CUDNN_ATTENTION]
+"""With a mask cuDNN's gradient of the queries can be NaN on Hopper, where all logits of a row are far below
+zero (pytorch issue 196678)."""
 
 
 _SMALL = 4096
@@ -81,7 +88,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not q.is_cuda:
         return _attend_on_host(q, k, v, mask, scale).transpose(1, 2)
-    with sdpa_kernel(SDPA_ORDER, set_priority=True):
+    with sdpa_kernel(SDPA_ORDER if mask is None else MASKED_SDPA_ORDER, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
@@ -116,12 +123,8 @@ def varlen(inputs: Inputs, eps: float, scale: float) -> Tensor:
     """torch's packed FlashAttention: CUDA, BF16 or FP16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Not every torch from 2.11 on takes a scale; a factor of the queries' weight is the same.
-    factor = scale * inputs.qkv.shape[3] ** 0.5
-    if factor != 1:
-        inputs = inputs._replace(q_weight=widen(inputs.q_weight) * factor)
     joint = prologue(*inputs, padded=False, eps=eps)
-    return varlen_attn(*joint, **_offsets(inputs, "cu_seq_q", "cu_seq_k", "max_q", "max_k"))
+    return varlen_attn(*joint, **_offsets(inputs, "cu_seq_q", "cu_seq_k", "max_q", "max_k"), scale=scale)
 
 
 def _offsets(inputs: Inputs, *names: str) -> dict[str, Any]:
@@ -153,12 +156,12 @@ def flash_attention(inputs: Inputs, eps: float, scale: float) -> Tensor:
 @torch.compiler.assume_constant_result
 def _newest_flash_attention(device: int) -> str:
     hopper = device >= 0 and torch.cuda.get_device_capability(device) >= (9, 0)
-    # flash-attn 2 may carry a folder `cute` that lacks what version 4 runs on, CUTLASS's Python package.
-    if hopper and _is_installed("flash_attn.cute") and _is_installed("cutlass"):
+    # flash-attn 2 carries a folder `cute` too, of an early version 4 with other arguments.
+    if hopper and is_installed("flash-attn-4") and is_importable("flash_attn.cute"):
         return "flash_attn.cute"
-    if hopper and _is_installed("flash_attn_interface"):
+    if hopper and is_importable("flash_attn_interface"):
         return "flash_attn_interface"
-    if _is_installed("flash_attn.flash_attn_interface"):
+    if is_importable("flash_attn.flash_attn_interface"):
         return "flash_attn"
     raise ImportError(
         "attention backend 'flash_attn' needs flash-attn: pip install flash-attn --no-build-isolation "
@@ -190,13 +193,39 @@ def xformers(inputs: Inputs, eps: float, scale: float) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def _require_xformers() -> None:
-    if not _is_installed("xformers"):
+    if not is_importable("xformers"):
         raise ImportError("attention backend 'xformers' needs xformers: pip install xformers")
 
 
-@functools.cache
-def _is_installed(name: str) -> bool:
+def obstacles(device: int) -> dict[str, Obstacle]:
+    """What may stand in the way of each backend of `rope_attention` on a CUDA device in 16 bit."""
+    return {
+        "reference": _nothing,
+        "sdpa": _nothing,
+        "varlen": _nothing,
+        "triton": lambda: None if HAS_TRITON else "Triton is not installed",
+        "flash_attn": lambda: _failure_of(lambda: _newest_flash_attention(device)),
+        "xformers": lambda: _failure_of(_require_xformers),
+    }
+
+
+def takes_head_dim(backend: str, dim: int) -> bool:
+    """Whether the kernels of a backend that runs here take this head_dim."""
+    match backend:
+        case "triton":
+            return dim in HEAD_DIMS
+        case "varlen" | "flash_attn":
+            return dim % 8 == 0 and dim <= 256
+    return True
+
+
+def _nothing() -> None:
+    return None
+
+
+def _failure_of(attempt: Callable[[], object]) -> str | None:
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a package without this part, or no such package
-        return False
+        attempt()
+    except ImportError as error:
+        return str(error)
+    return None

@@ -171,6 +171,9 @@ _CONFIGURATIONS = {
     (128, 90): Configuration(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
     (64, 80): Configuration(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 1)),
     (128, 80): Configuration(Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 1)),
+    # tcgen05 takes no fewer than 64 rows
+    (64, 100): Configuration(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 1)),
+    (128, 100): Configuration(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
 }
 
 
@@ -487,7 +490,9 @@ def configuration(qkv: Tensor) -> Configuration:
         return _INTERPRETED
     if qkv.dtype == torch.float32:
         return _SINGLE
-    return _CONFIGURATIONS[max(qkv.shape[3], 64), 90 if capability(qkv) == 90 else 80]
+    # Hopper, Blackwell's data centre chips (100, 103), and all others, whose tensor cores are Ampere's.
+    chip = {9: 90, 10: 100}.get(capability(qkv) // 10, 80)
+    return _CONFIGURATIONS[max(qkv.shape[3], 64), chip]
 
 
 def forward_triton(

@@ -24,7 +24,7 @@ from millrace.kernels.attention import backends
 from millrace.kernels.attention.backends import Inputs
 from millrace.kernels.attention.fused_attention import fused_attention
 from millrace.kernels.support.checks import expect_offsets, expect_shape
-from millrace.kernels.support.choice import measured_choices
+from millrace.kernels.support.choice import measured_choice, warn_unusable
 from millrace.kernels.support.packed import is_uniform, sample_slices, widen
 
 Backend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
@@ -107,19 +107,20 @@ def chosen_backend(
 
     On CUDA in 16 bit the fastest measured on this GPU for the shape class (`rope_attention_uniform` where all
     samples have as many image and as many text tokens, else `rope_attention_ragged`), where `measured.json`
-    names one. Unmeasured: `varlen` for ragged batches, without padding, else `sdpa`. Elsewhere `sdpa`.
+    names one that can run here. Else `varlen` for ragged batches, without padding, if it takes the head_dim;
+    everything else goes to `sdpa`.
     """
     samples = cu_seqlens.shape[0] - 1
     images = is_uniform(qkv.shape[0], samples, max_seqlen)
     uniform = images and is_uniform(text_kv.shape[0], samples, max_seqlen_text)
-    return _choice(uniform, qkv.device, qkv.dtype)[0]
+    return _choice(uniform, qkv.device, qkv.dtype, qkv.shape[3])[0]
 
 
-def describe_choice(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for people: what `auto` takes on a device for a dtype, and whether that was measured there."""
+def describe_choice(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """One line for people: what `auto` takes on a device for a dtype and head_dim, and whether measured."""
     if not _has_choice(device, dtype):
         return f"sdpa (no other backend for {dtype} on {device.type})".replace("torch.", "")
-    taken = [(kind, *_choice(kind == "uniform", device, dtype)) for kind in ("uniform", "ragged")]
+    taken = [(kind, *_choice(kind == "uniform", device, dtype, dim)) for kind in ("uniform", "ragged")]
     return ", ".join(
         f"{name} for {kind} batches ({'measured' if measured else 'not measured'} on this GPU)"
         for kind, name, measured in taken
@@ -130,18 +131,29 @@ def _has_choice(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
-def _choice(uniform: bool, device: torch.device, dtype: torch.dtype) -> tuple[str, bool]:
+def _choice(uniform: bool, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[str, bool]:
     """Backend, and whether `measured.json` names it."""
     if not _has_choice(device, dtype):
         return "sdpa", False
     kind = "rope_attention_uniform" if uniform else "rope_attention_ragged"
-    measured = _measured(kind, device.index or 0)
-    return measured or ("sdpa" if uniform else "varlen"), measured is not None
+    index = device.index or 0
+    measured = _measured(kind, index)
+    if measured is not None:
+        if backends.takes_head_dim(measured, dim):
+            return measured, True
+        _refuse_head_dim(kind, index, measured)
+    return "sdpa" if uniform or not backends.takes_head_dim("varlen", dim) else "varlen", False
+
+
+# Constants for Dynamo, which traces neither files nor logs; head_dim stays out, for it may be symbolic.
+@torch.compiler.assume_constant_result
+def _measured(shape_class: str, device: int) -> str | None:
+    return measured_choice(shape_class, device, backends.obstacles(device))
 
 
 @torch.compiler.assume_constant_result
-def _measured(shape_class: str, device: int) -> str | None:
-    return measured_choices().get(torch.cuda.get_device_name(device), {}).get(shape_class)
+def _refuse_head_dim(shape_class: str, device: int, backend: str) -> None:
+    warn_unusable(shape_class, device, backend, "it does not take this head_dim")
 
 
 def reference(inputs: Inputs, eps: float, scale: float) -> Tensor:

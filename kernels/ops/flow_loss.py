@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from millrace.kernels.support import cuda_library
 from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch, meta
@@ -422,8 +423,6 @@ _backward = register(
 def _operators(implementation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if implementation == "triton":
         return _forward, _backward
-    from millrace.kernels.support import cuda_library
-
     return cuda_library.flow_loss, cuda_library.flow_loss_backward
 
 
@@ -515,7 +514,8 @@ def flow_loss(
     tensors = (prediction, clean, noise, t, cu_seqlens, negative)
     settings = (weight, prediction_type == "sample", t_min, max_seqlen)
 
-    implementation = choose("flow_loss", backend, prediction)
+    usable = {"cuda": lambda: cuda_library.rows_obstacle(prediction)}
+    implementation = choose("flow_loss", backend, prediction, usable)
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (clean, noise, t))
     if implementation == "reference" or differentiable:
         return reference(*tensors, *settings)

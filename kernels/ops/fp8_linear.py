@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from millrace.kernels.support.autocast import autocast_dtype
 from millrace.kernels.support.checks import expect_shape
 from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import unit_stride
@@ -340,9 +341,7 @@ def fp8_linear(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> T
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, FP8 products take multiples of {MULTIPLE}")
     if dtype is None:
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        dtype = autocast_dtype(x.device.type) or x.dtype
     return _Fp8Linear.apply(x, weight, dtype, torch.is_grad_enabled() and weight.requires_grad)
 
 

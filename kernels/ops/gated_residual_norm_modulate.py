@@ -19,6 +19,7 @@ from millrace.kernels.ops.gated_residual import add_branch_rows
 from millrace.kernels.ops.gated_residual import reference as add_branch
 from millrace.kernels.ops.norm_modulate import modulate_rows, modulate_rows_gradient
 from millrace.kernels.ops.norm_modulate import reference as modulate
+from millrace.kernels.support import cuda_library
 from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch
@@ -322,7 +323,6 @@ def _operators(implementation: str) -> tuple[Callable[..., Any], Callable[..., A
     """Forward, and backward whose last result holds the gradients of gate, shift and scale."""
     if implementation == "triton":
         return _forward, _backward
-    from millrace.kernels.support import cuda_library
 
     def backward(*args: Any) -> tuple[Any, ...]:
         grad_x, grad_branch, *vectors = cuda_library.gated_residual_norm_modulate_backward(*args)
@@ -391,7 +391,8 @@ def gated_residual_norm_modulate(
     expect_shape("branch", branch, *x.shape)
     for name, vector in (("gate", gate), ("shift", shift), ("scale", scale)):
         expect_shape(name, vector, samples, x.shape[1])
-    implementation = choose("gated_residual_norm_modulate", backend, x)
+    usable = {"cuda": lambda: cuda_library.rows_obstacle(x, branch, widest=cuda_library.WIDEST)}
+    implementation = choose("gated_residual_norm_modulate", backend, x, usable)
     if implementation == "reference":
         return reference(x, branch, gate, shift, scale, cu_seqlens, eps, max_seqlen)
     return _GatedResidualNormModulate.apply(

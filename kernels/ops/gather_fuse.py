@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from millrace.kernels.support.autocast import autocast_dtype
 from millrace.kernels.support.checks import expect_shape
 from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packed import widen
@@ -332,10 +333,8 @@ def gather_fuse(
     if order not in ("dense_deep", "deep_dense"):
         raise ValueError(f"order is {order!r}, expected 'dense_deep' or 'deep_dense'")
     tensors = {"dense": dense, "deep": deep, "mask_token": mask_token, "weight": weight, "bias": bias}
-    device = dense.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and dense.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(dense.device.type)
+    if dtype is not None and dense.dtype != torch.float64:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     else:
         for name, tensor in tensors.items():

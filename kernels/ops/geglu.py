@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch, meta
+from millrace.kernels.support.packages import is_importable
 from millrace.kernels.support.packed import unit_stride, widen
 from millrace.kernels.support.registration import HAS_TRITON, register
 
@@ -211,10 +212,14 @@ def geglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = choose("geglu", backend, gate_up)
+        backend = choose("geglu", backend, gate_up, {"liger": _liger_obstacle})
     if backend == "reference":
         return reference(gate_up)
     return _liger(gate_up) if backend == "liger" else _GeGLU.apply(gate_up)
+
+
+def _liger_obstacle() -> str | None:
+    return None if is_importable("liger_kernel.ops.geglu") else "liger-kernel is not installed"
 
 
 def _liger(gate_up: Tensor) -> Tensor:

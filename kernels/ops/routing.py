@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.ops.sample_route import Route, kept_tokens, sample_route
+from millrace.kernels.support import cuda_library
 from millrace.kernels.support.checks import expect_shape
 from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch, meta
@@ -120,8 +121,6 @@ _scatter = register(
 def _operators(implementation: str) -> tuple[Callable[..., Tensor], Callable[..., None]]:
     if implementation == "triton":
         return _gather, _scatter
-    from millrace.kernels.support import cuda_library
-
     return cuda_library.gather_rows, cuda_library.scatter_rows
 
 
@@ -182,7 +181,7 @@ def gather_tokens(x: Tensor, index: Tensor, backend: str = "auto") -> Tensor:
     """
     expect_shape("x", x, "T", "C")
     expect_shape("index", index, "K")
-    implementation = choose("gather_tokens", backend, x)
+    implementation = choose("gather_tokens", backend, x, {"cuda": cuda_library.obstacle})
     if implementation == "reference":
         return x.index_select(0, index)
     return _Gather.apply(x, index, implementation)
@@ -209,7 +208,12 @@ def scatter_tokens(
     expect_shape("index", index, "K")
     expect_shape("update", update, index.shape[0], base.shape[1])
     update = update.to(base.dtype)
-    implementation = choose("scatter_tokens", backend, base)
+
+    def obstacle() -> str | None:
+        apart = "base is not contiguous" if inplace and not base.is_contiguous() else None
+        return cuda_library.obstacle() or apart
+
+    implementation = choose("scatter_tokens", backend, base, {"cuda": obstacle})
     if implementation == "reference":
         return (base.index_copy_ if inplace else base.index_copy)(0, index, update)
     return _Scatter.apply(base, update, index, inplace, implementation)

@@ -221,6 +221,7 @@ _route = register(
     eager=_route_eager,
     triton=_route_triton,
     fake=_route_fake,
+    dtypes=(torch.int64,),
 )
 
 

@@ -1,1 +1,2 @@
-"""Support of the operations: registration, checks, choice, compilation, rows, packing, Philox."""
+"""Support of the operations: registration, checks, autocast, choice, packages, compilation, accuracy, rows,
+packing, Philox."""

@@ -20,10 +20,36 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-"""Most shared memory of one block, bytes (CUDA C++ programming guide, table of compute capabilities)."""
+from millrace.kernels.support import sass
+
+
+class Chip(NamedTuple):
+    """Limits of one compute capability (CUDA C++ programming guide, table of compute capabilities)."""
+
+    block_shared: int
+    """Most shared memory of one block, KiB; a multiprocessor has one more for each block that it runs."""
+    shared: int
+    """Shared memory of a multiprocessor, KiB."""
+    warps: int
+    blocks: int
+    tensor_cores: str
+    """The instruction that reaches the chip's full rate, by its name in `_INSTRUCTIONS`."""
+
+
+CHIPS = {
+    80: Chip(163, 164, 64, 32, "mma"),
+    86: Chip(99, 100, 48, 16, "mma"),
+    89: Chip(99, 100, 48, 24, "mma"),
+    90: Chip(227, 228, 64, 32, "wgmma"),
+    100: Chip(227, 228, 64, 32, "tcgen05"),
+    103: Chip(227, 228, 64, 32, "tcgen05"),
+    120: Chip(99, 100, 48, 24, "mma"),
+}
+REGISTERS = 65536
+"""Of a multiprocessor, the same on every chip; a warp gets them in portions of 256."""
 
 _INSTRUCTIONS = {
+    "tcgen05": r"tcgen05\.mma",
     "wgmma": r"wgmma\.mma_async",
     "mma": r"\bmma\.sync",
     "tma": r"cp\.async\.bulk",
@@ -39,7 +65,8 @@ class Launch:
 
     name: operation, direction, sizes and dtype, for people; unique within the file.
     launcher: the function that starts the kernels; it runs with `arguments`, tensors on the meta device.
-    wgmma: names of the kernels that must use Hopper's matrix instructions when compiled for it.
+    wgmma: names of the kernels that must use the chip's fastest matrix instructions: Hopper's wgmma, tcgen05
+        of Blackwell's data centre chips.
     needs: first capability that it is for.
     """
 
@@ -54,7 +81,9 @@ class Launch:
 class Resources:
     """What a compiled kernel takes: of a thread (registers, spills and stack in bytes), of a block (shared).
 
-    instructions: which of wgmma, mma (tensor cores before Hopper), tma and cp_async occur.
+    loop_local: loads from and stores to local memory inside loops: what a spill costs in time.
+    overwritten: instructions that write a register which a wgmma in flight still needs.
+    instructions: which of tcgen05, wgmma, mma (tensor cores before Hopper), tma and cp_async occur.
     """
 
     kernel: str
@@ -65,11 +94,24 @@ class Resources:
     dynamic_shared_bytes: int
     num_warps: int
     num_stages: int
+    loop_local: int
+    overwritten: tuple[str, ...]
     instructions: tuple[str, ...]
 
     @property
     def shared_bytes(self) -> int:
         return self.static_shared_bytes + self.dynamic_shared_bytes
+
+    def occupancy(self, architecture: int) -> int:
+        """Blocks that run at the same time on one multiprocessor."""
+        chip = CHIPS[architecture]
+        warp = -(-32 * self.registers // 256) * 256
+        return min(
+            chip.blocks,
+            chip.warps // self.num_warps,
+            REGISTERS // warp // self.num_warps,
+            1024 * chip.shared // (self.shared_bytes + 1024),
+        )
 
 
 class Specialisation(NamedTuple):
@@ -110,7 +152,7 @@ def capability(tensor: Tensor) -> int:
 
 
 def compile_launch(launch: Launch, architecture: int) -> list[Resources]:
-    """Compile every kernel that the launch starts, for compute capability 80 or 90.
+    """Compile every kernel that the launch starts, for a compute capability of `CHIPS`.
 
     Needs Triton, and a process without TRITON_INTERPRET.
     """
@@ -161,15 +203,23 @@ def _meta_of(argument: Any) -> Any:
 
 
 def problems(launch: Launch, resources: Resources, architecture: int) -> list[str]:
-    """Why a kernel must not be shipped like this: spills, shared memory that the chip has not, lost wgmma."""
+    """Why a kernel must not be shipped like this.
+
+    A spill outside loops costs a few instructions a block, so it is no reason; one inside a loop is.
+    """
     found = []
-    if resources.spill_bytes:
-        found.append(f"spills {resources.spill_bytes} bytes")
-    shared, limit = resources.shared_bytes, SHARED_MEMORY_LIMIT[architecture]
+    if resources.loop_local:
+        found.append(f"has {resources.loop_local} accesses to local memory in its loops")
+    shared, limit = resources.shared_bytes, 1024 * CHIPS[architecture].block_shared
     if shared > limit:
         found.append(f"takes {shared} bytes of shared memory, sm_{architecture} has {limit}")
-    if architecture == 90 and resources.kernel in launch.wgmma and "wgmma" not in resources.instructions:
-        found.append("does not use wgmma")
+    elif not resources.occupancy(architecture):
+        found.append(f"takes more registers than sm_{architecture} has")
+    wanted = CHIPS[architecture].tensor_cores
+    if resources.kernel in launch.wgmma and wanted not in resources.instructions:
+        found.append(f"does not use {wanted}")
+    if resources.overwritten:
+        found.append(f"overwrites what a wgmma in flight needs: {resources.overwritten[0]}")
     return found
 
 
@@ -224,16 +274,25 @@ def _resources(kernel: Any, report: str) -> Resources:
     def number(pattern: str) -> int:
         return sum(int(found) for found in re.findall(pattern, report))
 
+    instructions = tuple(
+        name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])
+    )
+    # Reading machine code takes longer than compiling it, so only where there can be something to see. Local
+    # memory without a spill is that of libdevice's sines, on a path for arguments beyond 100,000.
+    spilled = number(r"(\d+) bytes spill (?:stores|loads)")
+    program = None
+    if spilled or "wgmma" in instructions:
+        program = sass.disassemble(kernel.asm["cubin"])
     return Resources(
         kernel=kernel.metadata.name,
         registers=number(r"Used (\d+) registers"),
-        spill_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
+        spill_bytes=spilled,
         stack_bytes=number(r"(\d+) bytes stack frame"),
         static_shared_bytes=number(r"(\d+) bytes smem"),
         dynamic_shared_bytes=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
         num_stages=kernel.metadata.num_stages,
-        instructions=tuple(
-            name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])
-        ),
+        loop_local=sass.local_accesses_in_loops(program) if spilled else 0,
+        overwritten=tuple(sass.overwritten_operands(program)) if program else (),
+        instructions=instructions,
     )

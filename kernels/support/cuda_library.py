@@ -38,13 +38,26 @@ def library_path() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+@functools.cache
 def available() -> bool:
-    """Whether the library has been built and can be loaded into this PyTorch."""
+    """Whether the library has been built and can be loaded into this PyTorch; asked once a process."""
     try:
         _operators()
     except RuntimeError:
         return False
     return True
+
+
+def obstacle() -> str | None:
+    """Why no function of the library can be called, or None if it can."""
+    return None if available() else f"{LIBRARY} has not been built or cannot be loaded"
+
+
+def rows_obstacle(*rows: Tensor, widest: int | None = None) -> str | None:
+    """Why the operations on rows (T, C) cannot take these, all of one shape, or None if they can."""
+    dtypes = {tensor.dtype for tensor in rows}
+    mixed = f"has rows of {', '.join(sorted(map(str, dtypes)))}" if len(dtypes) > 1 else None
+    return obstacle() or mixed or _rows_problem(rows[0], widest)
 
 
 @functools.cache
@@ -218,16 +231,20 @@ def _expect_cuda(name: str, tensor: Tensor) -> None:
 
 
 def _expect_rows(name: str, tensor: Tensor, widest: int | None = None) -> None:
+    problem = _rows_problem(tensor, widest)
+    if problem is not None:
+        raise ValueError(f"{name} {problem}")
+    _expect_cuda(name, tensor)
+
+
+def _rows_problem(tensor: Tensor, widest: int | None) -> str | None:
     if tensor.dtype not in _DTYPES:
-        raise ValueError(f'{name} is {tensor.dtype}, and backend "cuda" takes float32, bfloat16 or float16')
-    multiple = _WORD // tensor.element_size()
-    width = tensor.shape[1]
+        return f'is {tensor.dtype}, and backend "cuda" takes float32, bfloat16 or float16'
+    multiple, width = _WORD // tensor.element_size(), tensor.shape[1]
     if width % multiple or (widest is not None and width > widest):
         limit = "" if widest is None else f" and at most {widest}"
-        raise ValueError(
-            f'{name} has rows of {width} {tensor.dtype}, backend "cuda" takes multiples of {multiple}{limit}'
-        )
-    _expect_cuda(name, tensor)
+        return f'has rows of {width} {tensor.dtype}, backend "cuda" takes multiples of {multiple}{limit}'
+    return None
 
 
 def _rows(tensor: Tensor) -> Tensor:

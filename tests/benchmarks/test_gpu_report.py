@@ -1,144 +1,166 @@
-"""The GPU report: order, time and outcomes of its stages, with a Python that prints its arguments."""
+"""The GPU report: order, time and verdicts of its stages, with programs that need no GPU."""
 
+import json
+import os
 import re
-import shutil
 import stat
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from millrace.benchmarks.__main__ import PROGRAMS
+from millrace.benchmarks.report import gpu_report as report
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_report.sh"
-TOOLS = ("bash", "env", "dirname", "date", "mkdir", "find", "sleep", "timeout")
-STAGES = (
-    "install",
-    "build csrc",
-    "tests of the kernels",
-    "kernels",
-    "throughput suite",
-    "routing",
-    "tests of the engine",
-)
+JOB = report.Job(sys.executable, 90, "H200-now")
 
-PYTHON = """#!/usr/bin/env bash
+
+def stage(name, program="", share=1, needs=()):
+    return report.Stage(name, share, needs, lambda _seconds, job: [job.python, "-S", "-c", program])
+
+
+def run(*stages, seconds=3600.0, most=60.0):
+    verdicts = report.run_stages(stages, JOB, seconds, dict(os.environ), most, quiet=True)
+    return {verdict.stage: verdict for verdict in verdicts}
+
+
+def test_a_stage_that_fails_stops_nothing():
+    found = run(stage("one", "raise SystemExit(3)"), stage("two"), stage("three", "import os; os.abort()"))
+    assert [verdict.outcome for verdict in found.values()] == ["failed", "passed", "failed"]
+    assert (found["one"].reason, found["three"].reason) == ("exit code 3", "exit code -6")
+
+
+def test_what_is_missing_is_named_with_what_brings_it():
+    found = run(
+        stage("one", needs=("pytest", "no_such", "bin:cmake_of_nobody")), stage("two", needs=("pytest",))
+    )
+    assert found["one"].outcome == "left out"
+    wanted = "missing: no_such (pip install no_such), cmake_of_nobody (pip install cmake_of_nobody)"
+    assert found["one"].reason == wanted
+    assert found["two"].outcome == "passed"
+
+
+def test_time_that_is_not_used_goes_to_the_later_stages(monkeypatch):
+    given = []
+    monkeypatch.setattr(report, "run", lambda command, limit, *_: given.append(limit) or ("passed", ""))
+    run(stage("one", share=1), stage("two", share=1), stage("three", share=2), seconds=400.0, most=1e9)
+    assert given == pytest.approx([100, 400 / 3, 400], abs=1)
+
+
+def test_a_stage_without_time_has_failed():
+    found = run(stage("one"), stage("two"), seconds=0.5)
+    assert {(verdict.outcome, verdict.reason) for verdict in found.values()} == {("failed", "no time left")}
+
+
+def test_a_stage_out_of_time_may_publish_what_it_has(tmp_path):
+    """It gets an interrupt, which Python programs see as an exception."""
+    program = f"""
+import time
+try:
+    print("started", flush=True); open({str(tmp_path / "started")!r}, "w").close(); time.sleep(60)
+finally:
+    open({str(tmp_path / "published")!r}, "w").close()
+"""
+    began = time.monotonic()
+    found = run(stage("slow", program), stage("next"), most=3.0)
+    assert found["slow"].reason == "out of time after 3 s"
+    assert found["next"].outcome == "passed"
+    assert (tmp_path / "published").exists()
+    assert time.monotonic() - began < 30
+
+
+def test_every_failure_planted_in_every_stage_is_seen(monkeypatch, capsys):
+    planted = {"wrong kernel": "raise AssertionError", "missing package": None}
+    monkeypatch.setattr(report, "PLANTED", planted)
+    monkeypatch.setattr(report, "STAGES", report.STAGES[:3])
+    assert report.rehearse(sys.executable) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3
+    assert all(line.endswith("{'passed': 4} |") for line in lines[2:])
+    monkeypatch.setattr(report, "PLANTED", {"nothing": "pass"})
+    assert report.rehearse(sys.executable) == 3, "a failure that is not seen counts"
+
+
+@pytest.mark.parametrize("stage", report.STAGES, ids=[stage.name for stage in report.STAGES])
+def test_commands_name_what_there_is(stage):
+    command = stage.command(1000, JOB)
+    words = [word for word in command if word.startswith("tests/")]
+    assert all((ROOT / word).exists() for word in words)
+    if "millrace.benchmarks" in command:
+        assert command[command.index("millrace.benchmarks") + 1] in PROGRAMS
+    if "--seconds" in command:
+        assert command[command.index("--seconds") + 1] == "900", "it must stop before it is stopped"
+
+
+def test_pictures_come_before_cached_inputs_and_the_smallest_tests_first():
+    names = [stage.name for stage in report.STAGES]
+    assert names[0] == "smallest tests"
+    assert names.index("post, pictures") < names.index("post, cached and live")
+
+
+FAKE = """#!/usr/bin/env bash
 case "$*" in
-    *get_device_name*) {gpu} ;;
-    *find_spec*) for name in {absent}; do [[ "$*" == *"'$name'"* ]] && exit 1; done; exit 0 ;;
-    *"import millrace"*) exit 0 ;;
-    {cases}
-    *) echo "ran $*" ;;
+    *"pip install"*) echo "error: project.license must be valid exactly by one definition" >&2; exit {pip} ;;
+    *) exit 1 ;;
 esac
 """
 
 
-@pytest.fixture
-def report(tmp_path):
-    """Run the script with only what it needs on the PATH, so that nvcc is not found and nothing is built."""
-
-    def run(*arguments, gpu='echo "NVIDIA H200"', absent="", cases=""):
-        python = tmp_path / "python"
-        python.write_text(PYTHON.format(gpu=gpu, absent=absent, cases=cases))
-        python.chmod(python.stat().st_mode | stat.S_IXUSR)
-        for tool in TOOLS:
-            (tmp_path / tool).symlink_to(shutil.which(tool))
-        environment = {"PATH": str(tmp_path), "PYTHON": str(python)}
-        command = ["bash", SCRIPT, *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-
-    return run
-
-
-def summary(done):
-    """Stage -> outcome, as the script's last table has it."""
-    lines = done.stdout.partition("== summary")[2].partition("\n\n")[0].splitlines()[1:]
-    return dict(line.split(": ", 1) for line in lines)
+@pytest.mark.parametrize(
+    ("pip", "said"), [(0, "installed"), (1, "on the path, because it cannot be installed")]
+)
+def test_a_checkout_that_cannot_be_installed_is_put_on_the_path(tmp_path, pip, said):
+    python = tmp_path / "python"
+    python.write_text(FAKE.format(pip=pip))
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    environment, how = report.environment_with_millrace(str(python))
+    assert how.startswith(said)
+    if pip:
+        assert "project.license must be valid" in how
+        assert "pip install 'setuptools>=77'" in how
+        code = "import millrace.benchmarks, os; print(os.path.realpath(millrace.benchmarks.__path__[0]))"
+        # Without site-packages, where this checkout is installed.
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.stdout.strip() == str(ROOT / "benchmarks"), done.stderr
 
 
-def failures(outcomes):
-    """Stages that did not do what they should have done; what is missing on a machine is no failure."""
-    return sum(outcome.startswith(("failed", "left out, no time")) for outcome in outcomes.values())
+def test_the_end_is_a_file_and_a_summary_to_paste(tmp_path, monkeypatch, capsys):
+    stages = (stage("one"), stage("two", "raise SystemExit(1)"), stage("three", needs=("no_such",)))
+    monkeypatch.setattr(report, "STAGES", stages)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        report, "gpu", lambda _: ("NVIDIA H200", 90, "torch 2.11.0, CUDA 13.0, Python 3.12.1")
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_report.sh", "--minutes", "1"])
+    assert report.main() == 1
+    printed = capsys.readouterr().out
+    (path,) = tmp_path.glob("report-NVIDIA-H200-*.json")
+    content = json.loads(path.read_text())
+    assert [one["outcome"] for one in content["stages"]] == ["passed", "failed", "left out"]
+    summary = printed[printed.index("### Millrace on NVIDIA H200 (torch 2.11.0") :]
+    assert re.search(r"\| two \| failed: exit code 1 \(\d+ s\) \|", summary)
 
 
-def limits(done):
-    """Seconds that each stage that ran was given."""
-    return [int(seconds) for seconds in re.findall(r"at most (\d+) s", done.stdout)]
+def test_the_script_hands_its_arguments_on():
+    environment = dict(os.environ) | {"PYTHON": sys.executable}
+    for words, code, said in (
+        (["--help"], 0, "usage: gpu_report.sh"),
+        (["--minutes", "0"], 2, "--minutes 0: expected more than 0"),
+        (["--minutes", "soon"], 2, "invalid float value"),
+    ):
+        done = subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
 
 
-def test_runs_everything_in_order_and_hands_arguments_on(report):
-    done = report("--seconds", "1000", "--set", "a.b=1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    outcomes = summary(done)
-    assert tuple(outcomes) == STAGES
-    assert outcomes["install"] == "not needed"
-    assert outcomes["build csrc"] == "left out, missing: nvcc cmake"
-    assert all(outcomes[stage].startswith("passed") for stage in STAGES[2:])
-    assert "ran -m pytest -q -m cuda tests/kernels tests/csrc" in done.stdout
-    (suite,) = (line for line in done.stdout.splitlines() if line.startswith("ran benchmarks/throughput"))
-    assert "/suite-NVIDIA-H200-" in suite
-    assert suite.endswith("--set a.b=1")
-    (kernels,) = (line for line in done.stdout.splitlines() if line.startswith("ran -m benchmarks kernels"))
-    assert "--set" not in kernels
-    for place, line in ((1, kernels), (2, suite)):
-        wanted = int(re.search(r"--seconds (\d+)", line)[1])
-        assert wanted == limits(done)[place] * 9 // 10, "it must stop before it is stopped"
-
-
-def test_unused_time_goes_to_the_later_stages(report):
-    done = report("--seconds", "1000")
-    given = limits(done)
-    assert all(limit <= 1000 for limit in given)
-    assert 980 <= given[-1] <= 1000, "the last stage may use all that is left"
-    assert given[1] > 300, "the kernels have at least their share"
-
-
-def test_failures_are_counted_and_stop_nothing(report):
-    done = report(cases="*--suite*) exit 3 ;;\n    *benchmarks*kernels*) exit 1 ;;")
-    assert done.returncode == 2
-    outcomes = summary(done)
-    assert outcomes["kernels"].startswith("failed: exit code 1")
-    assert outcomes["throughput suite"].startswith("failed: exit code 3")
-    assert outcomes["tests of the engine"].startswith("passed")
-
-
-def test_a_bare_machine_still_measures_the_kernels(report):
-    done = report(absent="deepspeed diffusers")
-    assert done.returncode == 0
-    outcomes = summary(done)
-    assert outcomes["tests of the kernels"].startswith("passed")
-    assert outcomes["kernels"].startswith("passed")
-    assert outcomes["throughput suite"] == "left out, missing: deepspeed"
-    assert outcomes["routing"] == "left out, missing: deepspeed diffusers"
-    assert outcomes["tests of the engine"] == "left out, missing: deepspeed"
-
-
-def test_a_stage_out_of_time_is_stopped(report):
-    done = report("--seconds", "30", cases="*benchmarks*kernels*) exec sleep 90 ;;")
-    outcomes = summary(done)
-    stopped = re.fullmatch(r"failed: out of time \((\d+) s\), (\d+) s", outcomes["kernels"])
-    given, taken = map(int, stopped.groups())
-    assert given < 20, "the stages after it have their share"
-    assert given <= taken < given + 20, "a busy machine may be slow to notice"
-    assert outcomes["throughput suite"].startswith("passed")
-    assert done.returncode == failures(outcomes)
-
-
-def test_stages_without_time_count_as_failed(report):
-    done = report("--seconds", "2", cases="*tests/kernels*) exec sleep 3 ;;")
-    outcomes = summary(done)
-    without = [stage for stage, outcome in outcomes.items() if outcome == "left out, no time"]
-    assert without
-    assert done.returncode == failures(outcomes)
-
-
-def test_needs_a_gpu(report):
-    done = report(gpu="exit 1")
-    assert done.returncode == 64
-    assert "no CUDA device" in done.stderr
-
-
-@pytest.mark.parametrize("seconds", ["0", "soon", ""])
-def test_refuses_a_time_that_is_none(report, seconds):
-    done = report("--seconds", seconds)
-    assert done.returncode == 64
-    assert "--seconds" in done.stderr
+def test_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(report, "gpu", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.sh"])
+    assert report.main() == 64
+    assert "torch sees no CUDA device" in capsys.readouterr().err

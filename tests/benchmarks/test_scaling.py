@@ -11,7 +11,9 @@ from millrace.benchmarks.models import scaling
 from millrace.benchmarks.models import scaling_model as model
 from millrace.benchmarks.models import scaling_worker as worker
 from millrace.benchmarks.report import scaling_report as page
+from millrace.engine.planning import devices
 from millrace.engine.planning.devices import GPUS
+from millrace.engine.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -120,7 +122,7 @@ def test_the_slowest_process_and_the_fastest_round_count():
     assert best["collectives"] == {"all_reduce": [[8, 0.1], [16, 0.3]]}
 
 
-def test_steps_measured_on_gpus_calibrate_what_is_far(tmp_path, trial, monkeypatch):
+def test_steps_measured_on_gpus_calibrate_the_planner(tmp_path, trial):
     device = GPUS["h200"].calibrated(1.5)
     values = trial["config"]
     _, step, _ = model.evaluate(values, 0, 1, device)
@@ -144,10 +146,13 @@ def test_steps_measured_on_gpus_calibrate_what_is_far(tmp_path, trial, monkeypat
     assert found["file"] == "throughput.json"
     assert found["seconds_error"] == pytest.approx(found["predicted_seconds"] / step.seconds - 1)
 
+    assert found["gpu"] == "h200"
+    assert model.calibration([found, found | {"slack": 1.7}, found | {"slack": 1.1}]) == {"h200": 1.5}
+
+
+def test_what_is_far_is_modelled_at_every_stage(monkeypatch):
     monkeypatch.setattr(model, "MODELLED", ("quickstart", 8))
-    calibrated, assumed = model.modelled([found]), model.modelled([])
-    assert all(row["slack"] == pytest.approx(1.5) for row in calibrated)
-    assert all(row["slack"] == GPUS["h200"].slack for row in assumed)
+    assumed = model.modelled()
     assert {(row["stage"], row["devices"]) for row in assumed} == {
         (stage, devices) for stage in range(4) for devices in model.DEVICES
     }
@@ -159,7 +164,7 @@ def test_section_says_what_is_measured_and_what_is_not(trial, monkeypatch):
         "smoke": False,
         "file": "scaling.json",
         "chart": "scaling.png",
-        "modelled": model.modelled([]),
+        "modelled": model.modelled(),
     }
     text = page.section([content])
     assert "![Measured and modelled steps](../benchmarks/results/scaling.png)" in text
@@ -170,6 +175,24 @@ def test_section_says_what_is_measured_and_what_is_not(trial, monkeypatch):
     assert "On GPUs: no measured step among the results yet" in text
     empty = page.section([])
     assert page.NOT_MEASURED in empty
+
+
+def test_calibration_is_written_where_the_planner_reads_it(tmp_path, monkeypatch, capsys):
+    point = {"gpu": "h200", "slack": 1.4, "device": "H200 SXM", "devices": 1, "config": "c", "overrides": []}
+    point |= {f"{kind}{name}": 1.0 for name in ("seconds", "memory") for kind in ("", "predicted_")}
+    point |= {"stage": 0, "seconds_error": 0.1, "memory_error": 0.1}
+    file = tmp_path / "calibration.json"
+    file.write_text('{"h100": 1.2}')
+    monkeypatch.setattr(scaling, "CALIBRATION", file)
+    monkeypatch.setattr(sys, "argv", ["scaling", "--calibrate"])
+    monkeypatch.setattr(model, "gpu_points", lambda folder: [])
+    with pytest.raises(UserError, match="no step measured on a GPU"):
+        scaling.main()
+    monkeypatch.setattr(model, "gpu_points", lambda folder: [point])
+    assert scaling.main() == 0
+    assert json.loads(file.read_text()) == {"h100": 1.2, "h200": 1.4}
+    assert "1.40" in capsys.readouterr().out
+    assert devices._gpus({"h200": 1.4})["h200"] == devices._gpus({})["h200"].calibrated(1.4)
 
 
 @pytest.mark.parametrize(
@@ -183,5 +206,5 @@ def test_section_says_what_is_measured_and_what_is_not(trial, monkeypatch):
 )
 def test_bad_input_is_one_line(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
-    with pytest.raises(scaling.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         scaling.main()

@@ -29,6 +29,13 @@ def test_the_tree_is_the_tree():
     )
 
 
+def test_the_rooms_of_the_benchmarks_are_in_the_tree():
+    tree = PAGE.split("```")[1]
+    drawn = tree.partition("benchmarks/ ")[2].partition("\ntests/")[0]
+    there = [path.name for path in (ROOT / "benchmarks").iterdir() if (path / "__init__.py").is_file()]
+    assert sorted(re.findall(r"^  (\w+)/ ", drawn, re.MULTILINE)) == sorted(there)
+
+
 def test_the_order_of_the_rooms_is_that_of_the_test():
     sentence = PAGE.partition("from the bottom up: ")[2].partition(", and the trainer")[0]
     rooms = [room.rpartition(".")[2] for room in ROOMS[:-1]]

@@ -6,13 +6,16 @@ offsets that they are given, so a wrong layout, offset, bound or scale shows on 
 
 import importlib
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from millrace.kernels import rope_attention
 from millrace.kernels.attention import backends
+from millrace.kernels.support import choice
 
 CASES = {
     "ragged": ((3, 2, 5), (2, 4, 0)),
@@ -21,7 +24,7 @@ CASES = {
     "uniform images, ragged text": ((3, 3), (0, 2)),
 }
 LEARNED = ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
-FLASH_ATTN_4, FLASH_ATTN_2 = ("flash_attn.cute", "cutlass"), "flash_attn.flash_attn_interface"
+FLASH_ATTN_4, FLASH_ATTN_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
 module = importlib.import_module("millrace.kernels.attention.rope_attention")
 
 
@@ -88,8 +91,8 @@ def test_padded_sdpa_with_loose_bounds(arguments, monkeypatch):
 
 
 def test_varlen(arguments, monkeypatch):
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k):
-        return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, query.shape[-1] ** -0.5)
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale):
+        return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     assert_equals_reference(arguments, "varlen")
@@ -107,7 +110,7 @@ def test_flash_attn(with_lse, arguments, monkeypatch):
     library = ModuleType("flash_attn")
     library.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", library)
-    monkeypatch.setattr(backends, "_is_installed", lambda name: name == FLASH_ATTN_2)
+    monkeypatch.setattr(backends, "is_importable", lambda module: module == FLASH_ATTN_2)
     assert_equals_reference(arguments, "flash_attn")
 
 
@@ -125,7 +128,7 @@ def test_xformers(arguments, monkeypatch):
     bias = sys.modules["xformers.ops.fmha.attn_bias"]
     bias.BlockDiagonalMask = lambda q, k: SimpleNamespace(q_seqinfo=q, k_seqinfo=k)
     bias._SeqLenInfo = SimpleNamespace
-    monkeypatch.setattr(backends, "_is_installed", lambda name: name == "xformers")
+    monkeypatch.setattr(backends, "is_importable", lambda module: module == "xformers")
     assert_equals_reference(arguments, "xformers")
 
 
@@ -138,47 +141,109 @@ def test_xformers(arguments, monkeypatch):
 )
 @pytest.mark.parametrize("arguments", [CASES["uniform"]], ids=["uniform"], indirect=True)
 def test_says_what_to_install(backend, line, arguments, monkeypatch):
-    monkeypatch.setattr(backends, "_is_installed", lambda name: False)
+    monkeypatch.setattr(backends, "is_importable", lambda module: False)
     with pytest.raises(ImportError, match=f"attention backend '{backend}' needs .*{line}"):
         rope_attention(**arguments, backend=backend)
 
 
 @pytest.mark.parametrize(
-    ("capability", "installed", "version"),
+    ("capability", "modules", "distribution", "version"),
     [
-        ((9, 0), {*FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash_attn.cute"),
-        ((9, 0), {"flash_attn.cute", "flash_attn_interface", FLASH_ATTN_2}, "flash_attn_interface"),
-        ((10, 0), {FLASH_ATTN_2}, "flash_attn"),
-        ((8, 0), {*FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash_attn"),
+        ((9, 0), {FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash-attn-4", "flash_attn.cute"),
+        ((9, 0), {FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash-attn", "flash_attn_interface"),
+        ((9, 0), {FLASH_ATTN_4, "cutlass", FLASH_ATTN_2}, "flash-attn", "flash_attn"),
+        ((9, 0), {FLASH_ATTN_2}, "flash-attn-4", "flash_attn"),
+        ((10, 0), {FLASH_ATTN_2}, "flash-attn", "flash_attn"),
+        ((8, 0), {FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash-attn-4", "flash_attn"),
     ],
 )
-def test_takes_the_newest_flash_attn(capability, installed, version, monkeypatch):
+def test_takes_the_newest_flash_attn(capability, modules, distribution, version, monkeypatch):
+    """flash-attn 2 brings a folder `cute` too, so that version 4 is known by what pip installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(backends, "_is_installed", lambda name: name in installed)
+    monkeypatch.setattr(backends, "is_importable", lambda module: module in modules)
+    monkeypatch.setattr(backends, "is_installed", lambda name: name == distribution)
     assert backends._newest_flash_attention(0) == version
 
 
-def test_finds_packages():
-    assert backends._is_installed("torch.nn")
-    assert not backends._is_installed("torch.no_such_part")
-    assert not backends._is_installed("no_such_package.part")
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+def test_cudnn_attention_takes_no_mask(masked, monkeypatch):
+    """Its gradients with a mask can be NaN; without one it comes first."""
+    orders = []
+    monkeypatch.setattr(
+        backends, "sdpa_kernel", lambda order, set_priority: nullcontext(orders.append(list(order)))
+    )
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: q)
+    rows = SimpleNamespace(is_cuda=True, transpose=lambda *_: rows)
+    mask = torch.ones(1, 1, 1, 3, dtype=torch.bool) if masked else None
+    backends._attend(rows, rows, rows, mask, 1.0)
+    assert (orders[0][0] == SDPBackend.CUDNN_ATTENTION) == (not masked)
+    assert (SDPBackend.CUDNN_ATTENTION in orders[0]) == (not masked)
+    assert {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} <= set(orders[0])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A Hopper with nothing measured; `gpu(uniform="triton")` makes its table, of a GPU that is number 1."""
+    monkeypatch.setattr(choice, "_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(choice, "_told", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def measure(**fastest):
+        table = {f"rope_attention_{kind}": name for kind, name in fastest.items()}
+        other = dict.fromkeys(table, "reference")
+        monkeypatch.setattr(choice, "measured_choices", lambda: {"GPU 1": table, "GPU 0": other})
+
+    measure()
+    return measure
+
+
+def choose(lengths, dtype=torch.bfloat16, dim=64):
+    qkv = SimpleNamespace(shape=(sum(lengths), 3, 2, dim), dtype=dtype, device=torch.device("cuda", 1))
+    return module.chosen_backend(qkv, torch.empty(6, 2, 2, dim), torch.empty(3), max(lengths), 3)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "dtype", "backend"),
+    ("lengths", "dtype", "dim", "backend"),
     [
-        ((4, 4), torch.bfloat16, "sdpa"),
-        ((4, 3), torch.bfloat16, "varlen"),
-        ((4, 3), torch.float32, "sdpa"),
-        ((4, 4), torch.float16, "measured"),
+        ((4, 4), torch.bfloat16, 64, "sdpa"),
+        ((4, 3), torch.bfloat16, 64, "varlen"),
+        ((4, 3), torch.float16, 264, "sdpa"),
+        ((4, 3), torch.float16, 36, "sdpa"),
+        ((4, 3), torch.float32, 64, "sdpa"),
     ],
 )
-def test_choice_on_cuda(lengths, dtype, backend, monkeypatch):
-    """By rule, and by measurement where one is recorded for this GPU and shape class."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
-    if backend == "measured":
-        table = {"GPU 1": {"rope_attention_uniform": backend}, "GPU 0": {"rope_attention_uniform": "other"}}
-        monkeypatch.setattr(module, "measured_choices", lambda: table)
-    qkv = SimpleNamespace(shape=(sum(lengths), 3, 2, 64), dtype=dtype, device=torch.device("cuda", 1))
-    chosen = module.chosen_backend(qkv, torch.empty(6, 2, 2, 64), torch.empty(3), max(lengths), 3)
-    assert chosen == backend
+def test_choice_on_cuda(lengths, dtype, dim, backend, gpu):
+    """By rule, where nothing is measured."""
+    assert choose(lengths, dtype, dim) == backend
+
+
+def test_choice_by_measurement(gpu, caplog):
+    """Where one is recorded for this GPU and shape class."""
+    gpu(uniform="triton", ragged="sdpa")
+    assert [choose((4, 4)), choose((4, 3))] == ["triton", "sdpa"]
+    assert choose((4, 4), torch.float32) == "sdpa"  # measured in 16 bit
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("backend", "dim", "reason"),
+    [
+        ("flash_attn", 64, "needs flash-attn"),
+        ("xformers", 64, "needs xformers"),
+        ("triton", 64, "Triton is not installed"),
+        ("triton", 96, "does not take this head_dim"),
+        ("flash_attn", 264, "does not take this head_dim"),
+        ("quantum", 64, "no implementation of this name"),
+    ],
+)
+def test_a_measured_choice_that_cannot_run_here(backend, dim, reason, gpu, monkeypatch, caplog):
+    """The default is taken, and the log says once why."""
+    gpu(uniform=backend)
+    lacking = "needs" in reason or "Triton" in reason
+    monkeypatch.setattr(backends, "is_importable", lambda name: not lacking)
+    monkeypatch.setattr(backends, "HAS_TRITON", not lacking)
+    for _ in range(2):
+        assert choose((4, 4), dim=dim) == "sdpa"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert reason in record.getMessage()

@@ -1,12 +1,14 @@
 """rope_attention against its equations, one sample and one head at a time."""
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from millrace.kernels import rope_attention, sample_route
 from millrace.kernels.attention.rope_attention import chosen_backend, describe_choice
+from millrace.kernels.support.registration import INTERPRETING
 
 HEADS, SIDE = 2, 6  # heads of every case; positions come from a table of SIDE^2 rows
 CASES = {
@@ -21,6 +23,8 @@ CASES = {
     "several tiles": ((17, 1), (0, 33), 64),
 }
 BACKENDS = ["reference", "sdpa", "triton"]
+FP32 = 1e-5
+"""Tolerance of an output near 1 where the kernels compute."""
 
 
 def table(dim, device):
@@ -66,9 +70,29 @@ def formula(rows, text_rows, cos, sin, positions, scale=None, eps=1e-6, queries=
     return evaluate
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def case(offsets, device):
-    """Lengths -> keyword arguments of rope_attention in float64, so that properties hold almost exactly."""
+def precision(request, device) -> torch.dtype:
+    """Of the arguments: float64, in which properties hold almost exactly; FP32 where kernels run."""
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else "auto"
+    return torch.float32 if backend == "triton" and (device == "cuda" or INTERPRETING) else torch.float64
+
+
+@pytest.fixture
+def within(precision) -> Callable[[float], dict[str, float]]:
+    """Tolerance in float64 -> `rtol` and `atol` in `precision`, 1e-5 in FP32: outputs are about 1."""
+    return lambda exact: dict.fromkeys(
+        ("rtol", "atol"), max(exact, FP32) if precision == torch.float32 else exact
+    )
+
+
+@pytest.fixture
+def case(offsets, device, precision):
+    """Lengths -> keyword arguments of rope_attention in `precision`."""
 
     def build(lengths, text_lengths, dim=64):
         total = sum(lengths)
@@ -80,7 +104,7 @@ def case(offsets, device):
             "k_weight": torch.rand(dim) + 0.5,
             "text_k_weight": torch.rand(dim) + 0.5,
         }
-        return {name: value.to(device, torch.float64) for name, value in tensors.items()} | {
+        return {name: value.to(device, precision) for name, value in tensors.items()} | {
             "cos": cos,
             "sin": sin,
             "positions": torch.randint(SIDE**2, (total,), device=device),
@@ -97,7 +121,7 @@ LEARNED = ("qkv", "text_kv", "q_weight", "k_weight", "text_k_weight")
 
 
 def in_fp32(arguments):
-    """Kernels do not take FP64, in which `case` builds its arguments."""
+    """For what is to hold in FP32 whatever computes it."""
     return arguments | {name: arguments[name].float() for name in LEARNED}
 
 
@@ -111,7 +135,6 @@ def evaluate_formula(arguments, rows, text_rows, **settings):
     return compute(arguments["qkv"], arguments["text_kv"], weights)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("lengths", "text_lengths", "dim"), CASES.values(), ids=CASES)
 def test_matches_the_equations(lengths, text_lengths, dim, backend, offsets, spans, device, assert_accurate):
     """qkv comes as (T, 3 H D) of one projection; text_kv as one block's slice of (S, depth, 2, H, D)."""
@@ -149,37 +172,38 @@ def test_matches_the_equations(lengths, text_lengths, dim, backend, offsets, spa
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [{"scale": 0.5}, {"eps": 0.7}, {"scale": 0.0}])
 @pytest.mark.parametrize("lengths", [(3, 2), (3, 3)], ids=["unequal", "uniform"])
-def test_scale_and_eps(lengths, settings, backend, case, spans):
+def test_scale_and_eps(lengths, settings, backend, case, within, spans):
     arguments = case(lengths, (2, 2))
-    exact = evaluate_formula(arguments, spans(*lengths), spans(2, 2), **settings)
+    exact = evaluate_formula(in_fp64(arguments), spans(*lengths), spans(2, 2), **settings)
     got = rope_attention(**arguments, **settings, backend=backend)
-    torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)  # the RoPE table is FP32
+    torch.testing.assert_close(got.double(), exact, **within(1e-6))  # the RoPE table is FP32
     default = rope_attention(**arguments, backend=backend)
     assert (got - default).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("lengths", "text_lengths"), [((3, 4), (3, 4)), ((4, 4), (4, 4))], ids=["unequal", "uniform"]
 )
-def test_order_of_text_rows_does_not_matter(lengths, text_lengths, backend, case, spans):
+def test_order_of_text_rows_does_not_matter(lengths, text_lengths, backend, case, within, spans):
     arguments = case(lengths, text_lengths)
     shuffle = torch.cat([s.start + torch.randperm(s.stop - s.start) for s in spans(*text_lengths)])
     shuffled = arguments | {"text_kv": arguments["text_kv"][shuffle]}
     assert not torch.equal(shuffled["text_kv"], arguments["text_kv"])
     torch.testing.assert_close(
-        rope_attention(**arguments, backend=backend), rope_attention(**shuffled, backend=backend)
+        rope_attention(**arguments, backend=backend),
+        rope_attention(**shuffled, backend=backend),
+        **within(1e-7),
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packing_equals_masked_padding(backend, case, spans, device):
+def test_packing_equals_masked_padding(backend, case, within, spans, device):
     """Dense attention over text padded with large rubbish and masked out gives what packed rows give."""
     lengths, text_lengths, longest = (3, 3), (1, 4), 4
     arguments = case(lengths, text_lengths)
+    got = rope_attention(**arguments, backend=backend)
+    arguments = in_fp64(arguments)
     padded = torch.full((2, longest, 2, HEADS, 64), 50.0, dtype=torch.float64, device=device)
     mask = torch.zeros(2, 3 + longest, dtype=torch.bool, device=device)
     mask[:, :3] = True
@@ -201,10 +225,9 @@ def test_packing_equals_masked_padding(backend, case, spans, device):
     logits = torch.einsum("bnhd,bmhd->bhnm", rotate(norm(q, "q_weight")), keys) / 8
     share = logits.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
     dense = torch.einsum("bhnm,bmhd->bnhd", share, values).flatten(0, 1)
-    torch.testing.assert_close(rope_attention(**arguments, backend=backend), dense, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.double(), dense, **within(1e-6))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(40, 24), (32, 32)], ids=["unequal", "uniform"])
 def test_logits_and_softmax_are_fp32_for_bf16_inputs(lengths, backend, case, spans, device):
     """Queries and keys of +-1 leave the norm exact, so only what follows can err.
@@ -229,8 +252,7 @@ def test_logits_and_softmax_are_fp32_for_bf16_inputs(lengths, backend, case, spa
     assert error < 2**-8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_samples_do_not_see_each_other(backend, case, spans):
+def test_samples_do_not_see_each_other(backend, case, within, spans):
     """Each sample of a mixed batch gets what it gets alone."""
     lengths, text_lengths = (4, 1, 3), (2, 3, 1)
     arguments = case(lengths, text_lengths)
@@ -243,10 +265,9 @@ def test_samples_do_not_see_each_other(backend, case, spans):
             "cu_seqlens": torch.tensor([0, n], dtype=torch.int32, device=together.device),
             "cu_seqlens_text": torch.tensor([0, m], dtype=torch.int32, device=together.device),
         }
-        torch.testing.assert_close(rope_attention(**alone, backend=backend), together[s])
+        torch.testing.assert_close(rope_attention(**alone, backend=backend), together[s], **within(1e-7))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_only_distances_matter_between_image_tokens(backend, case):
     """Without text, moving every token by the same rows and columns changes nothing; with text it does."""
     apart = {"rtol": 1e-5, "atol": 1e-5}
@@ -258,8 +279,7 @@ def test_only_distances_matter_between_image_tokens(backend, case):
         assert torch.allclose(here, there, **apart) == (text_length == 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_lengths_of_queries_and_keys_do_not_matter(backend, case):
+def test_lengths_of_queries_and_keys_do_not_matter(backend, case, within):
     """RMSNorm with eps 0 removes any positive factor; a factor of its weight is a factor of the scale."""
     arguments = case((3, 2), (2, 2)) | {"eps": 0.0}
     expected = rope_attention(**arguments, backend=backend)
@@ -269,17 +289,17 @@ def test_lengths_of_queries_and_keys_do_not_matter(backend, case):
         "qkv": arguments["qkv"] * factor,
         "text_kv": arguments["text_kv"] * text_factor,
     }
-    torch.testing.assert_close(rope_attention(**longer, backend=backend), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rope_attention(**longer, backend=backend), expected, **within(1e-6))
     sharper = arguments | {"q_weight": arguments["q_weight"] * 2}
     torch.testing.assert_close(
         rope_attention(**sharper, backend=backend),
         rope_attention(**arguments, scale=2 * 64**-0.5, backend=backend),
+        **within(1e-7),
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("image", "text"), [(4, 3), (9, 3), (4, 8), (9, 8)])
-def test_max_seqlen_only_chooses_the_path(image, text, backend, case):
+def test_max_seqlen_only_chooses_the_path(image, text, backend, case, within):
     """The exact lengths (4 and 3) take the dense path, larger bounds the general one."""
     arguments = case((4, 4), (3, 3))
     results = []
@@ -289,7 +309,7 @@ def test_max_seqlen_only_chooses_the_path(image, text, backend, case):
         out = rope_attention(**arguments | leaves | limits, backend=backend)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
     for dense, general in zip(*results, strict=True):
-        torch.testing.assert_close(dense, general, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(dense, general, **within(1e-10))
 
 
 def test_text_of_an_empty_sample_gets_zero_gradient(case):
@@ -307,7 +327,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_strides(layout, backend, case, device):
     """A strided qkv gives what its contiguous copy gives."""
@@ -322,7 +341,6 @@ def test_any_strides(layout, backend, case, device):
         torch.testing.assert_close(strided, contiguous)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_aspect_ratios(backend, case, spans, device):
     """A wide, a tall and a square image index one table."""
     grids = (2, 6), (5, 1), (4, 4)
@@ -335,7 +353,6 @@ def test_mixed_aspect_ratios(backend, case, spans, device):
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
 def test_route_keeps_the_positions_of_its_tokens(keep, backend, case, spans, device):
     """Attention among a route's rows: the gathered rows with their own places in the table."""
@@ -355,7 +372,7 @@ def test_route_keeps_the_positions_of_its_tokens(keep, backend, case, spans, dev
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 def test_many_tokens(backend, many, offsets, spans, device):
     """A length that is no multiple of any tile. The loss reads few queries, the gradients reach all keys."""
     cos, sin = table(64, device)
@@ -384,7 +401,7 @@ def test_many_tokens(backend, many, offsets, spans, device):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 def test_is_well_registered(backend, case, assert_well_registered):
     """Compiled, `sdpa` cannot read lengths on the host: it pads where it otherwise goes by the sample."""
     arguments = in_fp32(case((3, 2), (0, 2)))
@@ -409,13 +426,12 @@ def test_says_what_auto_takes_on_a_gpu(monkeypatch):
         "millrace.kernels.attention.rope_attention"
     )  # the package has the function
     monkeypatch.setattr(module, "_measured", lambda kind, _device: measured[kind])
-    assert describe_choice(torch.device("cuda"), torch.bfloat16) == (
+    assert describe_choice(torch.device("cuda"), torch.bfloat16, 64) == (
         "triton for uniform batches (measured on this GPU), "
         "varlen for ragged batches (not measured on this GPU)"
     )
-    assert (
-        describe_choice(torch.device("cuda"), torch.float32) == "sdpa (no other backend for float32 on cuda)"
-    )
+    other = describe_choice(torch.device("cuda"), torch.float32, 64)
+    assert other == "sdpa (no other backend for float32 on cuda)"
 
 
 @pytest.mark.cuda

@@ -8,8 +8,11 @@ from torch._subclasses import FakeTensorMode
 
 from millrace.kernels import Route, sample_route
 from millrace.kernels.support.philox import sample_keys, uniform
+from millrace.kernels.support.registration import INTERPRETING
 
 MIXED = (16, 1, 0, 9, 30)
+MANY = 100 if INTERPRETING else 2000
+"""Samples of a statistic; Triton's interpreter takes a tenth of a second for each."""
 
 
 def kept_of(route: Route, rows: list[slice]) -> list[list[int]]:
@@ -65,8 +68,8 @@ def test_routes_differ_by_seed_and_sample(offsets, spans, device):
 
 @pytest.mark.parametrize("keep_ratio", [0.25, 0.5])
 def test_every_subset_is_as_likely_as_any_other(keep_ratio, offsets, device):
-    """Inclusion of each token, and of each pair, over 4000 samples; five standard deviations."""
-    samples, length = 4000, 8
+    """Inclusion of each token, and of each pair, over thousands of samples; five standard deviations."""
+    samples, length = 2 * MANY, 8
     route = sample_route(offsets(*[length] * samples), keep_ratio, 0, indices(samples, device))
     chosen = torch.zeros(samples * length, device=device)
     chosen[route.index] = 1
@@ -193,7 +196,7 @@ def test_structured_routes_keep_as_many_in_each_group(
 
 
 def test_structured_routes_choose_evenly_within_a_group(offsets, device):
-    samples, length = 2000, 16
+    samples, length = MANY, 16
     route = sample_route(
         offsets(*[length] * samples), 0.25, 0, indices(samples, device), (4, 4), structured=True
     )

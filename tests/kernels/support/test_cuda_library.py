@@ -13,9 +13,11 @@ def installed(monkeypatch, tmp_path):
     package.mkdir(parents=True)
     monkeypatch.delenv("MILLRACE_LIBRARY", raising=False)
     monkeypatch.setattr(cuda_library, "__file__", str(package / "support" / "cuda_library.py"))
-    cuda_library._operators.cache_clear()
+    for cached in (cuda_library._operators, cuda_library.available):
+        cached.cache_clear()
     yield package
-    cuda_library._operators.cache_clear()
+    for cached in (cuda_library._operators, cuda_library.available):
+        cached.cache_clear()
 
 
 def rows(dtype=torch.bfloat16, width=16):
