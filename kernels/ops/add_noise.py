@@ -246,11 +246,12 @@ def add_noise(
 
 
 def configurations() -> Iterator[Launch]:
-    """Latents (16 channels, patch 2) and pixels (patch 32), and a width that no counter divides."""
+    """Latents of 16 and 32 channels in patches of 1 and 2, pixels in patches of 4, 16 and 32, all in FP32; and
+    in both dtypes a width that no counter divides."""
     t, offsets = meta(4, dtype=torch.float32), meta(5, dtype=torch.int32)
     keys = meta(4, dtype=torch.int64)
-    for features in (64, 3072, 27):
-        for dtype in (torch.bfloat16, torch.float32):
+    for features in (64, 3072, 27, 32, 48, 128, 768):
+        for dtype in (torch.bfloat16, torch.float32) if features in (64, 3072, 27) else (torch.float32,):
             clean = meta(4096, features, dtype=dtype)
             noise = meta(4096, features, dtype=torch.float32)
             name = f"P={features} {dtype}"
