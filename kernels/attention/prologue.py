@@ -590,7 +590,7 @@ def prologue(
 
 def configurations() -> list[Launch]:
     """The launches of training, for ahead-of-time compilation: with masters in FP32 and in BF16, and of the
-    FP32 model that is trained on a CPU, which has five heads."""
+    FP32 model that is made for a CPU, which has five heads."""
     single, bf16 = torch.float32, torch.bfloat16
     dtypes = ((bf16, single), (bf16, bf16), (torch.float16, single), (single, single))
     shapes = [(dim, 28, *pair) for dim in (64, 128) for pair in dtypes]

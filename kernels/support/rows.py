@@ -63,10 +63,10 @@ def add_partial_sums(partial: Tensor) -> Tensor:
 
 
 def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
-    """What row kernels are compiled for ahead of time: 32 images, whole and with a part of their tokens routed.
+    """What row kernels are compiled for ahead of time: 32 images, whole and with some of their tokens routed.
 
     Between them every number of rows of a program (`row_launch`) at the width of PRX-1.2B, and the FP32 model
-    that is trained on a CPU. Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM,
+    that is made for a CPU. Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM,
     offsets, statistics (T,), longest sample.
     """
     shapes = {(1792, torch.bfloat16): (32, 64, 128, 256, 1024), (3584, torch.bfloat16): (256, 1024)}

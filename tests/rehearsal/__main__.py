@@ -6,26 +6,28 @@ micro-batch, kernels that Triton compiles for them, and how many of these are no
 
 import sys
 import time
+from collections.abc import Sequence
 
-from tests.rehearsal.table import declared, explain, rows
+from tests.rehearsal.table import Table, explain, stages
 
 
-def main() -> int:
-    missing = {}
-    print(f"{'configuration':44} operators  launches  specialisations  missing  seconds")
-    started = time.perf_counter()
-    for row in rows(sys.argv[1:]):
-        seconds, started = time.perf_counter() - started, time.perf_counter()
+def main(names: Sequence[str]) -> int:
+    """Print the table; 1 if anything is missing."""
+    table, missing = Table(), {}
+    print(f"{'configuration':40} operators  launches  specialisations  missing  seconds")
+    for name, config in stages(names):
+        started = time.perf_counter()
+        row = table.row(name, config)
         calls, launched, found = row.rehearsed
         numbers = f"{calls.total():9}  {launched:8}  {len(found):15}  {len(row.missing) or 'none':>7}"
-        print(f"{row.name:44} {numbers}  {'as ' + row.same_as if row.same_as else f'{seconds:7.1f}'}", flush=True)
+        how = f"as {row.same_as}" if row.same_as else f"{time.perf_counter() - started:7.1f}"
+        print(f"{name:40} {numbers}  {how}", flush=True)
         for one in row.missing:
-            missing.setdefault(one, row.name)
-    known = declared()
-    for line in sorted(f"{explain(one, known)} ({name})" for one, name in missing.items()):
+            missing.setdefault(one, name)
+    for line in sorted(f"{explain(one, table.declared)} ({name})" for one, name in missing.items()):
         print(line)
-    return len(missing) > 0
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ def backward(loss: Tensor) -> dict[Tensor, Tensor]:
     root = loss.grad_fn
     waits, incoming, found = _users(root), {root: [torch.ones_like(loss)]}, {}
     ready = [root]
-    with mock.patch.object(torch._C, "_current_graph_task_id", lambda: _TASK), torch.no_grad():
+    with mock.patch.object(torch._C, "_current_graph_task_id", return_value=_TASK), torch.no_grad():
         while ready:
             node = ready.pop()
             gradients = _as_results(node, incoming.pop(node, []))
@@ -69,7 +69,9 @@ def _as_results(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | 
 
 def _run(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A gradient for each edge of the node that leads anywhere."""
-    own = hasattr(node, "_forward_cls")  # an `autograd.Function`, whose backward gets zeros for what is unused
+    own = hasattr(
+        node, "_forward_cls"
+    )  # an `autograd.Function`, whose backward gets zeros for what is unused
     if own:
         gradients = [
             torch.zeros(about.shape, dtype=about.dtype, device=about.device) if gradient is None else gradient

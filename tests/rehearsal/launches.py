@@ -1,4 +1,4 @@
-"""What the operators of `millrace.kernels` would start on a GPU, noted while a step runs on a pretended one."""
+"""What the operators of `millrace.kernels` would start on a GPU, noted on a pretended one."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -33,8 +33,11 @@ _CUDA, _META = 1, 14
 
 
 @contextmanager
-def pretended_cuda(architecture: int = 90) -> Iterator[None]:
-    """Inside, tensors on `DEVICE` are fake ones of a GPU of this capability; so are all others, on the CPU."""
+def pretended_cuda(architecture: int = 90) -> Iterator["Copies"]:
+    """Inside, tensors on `DEVICE` are fake ones of a GPU of this capability; so are all others, on the CPU.
+
+    What waits raises `HostRead`, or an error of `FakeTensorMode`'s.
+    """
     stream = _Stream()
     answers = {
         "is_available": lambda: True,
@@ -54,12 +57,12 @@ def pretended_cuda(architecture: int = 90) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         # It reads its argument, which must be a stream of the driver's, before any mode is asked.
-        stack.enter_context(mock.patch.object(Tensor, "record_stream", lambda _tensor, _stream: None))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream"))
         stack.enter_context(_guarded())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_Copies())
+        copies = stack.enter_context(Copies())
         stack.enter_context(_StandIns())
-        yield
+        yield copies
 
 
 class _Stream:
@@ -89,8 +92,14 @@ def _guarded() -> Iterator[None]:
         guards[_CUDA] = usual
 
 
-class _Copies(TorchDispatchMode):
-    """Between host and device. `FakeTensorMode` lets the host read a device's tensor if it copies it first."""
+class Copies(TorchDispatchMode):
+    """Between host and device. `FakeTensorMode` lets the host read a device's tensor if it copies it first.
+
+    Attributes:
+        in_step: whether a copy to the device must not wait either; one from pinned memory does not.
+    """
+
+    in_step = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -104,8 +113,16 @@ class _Copies(TorchDispatchMode):
             result = func(*args, **kwargs or {})
             if source.is_cuda and not result.is_cuda:
                 raise HostRead(f"the host waits for a copy of {tuple(source.shape)} from the device")
+            if self.in_step and result.is_cuda and not source.is_cuda and not _is_async(func, args, kwargs):
+                raise HostRead(f"the host waits for a copy of {tuple(source.shape)} to the device")
             return result
         return func(*args, **kwargs or {})
+
+
+def _is_async(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    if func is torch.ops.aten.copy_.default and len(args) > 2:
+        return args[2]
+    return (kwargs or {}).get("non_blocking", False)
 
 
 class HostRead(RuntimeError):

@@ -162,12 +162,12 @@ def rehearse(config: Config, whole: Collection[str] = ()) -> Rehearsed:
     """The step on each of its batches; `whole` as of `Step`."""
     _import_networks()
     with ExitStack() as stack:
-        stack.enter_context(pretended_cuda(ARCHITECTURE))
+        copies = stack.enter_context(pretended_cuda(ARCHITECTURE))
         launches = stack.enter_context(noting_launches(ARCHITECTURE))
         for target, stand_in in _STAND_INS.items():
             stack.enter_context(mock.patch(target, stand_in))
         step = Step(rehearsed_config(config), whole)
-        encoder = step.batch_encoder
+        encoder, copies.in_step = step.batch_encoder, True
         for batch in batches(config, encoder.patch * encoder.autoencoder.factor):
             step.run(batch)
     return Rehearsed(launches.calls, launches.launches, frozenset(launches.noted))
@@ -193,7 +193,9 @@ def _lpips(_path: str, device: torch.device, dtype: torch.dtype) -> Lpips:
     return network.requires_grad_(False).eval().to(device)
 
 
-def _dino(kind: str, _path: str | None, key: str, device: torch.device, dtype: torch.dtype, _default: str) -> Any:
+def _dino(
+    kind: str, _path: str | None, key: str, device: torch.device, dtype: torch.dtype, _default: str
+) -> Any:
     dino.register_attention(key)
     entry = vision_entry(kind)
     network = random_network(

@@ -1,4 +1,4 @@
-"""All shipped configurations, rehearsed, against what is compiled ahead of time."""
+"""The shipped configurations, rehearsed, against what is compiled ahead of time."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +31,30 @@ class Row(NamedTuple):
     """What no file of `millrace.kernels` declares."""
 
 
+class Table:
+    """Rehearses stages; what would ask for the same is rehearsed once.
+
+    A frozen network runs in its published shape where it comes first, and is stood in for elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.declared = declared()
+        self._seen: dict[str, Row] = {}
+        self._whole: set[str] = set()
+
+    def row(self, name: str, config: Config) -> Row:
+        """The row of a stage."""
+        kinds = {config.conditioning.text.kind, config.conditioning.autoencoder.kind}
+        key = config.model_dump_json(include=MATTERS)
+        if key in self._seen and kinds <= self._whole:
+            return self._seen[key]._replace(name=name, same_as=self._seen[key].name)
+        rehearsed = rehearse(config, kinds - self._whole)
+        self._whole |= kinds
+        row = Row(name, "", rehearsed, rehearsed.specialisations - self.declared)
+        self._seen.setdefault(key, row)
+        return row
+
+
 def declared() -> frozenset[Specialisation]:
     """What the gate of ahead-of-time compilation covers."""
     return frozenset(one for _, launch in launches() for one in specialisations(launch, ARCHITECTURE))
@@ -44,25 +68,6 @@ def stages(names: Sequence[str] = ()) -> Iterator[tuple[str, Config]]:
             yield f"{name}: {stage.name}" if len(found) > 1 and stage.name else name, stage.config
 
 
-def rows(names: Sequence[str] = ()) -> Iterator[Row]:
-    """Rehearse each stage; what would ask for the same is rehearsed once.
-
-    A frozen network runs in its published shape where it comes first, and is stood in for elsewhere.
-    """
-    known, covered = declared(), set()
-    seen: dict[str, Row] = {}
-    for name, config in stages(names):
-        kinds = {config.conditioning.text.kind, config.conditioning.autoencoder.kind}
-        key = config.model_dump_json(include=MATTERS)
-        if key in seen and kinds <= covered:
-            yield seen[key]._replace(name=name, same_as=seen[key].name)
-            continue
-        rehearsed = rehearse(config, kinds - covered)
-        covered |= kinds
-        seen.setdefault(key, Row(name, "", rehearsed, rehearsed.specialisations - known))
-        yield seen[key]._replace(name=name)
-
-
 def explain(one: Specialisation, known: frozenset[Specialisation]) -> str:
     """What is not declared, as the difference from what is declared nearest to it."""
 
@@ -73,11 +78,20 @@ def explain(one: Specialisation, known: frozenset[Specialisation]) -> str:
     same = [parts(other) for other in known if other[:2] == one[:2]]
     if not same:
         return f"{one.file}: {one.kernel}: not declared at all"
-    gaps = [{name: (asked[name], other.get(name)) for name in asked if asked[name] != other.get(name)} for other in same]
+    gaps = [
+        {name: (value, other.get(name)) for name, value in asked.items() if value != other.get(name)}
+        for other in same
+    ]
     gap = min(gaps, key=len)
-    told = ", ".join(f"{name} {_told(mine)}, declared {_told(theirs)}" for name, (mine, theirs) in gap.items())
+    told = ", ".join(
+        f"{name} {_told(mine)}, declared {_told(theirs)}" for name, (mine, theirs) in gap.items()
+    )
     return f"{one.file}: {one.kernel}: {told}"
 
 
 def _told(about: Sequence[Any] | None) -> str:
-    return "nothing" if about is None else " ".join("none" if part in (None, "") else str(part) for part in about)
+    return (
+        "nothing"
+        if about is None
+        else " ".join("none" if part in (None, "") else str(part) for part in about)
+    )
