@@ -69,9 +69,8 @@ def _as_results(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | 
 
 def _run(node: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A gradient for each edge of the node that leads anywhere."""
-    own = hasattr(
-        node, "_forward_cls"
-    )  # an `autograd.Function`, whose backward gets zeros for what is unused
+    # An `autograd.Function`, whose backward gets zeros for what is unused.
+    own = hasattr(node, "_forward_cls")
     if own:
         gradients = [
             torch.zeros(about.shape, dtype=about.dtype, device=about.device) if gradient is None else gradient
