@@ -136,4 +136,5 @@ def rope_table(
     angle = torch.cat(
         (row[:, None].expand(side, side, -1), column[None].expand(side, side, -1)), dim=-1
     ).flatten(0, 1)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    cos, sin = (to_device(table.float(), torch.device(device)) for table in (angle.cos(), angle.sin()))
+    return cos, sin

@@ -589,20 +589,22 @@ def prologue(
 
 
 def configurations() -> list[Launch]:
-    """The launches of training, for ahead-of-time compilation."""
+    """The launches of training, for ahead-of-time compilation: with masters in FP32 and in BF16, and of the
+    FP32 model that is made for a CPU, which has five heads."""
+    single, bf16 = torch.float32, torch.bfloat16
+    dtypes = ((bf16, single), (bf16, bf16), (torch.float16, single), (single, single))
+    shapes = [(dim, 28, *pair) for dim in (64, 128) for pair in dtypes]
     launches = []
-    for dim in (64, 128):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            inputs = training_inputs(dim, dtype)
-            for padded in (False, True):
-                arguments = *inputs, 1024, 256, padded, 1e-6
-                shapes = joint_shapes(inputs[0], inputs[1], inputs[8], 1024, 256, padded)
-                grads = (meta(*shape, dtype=dtype) for shape in (shapes[0], shapes[1], shapes[1]))
-                kind = (
-                    f"head_dim {dim}, {str(dtype).removeprefix('torch.')}, {'padded' if padded else 'packed'}"
-                )
-                launches += [
-                    Launch(f"prologue forward, {kind}", forward_triton, arguments),
-                    Launch(f"prologue backward, {kind}", backward_triton, (*grads, *arguments)),
-                ]
+    for dim, heads, dtype, weights in [*shapes, (32, 5, single, single)]:
+        inputs = training_inputs(dim, dtype, heads, weights)
+        names = " with weights in ".join(str(one).removeprefix("torch.") for one in (dtype, weights))
+        for padded in (False, True):
+            arguments = *inputs, 1024, 256, padded, 1e-6
+            joint = joint_shapes(inputs[0], inputs[1], inputs[8], 1024, 256, padded)
+            grads = (meta(*shape, dtype=dtype) for shape in (joint[0], joint[1], joint[1]))
+            kind = f"head_dim {dim}, {names}, {'padded' if padded else 'packed'}"
+            launches += [
+                Launch(f"prologue forward, {kind}", forward_triton, arguments),
+                Launch(f"prologue backward, {kind}", backward_triton, (*grads, *arguments)),
+            ]
     return launches

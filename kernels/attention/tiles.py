@@ -56,14 +56,15 @@ def tile_angles(cos, sin, positions, slot, owned, DIM: tl.constexpr, BLOCK: tl.c
     return tl.load(cos + at, mask=mask, other=1.0), tl.load(sin + at, mask=mask, other=0.0)
 
 
-def training_inputs(dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def training_inputs(
+    dim: int, dtype: torch.dtype, heads: int = 28, weights: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
     """The tensors of `rope_attention` without data: two images of 1024 tokens with 256 text tokens each, and
-    the text projection of 16 blocks of a model of width 1792."""
-    heads = 1792 // dim
+    the text projection of 16 blocks. `weights` is the dtype of the norms', which autocast leaves as it is."""
     return (
         meta(2048, 3, heads, dim, dtype=dtype),
         meta(512, 16, 2, heads, dim, dtype=dtype)[:, 1],
-        *(meta(dim, dtype=dtype) for _ in range(3)),
+        *(meta(dim, dtype=weights) for _ in range(3)),
         *(meta(1024, dim // 2, dtype=torch.float32) for _ in range(2)),
         meta(2048, dtype=torch.int64),
         *(meta(3, dtype=torch.int32) for _ in range(2)),

@@ -246,9 +246,13 @@ def add_noise(
 
 
 def configurations() -> Iterator[Launch]:
-    """Latents (16 channels, patch 2) and pixels (patch 32), and a width that no counter divides."""
+    """Latents (16 channels, patch 2) and pixels (patch 32), and a width that no counter divides; the other
+    patches that configurations have, in FP32, in which they come."""
     t, offsets = meta(4, dtype=torch.float32), meta(5, dtype=torch.int32)
     keys = meta(4, dtype=torch.int64)
+    for features in (32, 48, 128, 768):
+        clean = meta(4096, features, dtype=torch.float32)
+        yield Launch(f"drawn P={features}", _drawn_triton, (clean, keys, t, offsets, 1.0, True, 1024))
     for features in (64, 3072, 27):
         for dtype in (torch.bfloat16, torch.float32):
             clean = meta(4096, features, dtype=dtype)

@@ -230,7 +230,7 @@ if HAS_TRITON:
         at = sample.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         tl.store(partial + at, tl.sum(error, 0))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["samples", "chunks"])  # they change from batch to batch
     def flow_loss_mean_fwd_kernel(
         partial,
         cu_seqlens,
@@ -536,13 +536,16 @@ def _among_eligible(negative: Tensor | None, eligible: Tensor) -> Tensor:
 
 
 def configurations() -> Iterator[Launch]:
-    """Latents (16 channels, patch 2) and pixels (patch 32), both predictions, with and without negatives."""
-    for features in (64, 3072):
-        for dtype in (torch.bfloat16, torch.float32):
+    """Latents (16 channels, patch 2) and pixels (patch 32), both predictions, with and without negatives; and
+    the other patches that configurations have, in the dtype in which they predict them."""
+    both, bf16, single = (torch.bfloat16, torch.float32), (torch.bfloat16,), (torch.float32,)
+    for features, dtypes in {64: both, 3072: both, 32: bf16, 128: bf16, 768: bf16, 48: single}.items():
+        for dtype in dtypes:
             output, data = meta(4096, features, dtype=dtype), meta(4096, features, dtype=torch.float32)
             t, offsets = meta(4, dtype=torch.float32), meta(5, dtype=torch.int32)
             negative, loss = meta(4, dtype=torch.int64), meta(dtype=torch.float32)
-            for sample, weight, other in ((False, 0.0, None), (False, 0.05, None), (True, 0.05, negative)):
+            negatives = ((False, 0.05, None), (True, 0.05, negative)) if dtypes == both else ()
+            for sample, weight, other in ((False, 0.0, None), (True, 0.0, None), *negatives):
                 name = f"P={features} {dtype} sample={sample} weight={weight}"
                 arguments = (output, data, data, t, offsets, other, weight, sample, 0.05, 1024)
                 yield Launch(f"forward {name}", forward_triton, arguments)

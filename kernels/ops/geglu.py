@@ -235,9 +235,9 @@ def _liger(gate_up: Tensor) -> Tensor:
 
 
 def configurations() -> Iterator[Launch]:
-    """MLP widths of PRX: 3.5 times 1792 and 3584."""
+    """MLP widths of PRX, 3.5 times 1792 and 3584, and of the FP32 model that is made for a CPU."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for hidden in (6272, 12_544):
+        for hidden in (6272, 12_544, *((560,) if dtype == torch.float32 else ())):
             gate_up, y = meta(4096, 2 * hidden, dtype=dtype), meta(4096, hidden, dtype=dtype)
             yield Launch(f"forward F={hidden} {dtype}", _forward_triton, (gate_up,))
             yield Launch(f"backward F={hidden} {dtype}", _backward_triton, (y, gate_up))

@@ -288,10 +288,14 @@ def _groups(length: int, keep_ratio: float, grid: tuple[int, int] | None) -> tup
 
 
 def configurations() -> Iterator[Launch]:
-    """Pictures of 256 to 2048 pixels as FLUX latents; TREAD's routes and both groups of structured ones."""
+    """Pictures of 256 to 2048 pixels as FLUX latents; TREAD's routes and both groups of structured ones. Of
+    TREAD's every size in between, which mixed aspects and pixels in patches of 32 have."""
     keys, offsets = meta(4, dtype=torch.int64), meta(5, dtype=torch.int32)
     for side in (16, 64, 128):
         for edge, share in ((0, 2), (2, 4), (4, 8)):
             lengths, counts = [side * side] * 4, [side * side // share] * 4
             arguments = (keys, offsets, offsets, lengths, counts, edge, side)
             yield Launch(f"N={side * side} edge={edge}", _route_triton, arguments)
+    for tokens in (512, 1024, 2048):
+        arguments = (keys, offsets, offsets, [tokens] * 4, [tokens // 2] * 4, 0, tokens)
+        yield Launch(f"N={tokens} edge=0", _route_triton, arguments)

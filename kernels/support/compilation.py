@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from millrace.kernels.support import sass
 
@@ -113,6 +114,18 @@ class Resources:
         )
 
 
+class Specialisation(NamedTuple):
+    """What Triton compiles a kernel for, once: two launches that agree in it run the same instructions."""
+
+    file: str
+    """Module in `millrace.kernels`."""
+    kernel: str
+    arguments: tuple[tuple[str, str, Any], ...]
+    """(name, type, what is known of the value) of each: a multiple of 16, a constant."""
+    options: tuple[tuple[str, Any], ...]
+    """Warps, stages and the like, as the launch gives them."""
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
     """(module name, launch) of every file in `millrace.kernels` that has `configurations()`."""
     package = importlib.import_module("millrace.kernels")
@@ -148,6 +161,47 @@ def compile_launch(launch: Launch, architecture: int) -> list[Resources]:
     return [_resources(kernel, report) for kernel, report in compiled]
 
 
+@contextmanager
+def recording(architecture: int) -> Iterator[list[Specialisation]]:
+    """Kernels started inside are neither compiled nor run; what they would be compiled for is listed."""
+    noted: list[Specialisation] = []
+
+    def note(function: Any, *arguments: Any, **options: Any) -> None:
+        # A fake tensor will not tell its address, which is 0 plus an offset, as a meta tensor's is.
+        arguments = tuple(_meta_of(argument) for argument in arguments)
+        options = {name: _meta_of(option) for name, option in options.items()}
+        del options["grid"], options["warmup"]
+        *_, binder = function.device_caches[f"sm_{architecture}"]
+        _, found, rest = binder(*arguments, **options, debug=False)
+        names = (parameter.name for parameter in function.params)
+        noted.append(
+            Specialisation(
+                function.fn.__module__.removeprefix("millrace.kernels.").removeprefix("ops."),
+                function.fn.__name__,
+                tuple((name, *about) for name, about in zip(names, found, strict=True)),
+                tuple(sorted(rest.items())),
+            )
+        )
+
+    with _instead_of_running(architecture, note):
+        yield noted
+
+
+def specialisations(launch: Launch, architecture: int) -> list[Specialisation]:
+    """What the kernels of a launch are compiled for, without compiling them."""
+    with recording(architecture) as noted:
+        launch.launcher(*launch.arguments)
+    return noted
+
+
+def _meta_of(argument: Any) -> Any:
+    if not isinstance(argument, FakeTensor):
+        return argument
+    with unset_fake_temporarily():
+        storage = torch.empty(0, dtype=argument.dtype, device="meta")
+        return storage.as_strided(argument.shape, argument.stride(), argument.storage_offset())
+
+
 def problems(launch: Launch, resources: Resources, architecture: int) -> list[str]:
     """Why a kernel must not be shipped like this.
 
@@ -172,10 +226,7 @@ def problems(launch: Launch, resources: Resources, architecture: int) -> list[st
 @contextmanager
 def _compiling(architecture: int) -> Iterator[list[tuple[Any, str]]]:
     """Kernels started inside are compiled for `architecture` and listed, each with the assembler's report."""
-    global _compiling_for
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     run, compiled = JITFunction.run, []
@@ -186,23 +237,34 @@ def _compiling(architecture: int) -> Iterator[list[tuple[Any, str]]]:
         # A kernel that this process has compiled before comes without a log.
         compiled.append((kernel, _reports.setdefault(kernel.hash, log.getvalue())))
 
+    with (
+        _instead_of_running(architecture, compile_only),
+        knobs.nvidia.scope(),
+        knobs.compilation.scope(),
+    ):
+        # Spills are told in the assembler's log alone, and a kernel out of the cache has none.
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        yield compiled
+
+
+@contextmanager
+def _instead_of_running(architecture: int, start: Callable[..., None]) -> Iterator[None]:
+    """Inside, `start` gets every kernel that is started, on a device of `architecture` that is not there."""
+    global _compiling_for
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
     # What Triton asks of a driver before it compiles. It remembers kernels by device: one an architecture.
     stand_in = mock.Mock(spec_set=("get_current_device", "get_current_stream", "get_current_target"))
     stand_in.get_current_device.return_value = f"sm_{architecture}"
     stand_in.get_current_target.return_value = GPUTarget("cuda", architecture, 32)
-    _compiling_for = architecture
+    before, _compiling_for = _compiling_for, architecture
     try:
-        with (
-            mock.patch.object(driver, "_active", stand_in),
-            mock.patch.object(JITFunction, "run", compile_only),
-            knobs.nvidia.scope(),
-            knobs.compilation.scope(),
-        ):
-            # Spills are told in the assembler's log alone, and a kernel out of the cache has none.
-            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
-            yield compiled
+        with mock.patch.object(driver, "_active", stand_in), mock.patch.object(JITFunction, "run", start):
+            yield
     finally:
-        _compiling_for = None
+        _compiling_for = before
 
 
 def _resources(kernel: Any, report: str) -> Resources:

@@ -63,14 +63,15 @@ def add_partial_sums(partial: Tensor) -> Tensor:
 
 
 def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
-    """What row kernels are compiled for ahead of time: 32 images of 256 and of 1024 tokens.
+    """What row kernels are compiled for ahead of time: 32 images, whole and with some of their tokens routed.
 
-    Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM, offsets,
-    statistics (T,), longest sample.
+    Between them every number of rows of a program (`row_launch`) at the width of PRX-1.2B, and the FP32 model
+    that is made for a CPU. Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM,
+    offsets, statistics (T,), longest sample.
     """
-    for width in (1792, 3584):
-        for tokens in (256, 1024):
-            dtype = torch.bfloat16
+    shapes = {(1792, torch.bfloat16): (32, 64, 128, 256, 1024), (3584, torch.bfloat16): (256, 1024)}
+    for (width, dtype), lengths in (shapes | {(160, torch.float32): (64,)}).items():
+        for tokens in lengths:
             vectors = meta(32, 16 * 6 * width, dtype=dtype)[:, width : 2 * width]
             statistics = meta(32 * tokens, dtype=torch.float32)
             x, offsets = meta(32 * tokens, width, dtype=dtype), meta(33, dtype=torch.int32)
