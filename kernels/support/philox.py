@@ -7,14 +7,16 @@ The conversions to float are those of `triton.language.randn4x`, so that a Trito
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from millrace.kernels.support.checks import expect_offsets, expect_shape
+from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.keys import GOLDEN, MIX, stream_key
 from millrace.kernels.support.packed import rows_from_samples
-from millrace.kernels.support.registration import HAS_TRITON
+from millrace.kernels.support.registration import HAS_TRITON, register
 
 if HAS_TRITON:
     import triton
@@ -23,13 +25,18 @@ if HAS_TRITON:
 _MASK = 0xFFFFFFFF
 _KEYS = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_BLOCK = 256
 
 torch.compiler.assume_constant_result(stream_key)  # hashes a string, which dynamo would trace into
 
 
 def sample_keys(seed: int, sample_index: Tensor, purpose: str) -> Tensor:
     """Keys (B,) int64 of samples `sample_index` (B,) int64: `hash_key(stream_key(seed, purpose) ^ index)`."""
-    z = (sample_index ^ _signed(stream_key(seed, purpose))) + _signed(GOLDEN)
+    return _sample_keys(sample_index, _signed(stream_key(seed, purpose)))
+
+
+def _keys_eager(sample_index: Tensor, stream: int) -> Tensor:
+    z = (sample_index ^ stream) + _signed(GOLDEN)
     z = (z ^ _shift(z, 30)) * _signed(MIX[0])
     z = (z ^ _shift(z, 27)) * _signed(MIX[1])
     return z ^ _shift(z, 31)
@@ -71,8 +78,12 @@ def _unit(word: Tensor) -> Tensor:
 def uniform(keys: Tensor, count: int = 1) -> Tensor:
     """Uniform [0, 1) FP32 (B, count) from `keys` (B,) int64."""
     expect_shape("keys", keys, "B")
+    return _uniform(keys, count)
+
+
+def _uniform_eager(keys: Tensor, count: int) -> Tensor:
     words = philox(keys[:, None], torch.arange(math.ceil(count / 4), device=keys.device)[None])
-    return torch.stack([_unit(word) for word in words], dim=-1).flatten(1)[:, :count]
+    return torch.stack([_unit(word) for word in words], dim=-1).flatten(1)[:, :count].contiguous()
 
 
 def normal(
@@ -130,3 +141,79 @@ if HAS_TRITON:
         first, second = _box_muller(a, b)
         third, fourth = _box_muller(c, d)
         return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (counter.shape[0], 4))
+
+    @triton.jit
+    def uniform_fwd_kernel(keys, out, count, total, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        key = tl.load(keys + at // count, mask=at < total, other=0)
+        tl.store(out + at, uniform_at(key, (at % count).to(tl.int32)), mask=at < total)
+
+    @triton.jit(do_not_specialize=["stream"])
+    def sample_keys_fwd_kernel(
+        sample_index,
+        keys,
+        stream,
+        total,
+        GOLDEN: tl.constexpr,
+        FIRST: tl.constexpr,
+        SECOND: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        index = tl.load(sample_index + at, mask=at < total, other=0)
+        z = (index ^ stream.to(tl.int64)).to(tl.uint64, bitcast=True) + GOLDEN
+        z = (z ^ (z >> 30)) * FIRST
+        z = (z ^ (z >> 27)) * SECOND
+        tl.store(keys + at, (z ^ (z >> 31)).to(tl.int64, bitcast=True), mask=at < total)
+
+
+def _uniform_triton(keys: Tensor, count: int) -> Tensor:
+    keys, out = keys.contiguous(), _uniform_fake(keys, count)
+    total = out.numel()
+    if total:
+        uniform_fwd_kernel[(triton.cdiv(total, _BLOCK),)](keys, out, count, total, BLOCK=_BLOCK, num_warps=4)
+    return out
+
+
+def _keys_triton(sample_index: Tensor, stream: int) -> Tensor:
+    sample_index, keys = sample_index.contiguous(), _keys_fake(sample_index, stream)
+    total = keys.numel()
+    if total:
+        constants = {"GOLDEN": GOLDEN, "FIRST": MIX[0], "SECOND": MIX[1], "BLOCK": _BLOCK}
+        grid = (triton.cdiv(total, _BLOCK),)
+        sample_keys_fwd_kernel[grid](sample_index, keys, stream, total, **constants, num_warps=4)
+    return keys
+
+
+def _uniform_fake(keys: Tensor, count: int) -> Tensor:
+    return keys.new_empty(keys.shape[0], count, dtype=torch.float32)
+
+
+def _keys_fake(sample_index: Tensor, stream: int) -> Tensor:
+    return sample_index.new_empty(sample_index.shape)
+
+
+# Operators, because plain PyTorch takes some 200 kernels for a draw of a few numbers, which on a GPU is a
+# millisecond of launches in every step.
+_uniform = register(
+    "uniform(Tensor keys, SymInt count) -> Tensor",
+    eager=_uniform_eager,
+    triton=_uniform_triton,
+    fake=_uniform_fake,
+    dtypes=(torch.int64,),
+)
+_sample_keys = register(
+    "sample_keys(Tensor sample_index, int stream) -> Tensor",
+    eager=_keys_eager,
+    triton=_keys_triton,
+    fake=_keys_fake,
+    dtypes=(torch.int64,),
+)
+
+
+def configurations() -> Iterator[Launch]:
+    """The draws of 32 samples' times and dropped paths."""
+    index = meta(32, dtype=torch.int64)
+    yield Launch("keys", _keys_triton, (index, -5))
+    for count in (1, 3):
+        yield Launch(f"uniform count={count}", _uniform_triton, (index, count))

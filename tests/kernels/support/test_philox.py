@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from millrace.kernels.support import philox as philox_module
 from millrace.kernels.support.keys import hash_key, stream_key
 from millrace.kernels.support.philox import normal, philox, sample_keys, uniform
 
@@ -81,6 +83,41 @@ def test_keys_differ_by_seed_purpose_and_sample():
     index = torch.arange(1000)
     keys = [sample_keys(seed, index, purpose) for seed in (0, 1, 2) for purpose in ("noise", "time", "route")]
     assert torch.cat(keys).unique().numel() == 9000
+
+
+@pytest.mark.parametrize(("samples", "count"), [(1, 1), (32, 3), (300, 5), (7, 0), (0, 4)])
+def test_draws_are_well_registered(samples, count, device):
+    """opcheck, one graph, strided keys, and the same numbers as the plain PyTorch that FP64 operators get."""
+    index = torch.arange(2 * samples, device=device)[::2] * 10**15 - 7
+    keys = sample_keys(3, index, "time")
+    assert torch.equal(keys, philox_module._keys_eager(index, philox_module._signed(stream_key(3, "time"))))
+    assert torch.equal(uniform(keys, count), philox_module._uniform_eager(keys, count))
+    torch.library.opcheck(torch.ops.millrace.sample_keys.default, (index, -5))
+    torch.library.opcheck(torch.ops.millrace.uniform.default, (keys, count))
+
+    def draw(index):
+        return uniform(sample_keys(3, index, "time"), count)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(index), draw(index))
+
+
+class _Count(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_draw_is_two_operators(count, device):
+    """Each is one kernel on CUDA, where a chain of elementwise ones would be 200 launches."""
+    index = torch.arange(32, device=device)
+    with _Count() as counted:
+        uniform(sample_keys(0, index, "time"), count)
+    assert counted.calls == 2
 
 
 def expected_uniform(word):

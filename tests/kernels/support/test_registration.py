@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import millrace.kernels
 from millrace import kernels
 from millrace.kernels.support import registration
+from millrace.kernels.support.philox import uniform
 from millrace.kernels.support.registration import FLOATS, HAS_TRITON, INTERPRETING
 
 FILES = sorted(Path(millrace.kernels.__file__).parent.rglob("*.py"))
@@ -71,6 +72,7 @@ def run_every_operation(device):
     kernels.add_noise(plain, plain, t, offsets)
     kernels.add_noise(plain, samples, t, offsets)
     kernels.newton_schulz(torch.randn(1, 130, 140, device=device), steps=1)  # one tile is left to cuBLAS
+    uniform(samples, 3)
     for structured in (False, True):
         kernels.sample_route(offsets, 0.5, 0, samples, (2, 2), structured)
 
