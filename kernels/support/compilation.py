@@ -34,6 +34,12 @@ class Chip(NamedTuple):
     blocks: int
     tensor_cores: str
     """The instruction that reaches the chip's full rate, by its name in `_INSTRUCTIONS`."""
+    lanes: int = 32
+    """Threads of a warp."""
+    registers: int = 65536
+    """Of a multiprocessor."""
+    portion: int = 256
+    """Registers that a warp gets at a time."""
 
 
 CHIPS = {
@@ -44,9 +50,9 @@ CHIPS = {
     100: Chip(227, 228, 64, 32, "tcgen05"),
     103: Chip(227, 228, 64, 32, "tcgen05"),
     120: Chip(99, 100, 48, 24, "mma"),
+    942: Chip(64, 64, 32, 32, "mfma", lanes=64, registers=131072, portion=512),
 }
-REGISTERS = 65536
-"""Of a multiprocessor, the same on every chip; a warp gets them in portions of 256."""
+"""942 is AMD's gfx942, for information: nothing of the engine has been tried there."""
 
 _INSTRUCTIONS = {
     "tcgen05": r"tcgen05\.mma",
@@ -105,13 +111,11 @@ class Resources:
     def occupancy(self, architecture: int) -> int:
         """Blocks that run at the same time on one multiprocessor."""
         chip = CHIPS[architecture]
-        warp = -(-32 * self.registers // 256) * 256
-        return min(
-            chip.blocks,
-            chip.warps // self.num_warps,
-            REGISTERS // warp // self.num_warps,
-            1024 * chip.shared // (self.shared_bytes + 1024),
-        )
+        warp = -(-chip.lanes * self.registers // chip.portion) * chip.portion
+        reserved = 1024 * (chip.shared - chip.block_shared)
+        by_shared = 1024 * chip.shared // max(self.shared_bytes + reserved, 1)
+        by_registers = chip.registers // warp // self.num_warps
+        return min(chip.blocks, chip.warps // self.num_warps, by_registers, by_shared)
 
 
 class Specialisation(NamedTuple):
@@ -258,7 +262,8 @@ def _instead_of_running(architecture: int, start: Callable[..., None]) -> Iterat
     # What Triton asks of a driver before it compiles. It remembers kernels by device: one an architecture.
     stand_in = mock.Mock(spec_set=("get_current_device", "get_current_stream", "get_current_target"))
     stand_in.get_current_device.return_value = f"sm_{architecture}"
-    stand_in.get_current_target.return_value = GPUTarget("cuda", architecture, 32)
+    target = GPUTarget("hip", "gfx942", 64) if architecture == 942 else GPUTarget("cuda", architecture, 32)
+    stand_in.get_current_target.return_value = target
     before, _compiling_for = _compiling_for, architecture
     try:
         with mock.patch.object(driver, "_active", stand_in), mock.patch.object(JITFunction, "run", start):
@@ -267,7 +272,30 @@ def _instead_of_running(architecture: int, start: Callable[..., None]) -> Iterat
         _compiling_for = before
 
 
+def _resources_on_amd(kernel: Any) -> Resources:
+    text = kernel.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:?\s+(\d+)", text)[1])
+
+    return Resources(
+        kernel=kernel.metadata.name,
+        registers=number("vgpr_count"),
+        spill_bytes=4 * number("vgpr_spill_count"),
+        stack_bytes=number("private_segment_fixed_size"),
+        static_shared_bytes=0,
+        dynamic_shared_bytes=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        num_stages=kernel.metadata.num_stages,
+        loop_local=0,
+        overwritten=(),
+        instructions=("mfma",) if "v_mfma" in text else (),
+    )
+
+
 def _resources(kernel: Any, report: str) -> Resources:
+    if "amdgcn" in kernel.asm:
+        return _resources_on_amd(kernel)
     if "Used" not in report:
         raise RuntimeError(f"{kernel.metadata.name}: Triton printed no assembler report: {report!r}")
 

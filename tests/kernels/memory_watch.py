@@ -22,6 +22,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, TensorHandle
 
+import millrace.kernels.support.registration  # noqa: F401 - installs Builder, and may not do so over the watch
 from millrace.kernels.support.interpreter import Builder
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

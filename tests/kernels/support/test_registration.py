@@ -122,10 +122,10 @@ def test_every_operator_with_kernels_launches_them(device, monkeypatch):
 @pytest.mark.parametrize("is_cuda", [False, True], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("dtypes", [FLOATS, (torch.int64,)], ids=["floats", "keys"])
 def test_device_and_dtype_of_the_first_argument_choose(dtypes, is_cuda):
-    """FP64 has no kernels; BF16 is wrong in the interpreter."""
+    """FP64 has no kernels."""
     for dtype in (*FLOATS, torch.float64, torch.int64):
         tensor = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-        has = HAS_TRITON if is_cuda else INTERPRETING and dtype != torch.bfloat16
+        has = HAS_TRITON if is_cuda else INTERPRETING
         assert registration.uses_triton(tensor, dtypes) == (has and dtype in dtypes)
 
 
