@@ -68,7 +68,7 @@ torch-versions:
 	for version in $(TORCH); do \
 	    $(PYTHON) -m venv build/torch-$$version && \
 	    build/torch-$$version/bin/pip install --quiet "torch==$$version.*" triton numpy pytest pytest-timeout \
-	        "setuptools>=77" && \
+	        "setuptools>=77,<82" && \
 	    build/torch-$$version/bin/pip install --quiet --no-deps --no-build-isolation --editable . && \
 	    build/torch-$$version/bin/python -m pytest -q tests/kernels tests/csrc || exit 1; done
 

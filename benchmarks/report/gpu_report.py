@@ -269,7 +269,7 @@ def environment_with_millrace(python: str) -> tuple[dict[str, str], str]:
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    hint = "pip install 'setuptools>=77' mends it"
+    hint = "pip install 'setuptools>=77,<82' mends it"
     return environment, f"on the path, because it cannot be installed ({last}); {hint}"
 
 

@@ -154,7 +154,7 @@ def _resources(resources: Result | None, module: str) -> str:
     if module == "rope_attention":
         parts |= {row["file"] for row in resources["kernels"] if row["file"].startswith("attention.")}
     lines = [
-        f"| `{row['file']}.{row['kernel']}` | sm_{row['architecture']} | {row['registers']} | "
+        f"| `{row['file']}.{row['kernel']}` | sm_{row['chip']} | {row['registers']} | "
         f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.1f} |"
         for row in resources["kernels"]
         if row["file"] in parts

@@ -23,6 +23,7 @@ from tests.engine.host_reads import HostReads
 ROOT = Path(__file__).resolve().parents[2]
 
 OUTSIDE = {
+    "kernels/support/accuracy.py": "judges results in tests and benchmarks",
     "engine/config": "has no tensors",
     "engine/data": "makes batches on the host, beside the step",
     "engine/checkpoint": "a checkpoint waits as long as it takes",
