@@ -1,7 +1,8 @@
 """What every Triton kernel takes of each chip: registers, occupancy, local memory in loops, shared memory.
 
 python -m benchmarks resources                            # every chip, and results/resources.json
-python -m benchmarks resources --only geglu --chips 90    # the launches of one file of kernels/ on one chip
+python -m benchmarks resources --only geglu               # one file of kernels/; its rows in that file are new
+python -m benchmarks resources --only geglu --chips 90    # on one chip; writes nothing
 
 Kernels are compiled, not run, so this needs Triton but no GPU. The file holds the most that any launch of a
 kernel takes, and depends on nothing but the sources and the versions that it names. The exit code is 1 if a
@@ -9,6 +10,7 @@ kernel accesses local memory in a loop, takes more than the chip has, or does no
 that it is written for; what is wrong stands in the file as well.
 """
 
+import json
 import os
 import time
 from collections import defaultdict
@@ -28,6 +30,7 @@ from millrace.kernels.support.compilation import CHIPS, Launch, compile_launch, 
 from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING
 
 Row = dict[str, Any]
+RECORDED = RESULTS / "resources.json"
 MOST = ("registers", "spill_bytes", "loop_local", "shared_bytes")
 
 
@@ -38,7 +41,7 @@ def main() -> int:
     add("--only", metavar="FILE", help="name of one file of kernels/, such as geglu")
     add("--chips", nargs="+", type=int, choices=CHIPS, default=list(CHIPS), metavar="N", help="default all")
     add("--processes", type=int, default=os.cpu_count(), metavar="N", help="default one a core")
-    add("--output", type=Path, help="JSON file; default results/resources.json, none with --only or --chips")
+    add("--output", type=Path, help="JSON file; default results/resources.json, none with --chips")
     arguments = parser.parse_args()
     chosen = [i for i, (file, _) in enumerate(declared()) if arguments.only in (None, file)]
     if not chosen:
@@ -62,13 +65,25 @@ def main() -> int:
         "kernels": summary(rows),
     }
     print(report.table(content["kernels"]).text())
-    whole = arguments.only is None and arguments.chips == list(CHIPS)
-    if output := arguments.output or (RESULTS / "resources.json" if whole else None):
+    if arguments.output is None and arguments.chips == list(CHIPS):
+        arguments.output = RECORDED
+        if arguments.only:
+            content = renewed(json.loads(RECORDED.read_text()), content)
+    if output := arguments.output:
         write(output, content)
         print(f"written to {output}")
     faults = [f"{row['file']}: {row['launch']}: {wrong}" for row in rows for wrong in row["problems"]]
     print(*faults, sep="\n")
     return int(bool(faults))
+
+
+def renewed(recorded: Row, content: Row) -> Row:
+    """What was recorded, with the rows of the files that were compiled anew. Raises UserError."""
+    if recorded["versions"] != content["versions"]:
+        raise UserError(f"{RECORDED} was written by other versions: run it without --only")
+    files = {row["file"] for row in content["kernels"]}
+    rows = [row for row in recorded["kernels"] if row["file"] not in files] + content["kernels"]
+    return recorded | {"kernels": sorted(rows, key=lambda row: (row["file"], row["kernel"], row["chip"]))}
 
 
 @cache

@@ -142,13 +142,13 @@ if HAS_TRITON:
         third, fourth = _box_muller(c, d)
         return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (counter.shape[0], 4))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["total"])
     def uniform_fwd_kernel(keys, out, count, total, BLOCK: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         key = tl.load(keys + at // count, mask=at < total, other=0)
         tl.store(out + at, uniform_at(key, (at % count).to(tl.int32)), mask=at < total)
 
-    @triton.jit(do_not_specialize=["stream"])
+    @triton.jit(do_not_specialize=["stream", "total"])
     def sample_keys_fwd_kernel(
         sample_index,
         keys,
@@ -214,6 +214,7 @@ _sample_keys = register(
 def configurations() -> Iterator[Launch]:
     """The draws of 32 samples' times and dropped paths."""
     index = meta(32, dtype=torch.int64)
-    yield Launch("keys", _keys_triton, (index, -5))
+    # A stream is a hash: one of 64 bits, and so an int64 to Triton.
+    yield Launch("keys", _keys_triton, (index, -(2**62) - 5))
     for count in (1, 3):
         yield Launch(f"uniform count={count}", _uniform_triton, (index, count))

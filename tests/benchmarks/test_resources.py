@@ -45,6 +45,19 @@ def test_writes_the_most_of_every_launch(tmp_path, command, capsys):
     assert max(int(line.split()[2]) for line in launched) == found["geglu_bwd_kernel"]["registers"]
 
 
+def test_rows_of_one_file_are_renewed():
+    def row(file, chip, registers):
+        return {"file": file, "kernel": "k", "chip": chip, "registers": registers}
+
+    recorded = {"versions": {"triton": "3"}, "minutes": 9, "kernels": [row("a", 80, 1), row("c", 80, 1)]}
+    fresh = {"versions": {"triton": "3"}, "minutes": 1, "kernels": [row("c", 90, 2), row("c", 80, 3)]}
+    found = resources.renewed(recorded, fresh)
+    assert found["kernels"] == [row("a", 80, 1), row("c", 80, 3), row("c", 90, 2)]
+    assert found["minutes"] == 9, "of the whole"
+    with pytest.raises(UserError, match="other versions"):
+        resources.renewed(recorded, fresh | {"versions": {"triton": "4"}})
+
+
 @compiles
 def test_says_what_does_not_fit(monkeypatch, tmp_path, command, capsys):
     geglu = importlib.import_module("millrace.kernels.ops.geglu")
