@@ -1,7 +1,7 @@
 """What every Triton kernel takes of each chip: registers, occupancy, local memory in loops, shared memory.
 
-python -m benchmarks resources                            # every chip, and results/resources.json
-python -m benchmarks resources --only geglu               # one file of kernels/; its rows in that file are new
+python -m benchmarks resources                            # every chip; writes results/resources.json
+python -m benchmarks resources --only geglu               # one file of kernels/; renews its rows there
 python -m benchmarks resources --only geglu --chips 90    # on one chip; writes nothing
 
 Kernels are compiled, not run, so this needs Triton but no GPU. The file holds the most that any launch of a
