@@ -33,6 +33,16 @@ MASKED_SDPA_ORDER = [backend for backend in SDPA_ORDER if backend != SDPBackend.
 zero (pytorch issue 196678)."""
 
 
+INSTALL_FLASH_ATTENTION = "pip install 'flash-attn-4>=4.0.0b36'"
+"""A wheel: no compiler is needed. With a version, because pip skips pre-releases, and there are no others."""
+
+
+MOST_QUERIES = 512
+"""Of a sample, up to which `auto` may take the fused kernels. They normalise and rotate every key again for
+each block of queries, so a library's kernels gain on them as spans grow. At head_dim 128 their tiles are
+small, and their backward pass reaches less than half of a library's."""
+
+
 _SMALL = 4096
 """Logits of a sample and head up to which one call for all samples beats a call for each on the CPU: with 32
 samples of 16 queries and 28 keys it takes 0.43 of the time, with 4 of 64 and 256 they are equal."""
@@ -138,7 +148,7 @@ def flash_attention(inputs: Inputs, eps: float, scale: float) -> Tensor:
     """The newest installed flash-attn: 4 (`flash_attn.cute`) or 3 on Hopper and later, else 2."""
     match _newest_flash_attention(inputs.qkv.get_device()):
         case "flash_attn.cute":
-            from flash_attn.cute import flash_attn_varlen_func
+            flash_attn_varlen_func = _flash_attention_4
         case "flash_attn_interface":
             from flash_attn_interface import flash_attn_varlen_func
         case _:
@@ -153,20 +163,59 @@ def flash_attention(inputs: Inputs, eps: float, scale: float) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+@torch.compiler.disable
+def _flash_attention_4(*joint: Tensor, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    """Between the graphs of `torch.compile`: this is no operator, and compiles kernels itself when called."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*joint, **settings)
+
+
 @torch.compiler.assume_constant_result
 def _newest_flash_attention(device: int) -> str:
-    hopper = device >= 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+    capability = torch.cuda.get_device_capability(device) if device >= 0 else (0, 0)
     # flash-attn 2 carries a folder `cute` too, of an early version 4 with other arguments.
-    if hopper and is_installed("flash-attn-4") and is_importable("flash_attn.cute"):
+    if capability >= (9, 0) and is_installed("flash-attn-4") and is_importable("flash_attn.cute"):
         return "flash_attn.cute"
-    if hopper and is_importable("flash_attn_interface"):
+    if capability[0] == 9 and is_importable("flash_attn_interface"):
         return "flash_attn_interface"
     if is_importable("flash_attn.flash_attn_interface"):
         return "flash_attn"
     raise ImportError(
         "attention backend 'flash_attn' needs flash-attn: pip install flash-attn --no-build-isolation "
-        "(or, for Hopper and later: pip install --pre flash-attn-4)"
+        f"(or, for Hopper and later, without a compiler: {INSTALL_FLASH_ATTENTION})"
     )
+
+
+@torch.compiler.assume_constant_result
+def has_newer_flash_attention(device: int) -> bool:
+    """Whether FlashAttention-4 or -3, faster than torch's own version 2, is there for this CUDA device."""
+    if not gains_from_newer_flash_attention(device):
+        return False
+    try:
+        return _newest_flash_attention(device) != "flash_attn"
+    except ImportError:
+        return False
+
+
+def gains_from_newer_flash_attention(device: int) -> bool:
+    """Whether a CUDA device is a Hopper or a data centre Blackwell, which FlashAttention-4 is written for."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def implementation(backend: str, device: int) -> str:
+    """What a backend that can run here is on a CUDA device, for people."""
+    match backend:
+        case "sdpa":
+            return "torch's SDPA, cuDNN first"
+        case "varlen":
+            return "torch's FlashAttention-2"
+        case "triton":
+            return "own fused kernels"
+        case "flash_attn":
+            versions = {"flash_attn.cute": 4, "flash_attn_interface": 3, "flash_attn": 2}
+            return f"FlashAttention-{versions[_newest_flash_attention(device)]}"
+    return backend
 
 
 def xformers(inputs: Inputs, eps: float, scale: float) -> Tensor:
@@ -209,14 +258,28 @@ def obstacles(device: int) -> dict[str, Obstacle]:
     }
 
 
-def takes_head_dim(backend: str, dim: int) -> bool:
-    """Whether the kernels of a backend that runs here take this head_dim."""
+def refusal(backend: str, dim: int, queries: int) -> str | None:
+    """Why `auto` does not take a backend that can run here, for this head_dim and longest span of queries."""
     match backend:
-        case "triton":
-            return dim in HEAD_DIMS
-        case "varlen" | "flash_attn":
-            return dim % 8 == 0 and dim <= 256
-    return True
+        case "triton" if dim not in HEAD_DIMS:
+            return "it does not take this head_dim"
+        case "triton" if dim > 64:
+            return "it is kept to head_dims of at most 64"
+        case "triton" if queries > MOST_QUERIES:
+            return f"it is kept to spans of at most {MOST_QUERIES} queries"
+        case "varlen" | "flash_attn" if dim % 8 or dim > 256:
+            return "it does not take this head_dim"
+    return None
+
+
+def default(uniform: bool, device: int, dim: int) -> str:
+    """The backend for 16 bit on a CUDA device of which nothing is measured."""
+    if uniform:
+        return "sdpa"
+    # FlashAttention-4 takes up to 128 on Blackwell.
+    if dim % 8 == 0 and dim <= 128 and has_newer_flash_attention(device):
+        return "flash_attn"
+    return "varlen" if refusal("varlen", dim, 0) is None else "sdpa"
 
 
 def _nothing() -> None:

@@ -107,31 +107,47 @@ def chosen_backend(
 
     On CUDA in 16 bit the fastest measured on this GPU for the shape class (`rope_attention_uniform` where all
     samples have as many image and as many text tokens, else `rope_attention_ragged`), where `measured.json`
-    names one that can run here. Else `varlen` for ragged batches, without padding, if it takes the head_dim;
-    everything else goes to `sdpa`.
+    names one that can run here; the fused kernels only at a head_dim of at most 64 and for at most 512
+    queries a sample. Else `sdpa` for uniform batches, and for ragged ones, without padding, an installed
+    FlashAttention-4 or -3 on Hopper and data centre Blackwell, or `varlen`. Everything else goes to `sdpa`.
     """
     samples = cu_seqlens.shape[0] - 1
     images = is_uniform(qkv.shape[0], samples, max_seqlen)
     uniform = images and is_uniform(text_kv.shape[0], samples, max_seqlen_text)
-    return _choice(uniform, qkv.device, qkv.dtype, qkv.shape[3])[0]
+    return _choice(uniform, qkv.device, qkv.dtype, qkv.shape[3], max_seqlen)[0]
 
 
 def describe_choice(device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """One line for people: what `auto` takes on a device for a dtype and head_dim, and whether measured."""
+    """One line for people: what `auto` takes on a device for a dtype and head_dim, whether measured on this
+    GPU, and what to install for a faster one."""
     if not _has_choice(device, dtype):
         return f"sdpa (no other backend for {dtype} on {device.type})".replace("torch.", "")
-    taken = [(kind, *_choice(kind == "uniform", device, dtype, dim)) for kind in ("uniform", "ragged")]
-    return ", ".join(
-        f"{name} for {kind} batches ({'measured' if measured else 'not measured'} on this GPU)"
-        for kind, name, measured in taken
-    )
+    index = device.index or 0
+    parts, taken = [], set()
+    for kind in ("uniform", "ragged"):
+        spans = [_choice(kind == "uniform", device, dtype, dim, n) for n in (1, backends.MOST_QUERIES + 1)]
+        names = [
+            f"{name} ({backends.implementation(name, index)}; {'measured' if measured else 'not measured'})"
+            for name, measured in spans
+        ]
+        taken.update(name for name, _ in spans)
+        short = f"{names[0]} up to {backends.MOST_QUERIES} queries and " if names[0] != names[1] else ""
+        parts.append(f"{short}{names[1]} for {kind} batches")
+    line = ", ".join(parts)
+    if "varlen" in taken and backends.gains_from_newer_flash_attention(index):
+        line += (
+            f"; faster for ragged batches on this GPU is FlashAttention-4: {backends.INSTALL_FLASH_ATTENTION}"
+        )
+    return line
 
 
 def _has_choice(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
-def _choice(uniform: bool, device: torch.device, dtype: torch.dtype, dim: int) -> tuple[str, bool]:
+def _choice(
+    uniform: bool, device: torch.device, dtype: torch.dtype, dim: int, queries: int
+) -> tuple[str, bool]:
     """Backend, and whether `measured.json` names it."""
     if not _has_choice(device, dtype):
         return "sdpa", False
@@ -139,21 +155,23 @@ def _choice(uniform: bool, device: torch.device, dtype: torch.dtype, dim: int) -
     index = device.index or 0
     measured = _measured(kind, index)
     if measured is not None:
-        if backends.takes_head_dim(measured, dim):
+        reason = backends.refusal(measured, dim, queries)
+        if reason is None:
             return measured, True
-        _refuse_head_dim(kind, index, measured)
-    return "sdpa" if uniform or not backends.takes_head_dim("varlen", dim) else "varlen", False
+        _refuse(kind, index, measured, reason)
+    return backends.default(uniform, index, dim), False
 
 
-# Constants for Dynamo, which traces neither files nor logs; head_dim stays out, for it may be symbolic.
+# Constants for Dynamo, which traces neither files nor logs; head_dim and spans stay out, for they may be
+# symbolic.
 @torch.compiler.assume_constant_result
 def _measured(shape_class: str, device: int) -> str | None:
     return measured_choice(shape_class, device, backends.obstacles(device))
 
 
 @torch.compiler.assume_constant_result
-def _refuse_head_dim(shape_class: str, device: int, backend: str) -> None:
-    warn_unusable(shape_class, device, backend, "it does not take this head_dim")
+def _refuse(shape_class: str, device: int, backend: str, reason: str) -> None:
+    warn_unusable(shape_class, device, backend, reason)
 
 
 def reference(inputs: Inputs, eps: float, scale: float) -> Tensor:

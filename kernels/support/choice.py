@@ -73,7 +73,7 @@ def warn_unusable(operation: str, device: int, implementation: str, obstacle: st
     if choice not in _told:
         _told.add(choice)
         _log.warning(
-            "%s: measured.json names %r for %s, which cannot run here: %s; the default is taken",
+            "%s: measured.json names %r for %s, which is not taken here: %s; the default is",
             operation,
             implementation,
             choice[0],

@@ -146,6 +146,18 @@ def test_says_what_to_install(backend, line, arguments, monkeypatch):
         rope_attention(**arguments, backend=backend)
 
 
+@pytest.fixture
+def install(monkeypatch):
+    """A GPU of a capability with these modules and no others; by default those of version 4 come from it."""
+
+    def build(capability, modules, distribution="flash-attn-4"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(backends, "is_importable", lambda module: module in modules)
+        monkeypatch.setattr(backends, "is_installed", lambda name: name == distribution)
+
+    return build
+
+
 @pytest.mark.parametrize(
     ("capability", "modules", "distribution", "version"),
     [
@@ -154,14 +166,18 @@ def test_says_what_to_install(backend, line, arguments, monkeypatch):
         ((9, 0), {FLASH_ATTN_4, "cutlass", FLASH_ATTN_2}, "flash-attn", "flash_attn"),
         ((9, 0), {FLASH_ATTN_2}, "flash-attn-4", "flash_attn"),
         ((10, 0), {FLASH_ATTN_2}, "flash-attn", "flash_attn"),
+        (
+            (10, 0),
+            {"flash_attn_interface", FLASH_ATTN_2},
+            "flash-attn",
+            "flash_attn",
+        ),  # 3 is for Hopper alone
         ((8, 0), {FLASH_ATTN_4, "flash_attn_interface", FLASH_ATTN_2}, "flash-attn-4", "flash_attn"),
     ],
 )
-def test_takes_the_newest_flash_attn(capability, modules, distribution, version, monkeypatch):
+def test_takes_the_newest_flash_attn(capability, modules, distribution, version, install):
     """flash-attn 2 brings a folder `cute` too, so that version 4 is known by what pip installed."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(backends, "is_importable", lambda module: module in modules)
-    monkeypatch.setattr(backends, "is_installed", lambda name: name == distribution)
+    install(capability, modules, distribution)
     assert backends._newest_flash_attention(0) == version
 
 
@@ -181,12 +197,51 @@ def test_cudnn_attention_takes_no_mask(masked, monkeypatch):
     assert {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH} <= set(orders[0])
 
 
+@pytest.mark.parametrize(
+    ("backend", "module", "says"),
+    [
+        ("sdpa", None, "cuDNN first"),
+        ("varlen", None, "FlashAttention-2"),
+        ("triton", None, "own fused kernels"),
+        ("flash_attn", FLASH_ATTN_4, "FlashAttention-4"),
+        ("flash_attn", "flash_attn_interface", "FlashAttention-3"),
+        ("flash_attn", FLASH_ATTN_2, "FlashAttention-2"),
+        ("xformers", None, "xformers"),
+    ],
+)
+def test_says_what_a_backend_is(backend, module, says, install):
+    install((9, 0), {module})
+    assert says in backends.implementation(backend, 0)
+
+
+def test_flash_attn_4_stays_out_of_compiled_graphs(monkeypatch):
+    """Dynamo could not trace it: what comes before is one graph, and what comes after is another."""
+
+    def flash_attn_varlen_func(q, k, v, *, softmax_scale, **offsets):
+        assert not torch.compiler.is_compiling()
+        return attend(q, k, v, *(offsets[name] for name in names), softmax_scale), None
+
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    for name in ("flash_attn", FLASH_ATTN_4):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[FLASH_ATTN_4].flash_attn_varlen_func = flash_attn_varlen_func
+    rows = torch.randn(5, 3, 2, 16)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+    def call(q):
+        settings = dict(zip(names, (offsets, offsets, 3, 3), strict=True)) | {"softmax_scale": 0.3}
+        return backends._flash_attention_4(q * 2, rows[:, 1], rows[:, 2], **settings)[0] + 1
+
+    torch.testing.assert_close(torch.compile(call, backend="eager")(rows[:, 0]), call(rows[:, 0]))
+
+
 @pytest.fixture
-def gpu(monkeypatch):
-    """A Hopper with nothing measured; `gpu(uniform="triton")` makes its table, of a GPU that is number 1."""
+def gpu(monkeypatch, install):
+    """A Hopper without optional packages and with nothing measured; `gpu(uniform="triton")` makes its table,
+    that of GPU number 1."""
     monkeypatch.setattr(choice, "_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(choice, "_told", set())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    install((9, 0), ())
 
     def measure(**fastest):
         table = {f"rope_attention_{kind}": name for kind, name in fastest.items()}
@@ -217,6 +272,29 @@ def test_choice_on_cuda(lengths, dtype, dim, backend, gpu):
     assert choose(lengths, dtype, dim) == backend
 
 
+@pytest.mark.parametrize(
+    ("capability", "modules", "distribution", "backend"),
+    [
+        ((9, 0), {FLASH_ATTN_4}, "flash-attn-4", "flash_attn"),
+        ((9, 0), {"flash_attn_interface"}, "flash-attn-3", "flash_attn"),
+        ((9, 0), {FLASH_ATTN_4, FLASH_ATTN_2}, "flash-attn", "varlen"),  # the folder `cute` of version 2
+        ((9, 0), {FLASH_ATTN_2}, "flash-attn", "varlen"),  # no faster than torch's
+        ((10, 3), {FLASH_ATTN_4}, "flash-attn-4", "flash_attn"),
+        ((10, 0), {"flash_attn_interface"}, "flash-attn-3", "varlen"),
+        ((12, 0), {FLASH_ATTN_4}, "flash-attn-4", "varlen"),
+        ((8, 0), {FLASH_ATTN_4, "flash_attn_interface"}, "flash-attn-4", "varlen"),
+    ],
+)
+def test_newer_flash_attn_for_ragged_batches(capability, modules, distribution, backend, gpu, install):
+    """Torch's own is version 2, the slowest of the three on a Hopper."""
+    install(capability, modules, distribution)
+    assert choose((4, 3)) == backend
+    assert choose((4, 4)) == "sdpa"
+    assert [choose((4, 3), dim=dim) for dim in (192, 36)] == ["varlen", "sdpa"]
+    gpu(ragged="sdpa")
+    assert choose((4, 3)) == "sdpa"  # a measurement comes first
+
+
 def test_choice_by_measurement(gpu, caplog):
     """Where one is recorded for this GPU and shape class."""
     gpu(uniform="triton", ragged="sdpa")
@@ -232,6 +310,7 @@ def test_choice_by_measurement(gpu, caplog):
         ("xformers", 64, "needs xformers"),
         ("triton", 64, "Triton is not installed"),
         ("triton", 96, "does not take this head_dim"),
+        ("triton", 128, "head_dims of at most 64"),
         ("flash_attn", 264, "does not take this head_dim"),
         ("quantum", 64, "no implementation of this name"),
     ],
@@ -247,3 +326,12 @@ def test_a_measured_choice_that_cannot_run_here(backend, dim, reason, gpu, monke
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+def test_fused_kernels_are_for_short_spans(dim, gpu, caplog):
+    gpu(uniform="triton", ragged="triton")
+    assert [choose((n, n), dim=dim) for n in (512, 513)] == ["triton", "sdpa"]
+    assert [choose((n, 1), dim=dim) for n in (512, 513)] == ["triton", "varlen"]
+    assert all("at most 512 queries" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2  # once a shape class

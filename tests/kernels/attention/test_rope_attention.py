@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from millrace.kernels import rope_attention, sample_route
+from millrace.kernels.attention.backends import INSTALL_FLASH_ATTENTION
 from millrace.kernels.attention.rope_attention import chosen_backend, describe_choice
 from millrace.kernels.support.registration import INTERPRETING
 
@@ -424,15 +425,27 @@ def test_says_what_auto_takes(case):
     assert torch.equal(rope_attention(**arguments), rope_attention(**arguments, backend=backend))
 
 
-def test_says_what_auto_takes_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("installed", [False, True], ids=["nothing installed", "flash-attn-4"])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_says_what_auto_takes_on_a_gpu(capability, installed, monkeypatch):
+    """With the line that installs a faster one, where there is one that is not installed."""
     measured = {"rope_attention_uniform": "triton", "rope_attention_ragged": None}
     module = importlib.import_module(
         "millrace.kernels.attention.rope_attention"
     )  # the package has the function
     monkeypatch.setattr(module, "_measured", lambda kind, _device: measured[kind])
+    monkeypatch.setattr(module, "_refuse", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    for name in ("is_installed", "is_importable"):
+        monkeypatch.setattr(module.backends, name, lambda _name: installed)
+    newer = installed and capability == (9, 0)
+    ragged = "flash_attn (FlashAttention-4" if newer else "varlen (torch's FlashAttention-2"
+    better = f"; faster for ragged batches on this GPU is FlashAttention-4: {INSTALL_FLASH_ATTENTION}"
     assert describe_choice(torch.device("cuda"), torch.bfloat16, 64) == (
-        "triton for uniform batches (measured on this GPU), "
-        "varlen for ragged batches (not measured on this GPU)"
+        "triton (own fused kernels; measured) up to 512 queries and "
+        "sdpa (torch's SDPA, cuDNN first; not measured) for uniform batches, "
+        f"{ragged}; not measured) for ragged batches"
+        + (better if capability == (9, 0) and not installed else "")
     )
     other = describe_choice(torch.device("cuda"), torch.float32, 64)
     assert other == "sdpa (no other backend for float32 on cuda)"

@@ -163,6 +163,25 @@ def test_occupancy(registers, warps, shared, chip, blocks):
         assert problems(Launch("any", scale, ()), found, chip) == [f"takes more registers than sm_{chip} has"]
 
 
+BLOCKS = {64: {"fwd": 2, "bwd_dq": 2, "bwd_dkv": 1}, 128: {"fwd": 1, "bwd_dq": 2, "bwd_dkv": 2}}
+"""Of the fused attention that run on one multiprocessor of an H100, by head_dim."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", BLOCKS)
+def test_blocks_of_fused_attention_that_run_side_by_side(dim, dtype):
+    """One that waits for its products leaves the other to normalise and rotate."""
+    wanted = [
+        launch
+        for file, launch in DECLARED
+        if file == "attention.fused_attention" and launch.name.endswith(f"head_dim {dim}, {dtype}")
+    ]
+    found = [kernel for launch in wanted for kernel in compile_launch(launch, 90)]
+    expected = {f"rope_attention_{name}_kernel": blocks for name, blocks in BLOCKS[dim].items()}
+    assert {kernel.kernel: kernel.occupancy(90) for kernel in found} == expected
+    assert [kernel.kernel for kernel in found if kernel.loop_local] == []
+
+
 def test_capability_is_that_of_the_target():
     seen = []
     launch = Launch("asks", lambda x: seen.append(compilation.capability(x)), (meta(4),))
