@@ -18,6 +18,7 @@ from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import GPUS, Device, MeasuredNetwork
 from millrace.engine.planning.step_memory import Memory, Shape, memory_of, shape_of
 from millrace.engine.planning.step_time import Step, step_of, transfers
+from millrace.engine.util.data_sheets import sheet_name
 
 Row = dict[str, Any]
 
@@ -207,7 +208,7 @@ def gpu_points(folder: Path) -> list[Row]:
 
 def _gpu_key(result: Row) -> str:
     name = result["gpus"][0]["name"] if result.get("gpus") else ""
-    return next((key for key in GPUS if key.upper() in name), "")
+    return sheet_name(name) or ""
 
 
 def _gpu_point(row: Row, device: Device, file: str) -> Row:
