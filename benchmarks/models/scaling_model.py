@@ -160,12 +160,7 @@ def predict(content: Row) -> list[Row]:
                 "seconds": seconds,
                 "predicted_seconds": step.seconds,
                 "seconds_error": step.seconds / seconds - 1,
-                "predicted_parts": {
-                    "compute": step.compute,
-                    "copies": step.copies,
-                    "update": step.update,
-                    "communication": step.exposed,
-                },
+                "predicted_parts": step.terms | {"communication": step.exposed},
                 "memory": found["peak_memory_bytes"],
                 "predicted_memory": memory.peak,
                 "memory_error": memory.peak / found["peak_memory_bytes"] - 1,
