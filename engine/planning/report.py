@@ -194,8 +194,8 @@ def notes(unknown: tuple[str, ...], device: Device) -> list[str]:
     """What the figures rest on."""
     found = [
         "A model, no measurement: formulas in engine/planning, checked in docs/performance.md. Uncounted: "
-        "saving, sample grids, evaluation, operators' own workspace, alignment heads and perceptual losses' "
-        "activations.",
+        "saving, drawing and judging samples (but for the weights that draw them), operators' own workspace, "
+        "alignment heads and perceptual losses' activations. 1 GB is 1e9 bytes.",
     ]
     if device.assumed:
         assumed = ", ".join(f"{name} {ASSUMED[name]:g}" for name in device.assumed)
