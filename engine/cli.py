@@ -9,7 +9,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,6 +95,19 @@ def number(
         if value is None or not (value >= low and (high is None or value <= high)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {span}")
         return value
+
+    return parse
+
+
+def one_of(names: Iterable[str], kind: str) -> Callable[[str], str]:
+    """Argument type: one of `names`, in any case and with blanks anywhere; else the nearest is named."""
+    valid = tuple(names)
+
+    def parse(text: str) -> str:
+        word = "".join(text.lower().split())
+        if word not in valid:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; {did_you_mean(word, valid, kind)}")
+        return word
 
     return parse
 

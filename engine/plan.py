@@ -3,15 +3,17 @@
 millrace plan --config latent_256 --gpus 8
 millrace plan --config speedrun_24h --gpus 32 --device h200
 millrace plan --config jit_1024 --gpus 16 --set data.global_batch=512
+millrace plan --config latent_256 --gpus 8 --device rtx4090
 millrace plan --config quickstart --device cpu --gpus 2
 """
 
 import argparse
 from collections.abc import Sequence
 
-from millrace.engine.cli import add_config_arguments, command_parser, number, run_command
+from millrace.engine.cli import add_config_arguments, command_parser, number, one_of, run_command
+from millrace.engine.util.data_sheets import SHEETS
 
-DEVICES = ("h200", "h100", "cpu")
+DEVICES = (*SHEETS, "cpu")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="devices of the job, one process on each (default 1)",
     )
     parser.add_argument(
-        "--device", choices=DEVICES, default=DEVICES[0], help="what they are; cpu is this machine"
+        "--device",
+        type=one_of(DEVICES, "devices"),
+        default=DEVICES[0],
+        metavar="NAME",
+        help=f"what they are: {', '.join(SHEETS)}, or cpu for this machine (default {DEVICES[0]})",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="plan the shrunken run that millrace train --smoke makes"

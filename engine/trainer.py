@@ -39,7 +39,7 @@ from millrace.engine.losses.loss_term import LossInputs
 from millrace.engine.losses.total import build_loss
 from millrace.engine.losses.training_model import TrainingModel
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.flops import peak_flops, training_flops
+from millrace.engine.model.flops import training_flops
 from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
@@ -49,6 +49,7 @@ from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
+from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 

@@ -18,6 +18,7 @@ from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import GPUS, Device, MeasuredNetwork
 from millrace.engine.planning.step_memory import Memory, Shape, memory_of, shape_of
 from millrace.engine.planning.step_time import Step, step_of, transfers
+from millrace.engine.util.data_sheets import sheet_name
 
 Row = dict[str, Any]
 
@@ -159,12 +160,7 @@ def predict(content: Row) -> list[Row]:
                 "seconds": seconds,
                 "predicted_seconds": step.seconds,
                 "seconds_error": step.seconds / seconds - 1,
-                "predicted_parts": {
-                    "compute": step.compute,
-                    "copies": step.copies,
-                    "update": step.update,
-                    "communication": step.exposed,
-                },
+                "predicted_parts": step.terms | {"communication": step.exposed},
                 "memory": found["peak_memory_bytes"],
                 "predicted_memory": memory.peak,
                 "memory_error": memory.peak / found["peak_memory_bytes"] - 1,
@@ -207,7 +203,7 @@ def gpu_points(folder: Path) -> list[Row]:
 
 def _gpu_key(result: Row) -> str:
     name = result["gpus"][0]["name"] if result.get("gpus") else ""
-    return next((key for key in GPUS if key.upper() in name), "")
+    return sheet_name(name) or ""
 
 
 def _gpu_point(row: Row, device: Device, file: str) -> Row:

@@ -18,7 +18,7 @@ from millrace.engine.config import Config
 from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.config.smoke import smoke
 from millrace.engine.distributed import process_group
-from millrace.engine.model.flops import peak_flops
+from millrace.engine.util.data_sheets import peak_flops
 
 Row = dict[str, Any]
 

@@ -28,8 +28,9 @@ from millrace.engine.evaluation import reference_statistics
 from millrace.engine.evaluation.features import FeatureNetwork, open_network
 from millrace.engine.evaluation.reference_set import Reference, levels
 from millrace.engine.evaluation.statistics import KINDS, Statistics
-from millrace.engine.model.flops import peak_flops, sampling_flops
+from millrace.engine.model.flops import sampling_flops
 from millrace.engine.sampling.sampler import Sampler
+from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
 
 PART = Sampler.CHUNK

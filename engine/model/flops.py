@@ -18,28 +18,6 @@ from millrace.engine.model.blocks import TIME_FEATURES
 from millrace.engine.model.guidance_branches import Branch, evaluations
 from millrace.engine.model.routing import POLICIES
 
-PEAK_BF16 = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "GH200": 989e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "H800": 989e12,
-    "L40S": 362e12,
-}
-"""Dense BF16 FLOP/s (without sparsity) by part of the device's name, from NVIDIA's data sheets."""
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak dense BF16 FLOP/s of a GPU by the longest entry that its name contains, or None if unknown."""
-    found = [name for name in PEAK_BF16 if name in device_name]
-    return PEAK_BF16[max(found, key=len)] if found else None
-
 
 def forward_flops(
     config: Model, image_tokens: int, text_tokens: float, routed: range, kept: int, fused: bool = False

@@ -39,17 +39,24 @@ class Traced:
     peak_without_gradients: int
     """Most held at once, if every gradient goes as soon as it is made (stages 2 and 3)."""
     moved: int
-    """Read and written by all operators but matrix products, views and allocations, each operand once."""
+    """Read and written by all operators but matrix products, views, allocations and casts of the weights and
+    their gradients, each operand once."""
+    casts: int = 0
+    """Read and written by autocast's casts of the weights, in recomputation once more, and of their gradients
+    back: 12 bytes a parameter from FP32 to BF16 and back, nothing in FP32. Does not grow with the samples."""
 
 
 class Holder(TorchDispatchMode):
     """Sums the storages that exist, from their first appearance to their end."""
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         super().__init__()
-        self.held = self.peak = self.moved = 0
+        self.held = self.peak = self.moved = self.casts = 0
         self.gradients = self.peak_without_gradients = 0
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._seen = self._weights | {tensor.untyped_storage()._cdata for tensor in known}
+        self._cast: dict[int, int] = {}
+        """Bytes moved for the storages that are results of a cast."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -60,8 +67,18 @@ class Holder(TorchDispatchMode):
         for tensor in outputs:
             self._note(tensor.untyped_storage())
         if inputs and not func.is_view and not _free(func.overloadpacket.__name__):
-            self.moved += sum(_bytes(tensor) for tensor in (*inputs, *outputs))
+            self._move(func.overloadpacket.__name__, inputs, outputs)
         return result
+
+    def _move(self, operator: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        size = sum(_bytes(tensor) for tensor in (*inputs, *outputs))
+        if operator != "_to_copy":
+            self.moved += size
+        elif inputs[0].untyped_storage()._cdata in self._weights:
+            self.casts += size
+        else:
+            self.moved += size
+            self._cast[outputs[0].untyped_storage()._cdata] = size
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -75,10 +92,14 @@ class Holder(TorchDispatchMode):
 
     def arrived(self, parameter: Tensor) -> None:
         """Count a parameter's gradient, which is complete."""
-        self.gradients += parameter.grad.untyped_storage().nbytes()
+        storage = parameter.grad.untyped_storage()
+        self.gradients += storage.nbytes()
+        cast = self._cast.pop(storage._cdata, 0)
+        self.moved, self.casts = self.moved - cast, self.casts + cast
 
     def _gone(self, key: int, size: int) -> None:
         self._seen.discard(key)
+        self._cast.pop(key, None)
         self.held -= size
 
 
@@ -127,8 +148,7 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
         text = torch.empty(samples * text_tokens, model.context_dim, dtype=compute)
         index = torch.arange(samples)
     autocast = torch.autocast("cpu", compute) if compute is torch.bfloat16 else nullcontext()
-    inputs = [*parameters, clean, text, index, offsets]
-    holder = Holder(inputs)
+    holder = Holder([clean, text, index, offsets], parameters)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(holder.arrived)
     with holder:
@@ -141,4 +161,4 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
         del prediction
         kept = holder.held
         loss.backward()
-    return Traced(kept, holder.peak, holder.peak_without_gradients, holder.moved)
+    return Traced(kept, holder.peak, holder.peak_without_gradients, holder.moved, holder.casts)

@@ -1,23 +1,16 @@
-"""Device data sheets: what a device and its links can do, and what is assumed of how much is reached.
+"""Devices of the planner: what one reaches, alone and with others, from its data sheet and assumptions.
 
-| what                    | H200 SXM     | H100 SXM     | source                                        |
-|-------------------------|--------------|--------------|-----------------------------------------------|
-| dense BF16              | 989 TFLOP/s  | 989 TFLOP/s  | NVIDIA H200 and H100 data sheets (`flops.py`) |
-| memory                  | 141 GB       | 80 GB        | the same                                      |
-| memory bandwidth        | 4.8 TB/s     | 3.35 TB/s    | the same                                      |
-| NVLink, one direction   | 450 GB/s     | 450 GB/s     | the same: 900 GB/s in both                    |
-| network of a node of 8  | 8 x 400 Gb/s | 8 x 400 Gb/s | NVIDIA DGX H200 and H100 data sheets          |
-
-The shares that are reached of these, and the latencies, are assumptions (`ASSUMED`), not measurements.
+Data sheets are those of `engine/util/data_sheets.py`. The shares that are reached of them, and the latencies,
+are assumptions (`ASSUMED`), not measurements.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
-from millrace.engine.model.flops import PEAK_BF16
+from millrace.engine.util.data_sheets import PEAK_BF16, SHEETS, LinkKind, Sheet
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
@@ -26,13 +19,18 @@ ASSUMED = {
     "share of the memory bandwidth in other operators": 0.90,
     "step over the roofline of its products and its memory traffic": 1.25,
     "share of the NVLink bandwidth": 0.80,
+    "share of the PCIe bandwidth": 0.60,
+    "share of the Infinity Fabric bandwidth": 0.70,
     "share of the network bandwidth": 0.80,
     "latency of a hop within a node, s": 3e-6,
     "latency of a hop between nodes, s": 10e-6,
     "share of the memory that a process may fill": 0.92,
     "host time of ZeRO-3 for each tensor that it gathers, s": 30e-6,
 }
-"""Not measured here. The first two are what `python -m benchmarks traffic` assumes as well."""
+"""Not measured here. The first two are what `python -m benchmarks traffic` assumes as well. PCIe reaches
+least: what goes from one GeForce card to another goes through the memory of the host."""
+
+_SLACK = "step over the roofline of its products and its memory traffic"
 
 
 @dataclass(frozen=True)
@@ -144,23 +142,29 @@ class Device:
 
     def calibrated(self, slack: float) -> "Device":
         """With a slack that follows from a measured step."""
-        name = "step over the roofline of its products and its memory traffic"
-        return replace(self, slack=slack, assumed=tuple(a for a in self.assumed if a != name))
+        return replace(self, slack=slack, assumed=tuple(a for a in self.assumed if a != _SLACK))
 
 
-def _gpu(name: str, memory: float, bandwidth: float) -> Device:
-    reached = list(ASSUMED.values())
-    peak = PEAK_BF16[name]
+def _gpu(sheet: Sheet) -> Device:
+    link_share = f"share of the {sheet.link_kind} bandwidth"
+    peak = PEAK_BF16[sheet.chip]
+    inside = Link(ASSUMED[link_share] * sheet.link, ASSUMED["latency of a hop within a node, s"])
+    between = Link(
+        ASSUMED["share of the network bandwidth"] * sheet.network,
+        ASSUMED["latency of a hop between nodes, s"],
+    )
+    links = {f"share of the {kind} bandwidth" for kind in get_args(LinkKind)}
     return Device(
-        name=f"{name} SXM",
-        product_flops=reached[0] * peak,
-        copy_bandwidth=reached[1] * bandwidth,
-        memory=memory,
-        slack=reached[2],
-        network=Hierarchy(8, Link(reached[3] * 450e9, reached[5]), Link(reached[4] * 400e9 / 8, reached[6])),
+        name=sheet.title,
+        product_flops=ASSUMED["share of the peak FLOP/s in matrix products"] * peak,
+        copy_bandwidth=ASSUMED["share of the memory bandwidth in other operators"] * sheet.bandwidth,
+        memory=sheet.memory,
+        slack=ASSUMED[_SLACK],
+        network=Hierarchy(8, inside, between),
         peak_flops=peak,
-        usable=reached[7],
-        gather_overhead=reached[8],
+        usable=ASSUMED["share of the memory that a process may fill"],
+        gather_overhead=ASSUMED["host time of ZeRO-3 for each tensor that it gathers, s"],
+        assumed=tuple(name for name in ASSUMED if name not in links or name == link_share),
     )
 
 
@@ -170,7 +174,7 @@ CALIBRATION = Path(__file__).with_name("calibration.json")
 
 def _gpus(calibration: dict[str, float]) -> dict[str, Device]:
     """The devices of the data sheets, with what was measured in place of what is assumed."""
-    sheets = {"h200": _gpu("H200", 141e9, 4.8e12), "h100": _gpu("H100", 80e9, 3.35e12)}
+    sheets = {name: _gpu(sheet) for name, sheet in SHEETS.items()}
     return {
         name: device.calibrated(calibration[name]) if name in calibration else device
         for name, device in sheets.items()

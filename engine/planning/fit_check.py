@@ -14,9 +14,9 @@ from millrace.engine.util.errors import UserError
 def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torch.device) -> str | None:
     """Raise UserError, with the estimate, if the run's state alone does not fit the memory of its device.
 
-    State is what is always held and the gradients. Activations are traced without what operators allocate
-    inside themselves: if only with them, or with copies of the gradients, the run goes beyond, the returned
-    line says so.
+    State is what is always held, with the gradients or with the copies that draw samples. Activations are
+    traced without what operators allocate inside themselves: if only with them, or with copies of the
+    gradients, the run goes beyond, the returned line says so.
 
     Called when text encoder and autoencoder are loaded: they are gone from the memory that is free, so only
     the frozen networks that come later are counted here. Takes the time of one trace: 0.6 s for 1.2 B
@@ -45,6 +45,6 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
         f"{have / 1e9:.1f} GB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more "
         "processes, or run.activation_checkpointing"
     )
-    if memory.held + memory.gradients > have:
+    if memory.certain > have:
         raise UserError(line)
     return f"warning: {line}"

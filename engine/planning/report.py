@@ -9,6 +9,7 @@ from millrace.engine.model.routing import describe as describe_routing
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.search import TIE, Option, Planner
+from millrace.engine.planning.step_time import Step
 
 DEFAULT_DEVICE = "h200"
 
@@ -61,8 +62,7 @@ def describe(planner: Planner, best: Option, found: list[Option], steps: int) ->
         f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
         f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
         f"{memory.held / 1e9:.1f} GB; at the peak {memory.table()}",
-        f"step: {step.seconds:.3g} s: forward and backward {step.compute:.3g}, gradient copies "
-        f"{step.copies:.2g}, update {step.update:.2g}, communication {step.exposed:.2g} that nothing hides "
+        f"step: {step.seconds:.3g} s: {_terms(step)}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
         + (f", waiting for the loader {step.starving:.2g}" if step.starving else ""),
         f"speed: {images:,.0f} images/s, {images / planner.ranks:.1f} on each device{_mfu(planner, images)}",
@@ -92,6 +92,10 @@ def _configured(planner: Planner) -> list[str]:
         f"as configured: ZeRO {option.stage}, micro-batch {option.micro_batch}, checkpointing "
         f"{option.policy}: {option.memory.peak / 1e9:.1f} GB{fits}, {option.step.seconds:.3g} s a step"
     ]
+
+
+def _terms(step: Step) -> str:
+    return ", ".join(f"{name} {seconds:.3g}" for name, seconds in step.terms.items() if seconds)
 
 
 def _mfu(planner: Planner, images: float) -> str:
@@ -190,8 +194,8 @@ def notes(unknown: tuple[str, ...], device: Device) -> list[str]:
     """What the figures rest on."""
     found = [
         "A model, no measurement: formulas in engine/planning, checked in docs/performance.md. Uncounted: "
-        "saving, sample grids, evaluation, operators' own workspace, alignment heads and perceptual losses' "
-        "activations.",
+        "saving, drawing and judging samples (but for the weights that draw them), operators' own workspace, "
+        "alignment heads and perceptual losses' activations. 1 GB is 1e9 bytes.",
     ]
     if device.assumed:
         assumed = ", ".join(f"{name} {ASSUMED[name]:g}" for name in device.assumed)

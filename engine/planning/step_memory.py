@@ -12,7 +12,8 @@ DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py
 
 At stage 3 weights, their masters and the gradients are Psi/N each. The peak is that of the worst phase.
 `state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
-several processes at once; alone it needs none.
+several processes at once; alone it needs none. Where a run draws samples, that is a phase between two steps,
+with two whole FP32 copies of the weights: what was gathered, and the denoiser that samples.
 """
 
 from collections.abc import Mapping
@@ -84,7 +85,7 @@ class Memory:
     parts: dict[str, float]
     """Held all the time, by purpose."""
     phases: dict[str, float]
-    """Held beside that in each phase of a step."""
+    """Held beside that in each phase of a step, and between steps while samples are drawn."""
     gradients: float
     """Of the phases', the gradients when the backward pass ends; what is held and they need no estimate."""
 
@@ -103,6 +104,11 @@ class Memory:
         """Most at once."""
         return self.held + self.phases[self.worst]
 
+    @property
+    def certain(self) -> float:
+        """Needs no estimate: what is held, with all gradients or with the copies that draw samples."""
+        return self.held + max(self.gradients, self.phases.get("sampling", 0.0))
+
     def table(self) -> str:
         """The parts of the peak in GB, for people."""
         parts = self.parts | {_IN_PHASE[self.worst]: self.phases[self.worst]}
@@ -113,6 +119,7 @@ _IN_PHASE = {
     "backward": "activations and gradients",
     "reduction": "gradients and their copies",
     "update": "temporaries of the update",
+    "sampling": "FP32 copies for sampling",
 }
 """What is held in a phase beside what is always held."""
 
@@ -126,13 +133,11 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     stored = 4 if config.precision.master == "float32" else 2
     share = ranks if stage > 0 else 1
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
-    samples = config.sampling.every_steps or config.evaluation.every_steps
     found = {
         "weights": stored * shape.parameters / (ranks if stage == 3 else 1),
         "master weights": 4 * shape.parameters / share if stage else 0.0,
         **{name: stored * elements / share for name, elements in shape.state.items()},
         "EMA": averages * stored * shape.parameters / share,
-        "FP32 copy for sampling": 4 * shape.parameters if samples else 0.0,
     }
     return {name: float(size) for name, size in found.items() if size}
 
@@ -191,5 +196,7 @@ def memory_of(
             "reduction": min(bucket, whole) + live,
             "update": update,
         }
+    if config.sampling.every_steps or config.evaluation.every_steps:
+        phases["sampling"] = 2 * 4 * shape.parameters
     gradients = (whole, whole, share, 0.0)[stage]  # at stage 3 they are among the parts
     return Memory(parts, {name: float(size) for name, size in phases.items()}, gradients)

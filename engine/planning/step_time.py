@@ -1,7 +1,9 @@
 """Time of a training step: a roofline of the device, the update's traffic, and what the network adds.
 
     step = micro_batches x (products / FLOP/s + other operators / bandwidth) x slack
-           + copies of the gradients + update of the weights + communication that nothing hides
+           + micro_batches x casts of the weights and their gradients / bandwidth
+           + (micro_batches - 1) x accumulation of the gradients
+           + copies of the gradients + optimizer + EMA + communication that nothing hides
 
 What DeepSpeed 0.19 sends at each stage, Psi the size of the parameters (ZeRO, arXiv 1910.02054, section 7,
 has 2 Psi for stages 0 to 2 and 3 Psi for stage 3 through every process):
@@ -18,7 +20,7 @@ Stages 1 and 2 reduce with an all-reduce, of which each process keeps its part: 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millrace.engine.config import Config
 from millrace.engine.optim.training_optimizer import optimizer_entry
@@ -89,10 +91,15 @@ class Step:
 
     compute: float
     """Forward and backward of all micro-batches, recomputation and frozen networks included."""
+    casts: float
+    """Of all micro-batches: FP32 weights to what autocast computes in, their gradients back to FP32."""
+    accumulation: float
+    """Gradients of each micro-batch after the first, added to those before."""
     copies: float
     """Gradients in and out of buckets, their norm, weights out of their masters."""
-    update: float
-    """Optimizer and EMA."""
+    optimizer: float
+    averages: float
+    """EMA, in the mean over the steps."""
     communication: float
     hidden: float
     """Of the communication, beside the backward pass."""
@@ -109,33 +116,67 @@ class Step:
     @property
     def seconds(self) -> float:
         """Of the step."""
-        return self.compute + self.copies + self.update + self.exposed + self.starving
+        return sum(self.terms.values()) + self.exposed + self.starving
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Seconds of work on the device, by names for people."""
+        return {
+            "forward and backward": self.compute,
+            "casts of weights and gradients": self.casts,
+            "gradient accumulation": self.accumulation,
+            "gradient copies": self.copies,
+            "optimizer": self.optimizer,
+            "EMA": self.averages,
+        }
 
 
 def copy_passes(stage: int, ranks: int) -> float:
     """Passes over memory in units of the parameters' size, beside forward, backward and the update.
 
     Stage 0 flattens the gradients, scales them, copies them back, takes their norm and clips them: 9. Stages
-    1 and 2 copy them into the bucket and scale it (4), flatten it for several processes (2), and treat their
-    own share: out of the reduction, out of the bucket, into one tensor (6), overflow check, norm and clipping
-    (4), updated weights back (2). Stage 3 the same with a concatenation in place of the flat bucket.
+    1 and 2 bring them into buckets, and treat their own share: out of the reduction, out of the bucket, into
+    one tensor (6), overflow check, norm and clipping (4), updated weights back (2). Stage 3 the same.
     """
     if stage == 0:
         return 9.0
-    shared = 12.0 / ranks
-    if stage == 3:
-        return 6.0 + shared + 2.0
-    return (6.0 if ranks > 1 else 4.0) + shared
+    return _bucket_passes(stage, ranks) + 12.0 / ranks + (2.0 if stage == 3 else 0.0)
 
 
-def update_bytes(config: Config, stage: int, ranks: int, shape: Shape, fused: bool) -> float:
-    """Bytes that optimizer and EMA move on each process; what is done with whole matrices is apart."""
-    stored = 4 if config.precision.master == "float32" else 2
-    owned = stored * shape.parameters / (ranks if stage else 1)
-    averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
+def accumulation_passes(stage: int, ranks: int) -> float:
+    """Passes, in the same units, that each micro-batch after the first adds beside its forward and backward.
+
+    Stages 0 and 1 add to the gradients of before: two reads, one write. Stages 2 and 3 reduce every
+    micro-batch, and add their own share: at stage 2 it comes out of the reduction and the bucket first (4).
+    """
+    if stage < 2:
+        return 3.0
+    return _bucket_passes(stage, ranks) + (7.0 if stage == 2 else 3.0) / ranks
+
+
+def _bucket_passes(stage: int, ranks: int) -> float:
+    """Gradients into a bucket and scaled there (4), and flattened for several processes (2); stage 3 has a
+    concatenation in place of the flat bucket."""
+    return 6.0 if stage == 3 or ranks > 1 else 4.0
+
+
+def optimizer_bytes(config: Config, stage: int, ranks: int, shape: Shape, fused: bool) -> float:
+    """Bytes that the optimizer moves on each process; what is done with whole matrices is apart."""
     entry = optimizer_entry(config.optimizer.kind)
     passes = entry.passes if entry.fused_passes is None or not fused else entry.fused_passes
-    return owned * (passes + averages * AVERAGE / config.ema.every)
+    return passes * _owned_bytes(config, stage, ranks, shape)
+
+
+def average_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> float:
+    """Bytes that the EMA moves on each process in a step, in the mean over steps with and without it."""
+    averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
+    return averages * AVERAGE / config.ema.every * _owned_bytes(config, stage, ranks, shape)
+
+
+def _owned_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> float:
+    """Of the master weights that each process updates."""
+    stored = 4 if config.precision.master == "float32" else 2
+    return stored * shape.parameters / (ranks if stage else 1)
 
 
 def step_of(
@@ -164,10 +205,15 @@ def step_of(
     compute = device.slack * (products + other)
     if stage == 3:
         compute += device.gather_overhead * micro_batches * gathers(shape) * shape.tensors
+    bandwidth = device.copy_bandwidth
     stored = 4 if config.precision.master == "float32" else 2
-    copies = copy_passes(stage, ranks) * stored * shape.parameters / device.copy_bandwidth
-    update = update_bytes(config, stage, ranks, shape, device.fused_optimizer) / device.copy_bandwidth
-    update += shape.exchange.flops / ranks / device.product_flops
+    a_pass = stored * shape.parameters / bandwidth
+    casts = micro_batches * traced.casts / bandwidth
+    accumulation = (micro_batches - 1) * accumulation_passes(stage, ranks) * a_pass
+    copies = copy_passes(stage, ranks) * a_pass
+    optimizer = optimizer_bytes(config, stage, ranks, shape, device.fused_optimizer) / bandwidth
+    optimizer += shape.exchange.flops / ranks / device.product_flops
+    averages = average_bytes(config, stage, ranks, shape) / bandwidth
     communication, hidden, sent = 0.0, 0.0, 0.0
     for transfer in transfers(config, stage, ranks, shape, micro_batches):
         each = device.network.seconds(transfer.kind, transfer.size / transfer.calls, ranks)
@@ -177,7 +223,19 @@ def step_of(
         if overlaps(config, stage) and transfer.beside_backward and device.overlaps:
             # The last bucket has nothing left to hide behind.
             hidden += seconds * (1 - 1 / transfer.calls)
-    hidden = min(hidden, compute * BACKWARD)
-    busy = compute + copies + update + communication - hidden
-    starving = max(0.0, images / images_per_second - busy) if images_per_second else 0.0
-    return Step(compute, copies, update, communication, hidden, starving, sent)
+    hidden = min(hidden, compute * BACKWARD + casts / 2)  # half of the casts are those of the gradients
+    step = Step(
+        compute,
+        casts,
+        accumulation,
+        copies,
+        optimizer,
+        averages,
+        communication,
+        hidden,
+        starving=0.0,
+        sent=sent,
+    )
+    if not images_per_second:
+        return step
+    return replace(step, starving=max(0.0, images / images_per_second - step.seconds))

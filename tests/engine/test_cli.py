@@ -29,6 +29,7 @@ except SystemExit as end:
 
 MODEL = ["--checkpoint", "FOLDER"]
 BAD = ["--set", "run.stepz=3"]
+PLANNED = ["--config", "quickstart", "--device", "rtx4900"]
 CASES = {
     "train": ([], [["--config", "quickstart", *BAD], ["--config", "quickstat"], ["--plan", "0"]]),
     "sample": (
@@ -48,7 +49,7 @@ CASES = {
         ["--dataset", "FOLDER"],
         [["text", "--config", "quickstart", *BAD], ["text", "--config", "quickstat"], ["pixels"]],
     ),
-    "plan": ([], [["--config", "quickstart", *BAD], ["--config", "quickstat"], ["--gpus", "0"]]),
+    "plan": ([], [["--config", "quickstart", *BAD], ["--config", "quickstat"], ["--gpus", "0"], PLANNED]),
 }
 """Words of every call of a command, and those of calls that are refused."""
 SAID = {
@@ -59,6 +60,7 @@ SAID = {
     ("--resolution", "abc"): "--resolution: 'abc' is not a whole number from 1 to 65535",
     ("--plan", "0"): "--plan: '0' is not a whole number of 1 or more",
     ("--gpus", "0"): "--gpus: '0' is not a whole number of 1 or more",
+    ("--device", "rtx4900"): "--device: 'rtx4900' is unknown; did you mean 'rtx4090'?",
     ("--size", "3"): "--size: 3: write it as HEIGHTxWIDTH",
     ("--samples", "many"): "--samples: 'many' is not a whole number of 2 or more",
     ("--dtype", "int8"): "--dtype: invalid choice: 'int8'",

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine.config import Config, Model, Routing
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.model.flops import dense_training_flops, forward_flops, peak_flops, training_flops
+from millrace.engine.model.flops import dense_training_flops, forward_flops, training_flops
 from millrace.engine.model.routing import Sprint, Tread
 from millrace.kernels.attention import backends
 
@@ -158,21 +158,3 @@ def test_nothing_dropped_costs_what_the_dense_model_does():
     assert training_flops(Config(model=PRX, routing=Routing(policy="tread", drop=0)), 256, 100) == dense
     fused = training_flops(Config(model=PRX, routing=Routing(policy="sprint", drop=0)), 256, 100)
     assert fused == dense + 3 * 2 * 256 * 2 * 1792**2
-
-
-@pytest.mark.parametrize(
-    ("device", "tera"),
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA GB200", 2500),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA GeForce RTX 4090", None),
-    ],
-)
-def test_peak_by_device_name(device, tera):
-    assert peak_flops(device) == (tera and tera * 1e12)

@@ -80,3 +80,17 @@ def test_traffic_grows_with_the_batch(runs, tmp_path):
     config = runs.config(tmp_path)
     one, two, four = (trace(config, samples, 8, 4).moved for samples in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+
+
+def test_casts_are_those_of_the_weights_and_of_their_gradients(runs, tmp_path):
+    """4 bytes read and 2 written of each weight that is in a product, and the same on the way back."""
+    assert trace(runs.config(tmp_path), 2, 8, 4).casts == 0
+    config = runs.config(tmp_path, CHANGES["bf16"])
+    one, two = trace(config, 1, 8, 4), trace(config, 2, 8, 4)
+    assert one.casts == two.casts
+    matrices = sum(p.numel() for p in Denoiser(config.model).parameters() if p.dim() == 2)
+    assert (
+        0.95 * 12 * matrices <= one.casts <= 12 * sum(p.numel() for p in Denoiser(config.model).parameters())
+    )
+    again = runs.config(tmp_path, CHANGES["bf16"], CHANGES["full"])
+    assert one.casts < trace(again, 1, 8, 4).casts <= 1.5 * one.casts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from millrace.engine.planning.devices import GPUS, Hierarchy, Link, MeasuredNetwork, sent_bytes
+from millrace.engine.planning.devices import ASSUMED, GPUS, Hierarchy, Link, MeasuredNetwork, sent_bytes
 
 NODES = Hierarchy(per_node=4, inside=Link(100.0, 0.5), between=Link(10.0, 2.0))
 
@@ -51,6 +51,23 @@ def test_data_sheets():
     assert (h200.memory, h100.memory) == (141e9, 80e9)
     assert h200.copy_bandwidth / h100.copy_bandwidth == pytest.approx(4.8 / 3.35)
     assert h200.capacity < h200.memory
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"), [("a100-80gb", "NVLink"), ("rtx4090", "PCIe"), ("mi300x", "Infinity Fabric")]
+)
+def test_of_the_links_only_its_own_is_assumed(device, kind):
+    shares = {f"share of the {kind} bandwidth" for kind in ("NVLink", "PCIe", "Infinity Fabric")}
+    assert shares <= set(ASSUMED)
+    assert shares & set(GPUS[device].assumed) == {f"share of the {kind} bandwidth"}
+
+
+def test_a_collective_is_slower_on_pcie():
+    seconds = {name: device.network.seconds("all_reduce", 1e9, 8) for name, device in GPUS.items()}
+    assert sorted(seconds, key=seconds.__getitem__)[:2] == ["b200", "h200"]
+    assert seconds["rtx5090"] < seconds["rtx4090"] == seconds["rtx3090"]
+    # 2 x 7/8 GB at 0.6 of 32 GB/s, and 14 hops.
+    assert seconds["rtx4090"] == pytest.approx(2 * 7 / 8 / (0.6 * 32) + 14 * 3e-6)
 
 
 def test_calibration_is_no_assumption():

@@ -64,3 +64,22 @@ def test_two_buckets_where_reductions_run_beside(runs, tmp_path):
     plain = runs.config(tmp_path)
     assert not overlaps(plain, 2)
     assert overlaps(plain, 3)
+
+
+def test_samples_are_a_phase_of_their_own(runs, tmp_path, config, psi):
+    """Whole weights that were gathered, and the denoiser that takes them; at every stage in FP32."""
+    off = runs.config(tmp_path, {"sampling": {"every_steps": 0}, "evaluation": {"every_steps": 0}})
+    on = runs.config(tmp_path, {"sampling": {"every_steps": 5}})
+    for stage in range(4):
+        plain, drawing = found(off, stage, 4, NOTHING), found(on, stage, 4, NOTHING)
+        assert "sampling" not in plain.phases
+        assert drawing.parts == plain.parts
+        assert drawing.phases == plain.phases | {"sampling": 2 * psi}
+        assert plain.certain == plain.held + plain.gradients
+        assert drawing.certain == drawing.held + 2 * psi
+    zero = {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}
+    little = runs.config(tmp_path, {"sampling": {"every_steps": 5}}, zero)
+    drawing = found(little, 2, 4, NOTHING)
+    assert drawing.worst == "sampling"
+    assert "FP32 copies for sampling" in drawing.table()
+    assert found(on, 0, 4).worst == "backward"

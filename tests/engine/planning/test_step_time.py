@@ -1,5 +1,7 @@
 """Time of a step against sums done by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from millrace.engine.model.denoiser import Denoiser
@@ -7,7 +9,16 @@ from millrace.engine.optim.muon import muon_stacks
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Hierarchy, Link
 from millrace.engine.planning.step_memory import LIVE, Shape, shape_of
-from millrace.engine.planning.step_time import copy_passes, fetches, gathers, step_of, transfers, update_bytes
+from millrace.engine.planning.step_time import (
+    accumulation_passes,
+    average_bytes,
+    copy_passes,
+    fetches,
+    gathers,
+    optimizer_bytes,
+    step_of,
+    transfers,
+)
 
 SHAPE = Shape(parameters=1000, largest=100, tensors=10)
 TRACED = Traced(kept=0, peak=0, peak_without_gradients=0, moved=500)
@@ -52,8 +63,8 @@ def test_muon_brings_matrices_together(runs, tmp_path):
     assert ("all_gather", size) in moved(muon, 0, 2, shape=shape)
     # The products of the orthogonalisation are shared by the processes.
     plain = runs.config(tmp_path)
-    less = step_of(plain, 1, 1, DEVICE, TRACED, shape_of(plain), flops=25.0).update
-    assert step_of(muon, 1, 1, DEVICE, TRACED, shape, flops=25.0).update == pytest.approx(
+    less = step_of(plain, 1, 1, DEVICE, TRACED, shape_of(plain), flops=25.0).optimizer
+    assert step_of(muon, 1, 1, DEVICE, TRACED, shape, flops=25.0).optimizer == pytest.approx(
         less + shape.exchange.flops / DEVICE.product_flops
     )
 
@@ -70,9 +81,25 @@ def test_the_parts_of_a_step(config):
     step = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0)
     assert step.compute == pytest.approx(2.0 * (8 * 25 / 100 + 4 * 500 / 50))
     assert step.copies == pytest.approx(9 * 4000 / 50)
-    assert step.update == pytest.approx(7 * 4000 / 50)
-    assert step.exposed == step.sent == 0
-    assert step.seconds == pytest.approx(step.compute + step.copies + step.update)
+    assert step.optimizer == pytest.approx(7 * 4000 / 50)
+    assert step.accumulation == pytest.approx(3 * 3 * 4000 / 50)  # of 4 micro-batches all but the first
+    assert step.casts == step.averages == step.exposed == step.sent == 0
+    assert step.seconds == pytest.approx(step.compute + step.accumulation + step.copies + step.optimizer)
+
+
+def test_every_micro_batch_casts_the_weights_and_their_gradients(config):
+    low = replace(TRACED, casts=12_000)
+    step = step_of(config, 0, 1, DEVICE, low, SHAPE, flops=25.0)
+    assert step.casts == pytest.approx(4 * 12_000 / 50)
+    plain = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0)
+    assert step.seconds == pytest.approx(plain.seconds + step.casts)
+
+
+def test_stages_that_reduce_every_micro_batch_accumulate_their_share():
+    assert accumulation_passes(0, 8) == accumulation_passes(1, 8) == 3
+    assert accumulation_passes(2, 1) == 4 + 7
+    assert accumulation_passes(2, 7) == 6 + 1
+    assert accumulation_passes(3, 3) == 6 + 1
 
 
 def test_communication_of_two(config):
@@ -91,19 +118,25 @@ def test_reductions_hide_behind_the_backward_pass(runs, tmp_path):
     busy = Device("test", 1e9, 1e9, 1e9, DEVICE.network)
     few = step_of(config, 1, 2, busy, TRACED, SHAPE, flops=25.0)
     assert few.hidden == pytest.approx(few.compute * 2 / 3)  # no more than the backward pass is long
+    casting = step_of(config, 1, 2, busy, replace(TRACED, casts=1000), SHAPE, flops=25.0)
+    assert casting.hidden == pytest.approx(few.hidden + casting.casts / 2)
 
 
 def test_a_loader_that_starves(config):
-    step = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0, images_per_second=0.004)
-    assert step.seconds == pytest.approx(8 / 0.004)
+    step = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0, images_per_second=0.002)
+    assert step.seconds == pytest.approx(8 / 0.002)
     assert step_of(config, 0, 1, DEVICE, TRACED, SHAPE, 25.0, images_per_second=1e9).starving == 0
 
 
 def test_the_update_is_shared(runs, tmp_path):
     averaged = runs.config(tmp_path, {"ema": {"enabled": True, "every": 2}})
-    assert update_bytes(averaged, 0, 4, SHAPE, fused=True) == 4000 * (7 + 1.5)
-    assert update_bytes(averaged, 1, 4, SHAPE, fused=True) == 1000 * (7 + 1.5)
-    assert update_bytes(averaged, 1, 4, SHAPE, fused=False) > update_bytes(averaged, 1, 4, SHAPE, fused=True)
+    for stage, owned in ((0, 4000), (1, 1000)):
+        assert optimizer_bytes(averaged, stage, 4, SHAPE, fused=True) == owned * 7
+        assert average_bytes(averaged, stage, 4, SHAPE) == owned * 1.5
+    fused, loop = (optimizer_bytes(averaged, 1, 4, SHAPE, fused) for fused in (True, False))
+    assert loop > fused
+    step = step_of(averaged, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0)
+    assert step.averages == pytest.approx(1.5 * 4000 / 50)
 
 
 def test_gradients_are_copied_less_by_more_processes():
