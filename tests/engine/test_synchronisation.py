@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 OUTSIDE = {
     "kernels/support/accuracy.py": "judges results in tests and benchmarks",
+    "kernels/support/interpreter.py": "the CPU stands in for the GPU there",
     "engine/config": "has no tensors",
     "engine/data": "makes batches on the host, beside the step",
     "engine/checkpoint": "a checkpoint waits as long as it takes",
