@@ -40,7 +40,7 @@ INSTALL_FLASH_ATTENTION = "pip install 'flash-attn-4>=4.0.0b36'"
 MOST_QUERIES = 512
 """Of a sample, up to which `auto` may take the fused kernels. They normalise and rotate every key again for
 each block of queries, so a library's kernels gain on them as spans grow. At head_dim 128 their tiles are
-small, and their backward pass reaches less than half of a library's."""
+small, which takes more instructions for every product. Both by the compiled code; nothing is timed yet."""
 
 
 _SMALL = 4096
