@@ -241,7 +241,7 @@ def main() -> int:
     result: Result = {
         "benchmark": "fp8_parity",
         **recording.environment(),
-        "torchao": recording._version("torchao"),
+        "torchao": recording.version_of("torchao"),
         "quick": arguments.quick,
         "emulated": not torch.cuda.is_available(),
         "seeds": arguments.seeds,

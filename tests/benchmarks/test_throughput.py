@@ -250,7 +250,7 @@ def test_mistakes_are_told_before_anything_is_built(monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         call(monkeypatch, "--config", config, "--steps", "0")
     assert leaving.value.code == 2
-    assert "whole number of at least 1" in capsys.readouterr().err
+    assert "not a whole number of 1 or more" in capsys.readouterr().err
 
 
 def test_a_step_is_one_micro_batch_per_process_unless_accumulated(monkeypatch, tmp_path):
