@@ -7,7 +7,7 @@ python -m benchmarks kernels --only rope_attention --record-choices
 python -m benchmarks kernels --smoke                          # all of it, tiny, on a CPU: no timings to quote
 
 First the ceilings of this device: a large copy, a large product of random numbers. Then each case: its
-inputs as the model makes them (operations.py), every implementation judged against float64 (accuracy.py),
+inputs as the model makes them (cases.py), every implementation judged against float64 (accuracy.py),
 those that are right timed in turns (timing.py), in three modes: forward as in training, keeping what backward
 needs; backward alone, on a retained graph; both. What is not installed, wrong or failing is listed with the
 reason.

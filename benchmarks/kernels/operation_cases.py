@@ -1,4 +1,4 @@
-"""The cases of all operations but attention (`attention_cases.py`); what a case is: `operations.py`."""
+"""The cases of all operations but attention (`attention_cases.py`); what a case is: `cases.py`."""
 
 from collections.abc import Callable
 from typing import NamedTuple

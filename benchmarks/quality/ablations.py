@@ -8,8 +8,8 @@ python -m benchmarks ablations --scale post --launcher "deepspeed --num_gpus 8" 
 
 Every run is a process of its own (`ablations_run.py`). A run that fails is recorded with its error and the
 others go on; a run that finished is not run again; one that was interrupted continues. The first
-configuration is the one that the others are compared with. `logbook_page.py` writes docs/logbook.md from the
-results.
+configuration is the one that the others are compared with. `python -m benchmarks pages` writes
+docs/logbook.md from the results.
 """
 
 import argparse

@@ -64,9 +64,11 @@ class Builder(InterpreterBuilder):
         return super().cast_impl(src, dst_type)
 
     def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, rounding_mode: Any) -> TensorHandle:
-        if rounding_mode in (None, ir.ROUNDING_MODE.RTNE):
-            return self.cast_impl(src, dst_type)
-        raise NotImplementedError(f"a cast to {dst_type.scalar} that rounds by {rounding_mode}")
+        if rounding_mode not in (None, ir.ROUNDING_MODE.RTNE):
+            raise TypeError(
+                f"a cast to {dst_type.scalar} rounds to nearest even here, not by {rounding_mode}"
+            )
+        return self.cast_impl(src, dst_type)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any) -> TensorHandle:
         _refuse("a sum", d)

@@ -20,6 +20,12 @@ if INTERPRETING:
         )
 
     @triton.jit
+    def _truncate(source, target, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        value = tl.load(source + at).to(target.dtype.element_ty, fp_downcast_rounding="rtz")
+        tl.store(target + at, value)
+
+    @triton.jit
     def _multiply(a, b, c, out, SIZE: tl.constexpr):
         at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         total = tl.dot(tl.load(a + at), tl.load(b + at), tl.load(c + at), input_precision="ieee")
@@ -173,3 +179,10 @@ def test_computing_with_bf16_is_an_error(which, named):
     out = torch.zeros_like(x)
     with pytest.raises(InterpreterError, match=rf"({named}) of bf16 .* a kernel upcasts to fp32 first"):
         _compute[(1,)](x, out, WHICH=which, SIZE=4)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_another_rounding_is_refused(narrow):
+    """No kernel asks for one; an interpreter that rounded to nearest all the same would hide that it did."""
+    with pytest.raises(InterpreterError, match=r"rounds to nearest even here, not by .*RTZ"):
+        _truncate[(1,)](torch.ones(4), torch.empty(4, dtype=narrow), BLOCK=4)
