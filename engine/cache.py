@@ -53,11 +53,12 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     require_path("--dataset", arguments.dataset)
 
-    from millrace.engine.config.loading import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
-
     import torch
+
+    from millrace.engine.config.loading import load_config
+    from millrace.engine.planning.automatic import without_auto
+
+    config = without_auto(load_config(arguments.config, arguments.overrides))
 
     from millrace.engine.encoders.latent_cache_writer import write_caches
 

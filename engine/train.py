@@ -93,12 +93,16 @@ def _discard_smoke_run(config: "Config") -> None:
 
     Elsewhere than in a folder of smoke's own name (`--set run.output_dir=...`) only if it was the same run.
     """
+    from millrace.engine.config.loading import parse_config
     from millrace.engine.config.smoke import SUFFIX
+    from millrace.engine.planning.automatic import settled_as
+    from millrace.engine.util.errors import UserError
 
     folder = Path(config.run.output_dir)
     try:
-        same = json.loads((folder / "config.json").read_text()) == config.model_dump(mode="json")
-    except (OSError, ValueError):
+        recorded = parse_config(json.loads((folder / "config.json").read_text()), "config.json")
+        same = settled_as(config, recorded) == recorded
+    except (OSError, ValueError, UserError):
         same = False
     if same or config.run.output_dir.endswith(SUFFIX):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -44,6 +44,7 @@ from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.planning.automatic import settle_run
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
@@ -64,7 +65,7 @@ def train(
     make = make or Trainer
     current = make(config, resume)
     while current.train():
-        step = str(current.step)
+        step, config = str(current.step), current.run_config  # settled, so that nothing is chosen twice
         del current  # before the next one allocates
         gc.unfreeze()
         gc.collect()
@@ -91,18 +92,18 @@ class Trainer:
     open_teacher = staticmethod(teacher_of)
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
-        self.run_config = config
         self.output = Path(config.run.output_dir)
         self.device = process_group.choose_device(config.run.device)
         process_group.initialize(self.device)
-        self.stages = resolve_stages(config)
+        reader, messages = find_start(self.output, resume)
+        self.run_config, chosen = settle_run(config, self.device, reader)
+        messages += chosen
+        self.stages = resolve_stages(self.run_config)
         for stage in self.stages:  # what only a later stage would meet is refused now
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
         sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
         make_output(self.output)
-
-        reader, messages = find_start(self.output, resume)
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)

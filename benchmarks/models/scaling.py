@@ -43,6 +43,7 @@ from millrace.benchmarks.report import scaling_report as report
 from millrace.benchmarks.report.charts import draw_beside
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config.loading import load_config, merge, parse_config
+from millrace.engine.planning.automatic import without_auto
 from millrace.engine.planning.devices import CALIBRATION
 from millrace.engine.util.errors import UserError
 
@@ -123,7 +124,7 @@ def measured_config(arguments: argparse.Namespace) -> Row:
     """The configuration of the points as plain values, of one process and without a ZeRO stage."""
     if arguments.config or torch.cuda.is_available():
         name = arguments.config or str(recording.ROOT / "configs" / "latent_256.json")
-        values = load_config(name, arguments.overrides).model_dump(mode="json")
+        values = without_auto(load_config(name, arguments.overrides)).model_dump(mode="json")
     else:
         values = merge(SMALL, TINY if arguments.smoke else {})
     quiet = {

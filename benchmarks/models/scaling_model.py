@@ -13,8 +13,9 @@ from millrace.benchmarks.report.recording import ROOT
 from millrace.engine.config import Config
 from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.encoders.autoencoder import published_factor
-from millrace.engine.model.flops import training_flops
+from millrace.engine.model.flops import attention_share, training_flops
 from millrace.engine.planning.activations import Traced, trace
+from millrace.engine.planning.automatic import without_auto
 from millrace.engine.planning.devices import GPUS, Device, MeasuredNetwork
 from millrace.engine.planning.step_memory import Memory, Shape, memory_of, shape_of
 from millrace.engine.planning.step_time import Step, step_of, transfers
@@ -62,7 +63,16 @@ def evaluate(values: Row, stage: int, ranks: int, device: Device) -> tuple[Memor
     memory = memory_of(config, stage, ranks, traced, shape, fused=device.fused_optimizer)
     return (
         memory,
-        step_of(config, stage, ranks, device, traced, shape, training_flops(config, image, text)),
+        step_of(
+            config,
+            stage,
+            ranks,
+            device,
+            traced,
+            shape,
+            training_flops(config, image, text),
+            attention=attention_share(config, image, text),
+        ),
         shape,
     )
 
@@ -244,12 +254,10 @@ def modelled() -> list[Row]:
     device = GPUS["h200"]
     name, micro_batch = MODELLED
     rows = []
-    values = load_config(str(CONFIGS / f"{name}.json")).model_dump(mode="json")
+    values = without_auto(load_config(str(CONFIGS / f"{name}.json"))).model_dump(mode="json")
     batch = {"data": {"micro_batch": micro_batch, "global_batch": micro_batch}}
     values = merge(values, batch | {"sampling": {"every_steps": 0}})
     for stage in range(4):
-        zero = {"overlap_comm": True, "reduce_bucket_size": 100_000_000} if stage else {}
-        values["deepspeed"] = {"zero_optimization": zero}
         for ranks in DEVICES:
             memory, step, _ = evaluate(values, stage, ranks, device)
             images = micro_batch * ranks / step.seconds

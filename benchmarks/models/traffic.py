@@ -36,6 +36,7 @@ from millrace.engine.config.loading import load_config
 from millrace.engine.encoders.autoencoder import published_factor
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
+from millrace.engine.planning.automatic import without_auto
 from millrace.engine.util.errors import UserError
 from millrace.kernels.ops.routing import kept_tokens
 from millrace.kernels.support.registration import HAS_TRITON
@@ -95,11 +96,12 @@ def record(config: Config, side: str, lengths: list[int] | None = None) -> Ledge
 
 
 def resolve(path: str, overrides: list[str], variant: str) -> Config:
-    """The configuration with this routing, and for `auto` attention what it takes on a GPU.
+    """The configuration with this routing, the default micro-batch for `auto`, and for `auto` attention what
+    it takes on a GPU.
 
     On meta tensors `auto` would take what CPUs do. Captions of unequal length make a GPU take `varlen`.
     """
-    config = steps.variant_config(load_config(path, overrides), variant)
+    config = steps.variant_config(without_auto(load_config(path, overrides)), variant)
     if config.model.attention_backend != "auto":
         return config
     return steps.with_values(config, {"model": {"attention_backend": "varlen"}})

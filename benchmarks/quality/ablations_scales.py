@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from millrace.benchmarks.report.recording import ROOT
 from millrace.engine.config import Config
 from millrace.engine.config.loading import load_config, merge, parse_config
+from millrace.engine.planning.automatic import without_auto
 from millrace.engine.util.errors import UserError
 
 BASELINE = "latent_256"
@@ -64,7 +65,7 @@ class Assets(NamedTuple):
 def open_config(name: str) -> Config:
     """A configuration by its file, or by the name of a file in configs/."""
     path = Path(name)
-    return load_config(path if path.suffix == ".json" else ROOT / "configs" / f"{name}.json")
+    return without_auto(load_config(path if path.suffix == ".json" else ROOT / "configs" / f"{name}.json"))
 
 
 def set_source(config: Config, source: str) -> Config:

@@ -14,10 +14,11 @@ import torch
 from millrace.benchmarks.report import throughput_report as report
 from millrace.benchmarks.step import waterfall
 from millrace.benchmarks.step.throughput_inputs import FROZEN, Live, open_trainer
-from millrace.engine.config import Config
+from millrace.engine.config import AUTO, Config
 from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.config.smoke import smoke
 from millrace.engine.distributed import process_group
+from millrace.engine.planning.automatic import settle_run
 from millrace.engine.util.data_sheets import peak_flops
 
 Row = dict[str, Any]
@@ -42,6 +43,12 @@ def resolve(path: str, arguments: argparse.Namespace, folder: Path, defaults: Se
     config = load_config(path, [*defaults, *overrides])
     if arguments.smoke:
         config = smoke(config, overrides)
+    if config.data.micro_batch == AUTO:
+        device = process_group.choose_device(config.run.device)
+        process_group.initialize(device)
+        config, lines = settle_run(config, device, None)
+        if process_group.rank() == 0:
+            print("\n".join(lines))
     return config if arguments.accumulate else of_one_micro_batch(config)
 
 
@@ -145,7 +152,7 @@ def _measure(path: str, config: Config, conditioning: str, arguments: argparse.N
     )
     trainer = open_trainer(config, conditioning, arguments.text_tokens)
     trainer.count_frozen()
-    device, devices = trainer.device, process_group.world_size()
+    config, device, devices = trainer.config, trainer.device, process_group.world_size()
     found: Row = {}
 
     def after(trainer: Live) -> None:

@@ -185,9 +185,10 @@ class Run:
         return None
 
     def _resolve(self, case: Case, path: str, arguments: argparse.Namespace) -> Config:
-        defaults: list[str] = []
+        # Rows are set against each other: their micro-batches are not chosen for each of them.
+        defaults = [f"data.micro_batch={Config().data.micro_batch}"]
         if case.conditioning in ("live", "pictures") and not self.arguments.smoke:
-            defaults = self._pictures(path)
+            defaults += self._pictures(path)
         folder = self.folder / case.name.replace("/", "-").replace(", ", "-").replace(" ", "-")
         config = measurement.resolve(path, arguments, folder, defaults)
         samples = self.micro_batches.get(config.data.resolution, config.data.micro_batch)

@@ -102,7 +102,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = Path(folder)
         self._manifest = read_manifest(self.folder)
-        self.step = self._manifest.step
+        self.step, self.world_size = self._manifest.step, self._manifest.world_size
         verify_file(self.folder, META, self._manifest.files[META])
         self.meta = json.loads((self.folder / META).read_text())
         if verify:

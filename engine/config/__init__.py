@@ -22,9 +22,10 @@ from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, che
 from millrace.engine.config.precision import Fp8, Precision, check_fp8
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Run
 from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import AUTO, Section
 
 __all__ = [
+    "AUTO",
     "ActivationCheckpointing",
     "Alignment",
     "AttentionAlignment",
@@ -81,7 +82,8 @@ class Config(Section):
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
-    """Passed to DeepSpeed after a check that it names no key that the engine sets itself."""
+    """Passed to DeepSpeed after a check that it names no key that the engine sets itself. May be `auto`:
+    `zero_optimization`, or its `stage`, `overlap_comm`, `reduce_bucket_size` and `allgather_bucket_size`."""
     stages: tuple[dict[str, Any], ...] = ()
     """What changes during the run: objects with `at` (steps done before), `name`, and any settings that hold
     from there on (`engine/config/stages.py`)."""

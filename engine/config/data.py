@@ -1,10 +1,11 @@
 """Data section: pictures, captions, mixtures, crops and batches."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import AUTO, Section
 
 LAST_STEP = 10_000_000
 """Last step that a schedule may name: what a mixture gives is counted step by step up to there."""
@@ -59,6 +60,15 @@ ScheduledShare = Annotated[float | Points, _scheduled(1.0)]
 """A number in [0, 1], or [[step, number], ...]: linear in between, constant before and after."""
 ScheduledWeight = Annotated[float | Points, _scheduled(None)]
 """A number >= 0, or [[step, number], ...]: linear in between, constant before and after."""
+
+
+def _count(value: Any) -> Any:
+    if value != AUTO and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"the value is {value!r}; it is a whole number of at least 1, or auto")
+    return value
+
+
+Count = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_count)]
 
 
 class Columns(Section):
@@ -136,8 +146,8 @@ class Data(Section):
     [[step, number], ...] with what lies between interpolated."""
     global_batch: int = Field(256, ge=1)
     """Samples of one optimizer step, over all processes and micro-batches."""
-    micro_batch: int = Field(32, ge=1)
-    """Samples of one forward pass of one process."""
+    micro_batch: Count = 32
+    """Samples of one forward pass of one process; `auto` takes the largest that fits."""
     loader: Literal["auto", "dali", "python"] = "auto"
     """What decodes pictures: NVIDIA DALI, or Pillow in threads. `auto` takes DALI where it is installed and
     the source has JPEG files. Samples and their order are the same."""
@@ -212,7 +222,7 @@ def _check_buckets(data: Data) -> None:
                 "data.aspect to mixed"
             )
     run, micro = data.bucket_run, data.micro_batch
-    if run % micro:
+    if micro != AUTO and run % micro:
         fitting = max(size for size in range(1, min(run, micro) + 1) if run % size == 0)
         raise ValueError(
             f"data.micro_batch {micro} does not divide data.bucket_run {run}, so a micro-batch would hold "
@@ -221,7 +231,8 @@ def _check_buckets(data: Data) -> None:
     if data.source == "mixture" and data.global_batch % run:
         raise ValueError(
             f"data.global_batch {data.global_batch} is not a multiple of data.bucket_run {run}, but steps "
-            f"of a mixture give whole runs to its parts; set data.bucket_run to {micro}"
+            "of a mixture give whole runs to its parts; set data.bucket_run to "
+            f"{math.gcd(data.global_batch, run) if micro == AUTO else micro}"
         )
 
 

@@ -10,9 +10,10 @@ from millrace.engine.config.section import Section
 class ActivationCheckpointing(Section):
     """What backward recomputes instead of keeping."""
 
-    policy: Literal["none", "full", "selective"] = "none"
+    policy: Literal["auto", "none", "full", "selective"] = "none"
     """`none` keeps every activation; `full` recomputes whole blocks in backward; `selective` keeps the
-    outputs of matrix products and attention and recomputes the element-wise rest."""
+    outputs of matrix products and attention and recomputes the element-wise rest. `auto` takes the fastest
+    that fits."""
     every: int = Field(1, ge=1)
     """Apply the policy to every n-th block: 2 halves the memory saved and the work repeated."""
 

@@ -17,4 +17,7 @@ class Section(BaseModel):
     )
 
 
+AUTO = "auto"
+"""Chosen at the start of a run by the planner, for its device and its processes."""
+
 Share = Annotated[float, Field(ge=0, lt=1)]

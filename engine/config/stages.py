@@ -17,7 +17,7 @@ until the next that does. Epochs are counted from the stage that last set where 
 
 from typing import Any, NamedTuple
 
-from millrace.engine.config import Config
+from millrace.engine.config import AUTO, Config
 from millrace.engine.config.loading import differences, merge, parse_config
 from millrace.engine.util.errors import UserError
 
@@ -136,7 +136,7 @@ def _with_origins(found: list[tuple[int, str, Config, dict[str, Any]]], steps: i
             schedule_end=next((found[j][0] for j in range(i + 1, len(found)) if renews[j]), steps),
         )
         seen, micro = samples - stage.data_sample, config.data.micro_batch
-        if config.data.aspect == "bucket" and seen % micro:
+        if config.data.aspect == "bucket" and micro != AUTO and seen % micro:
             raise UserError(
                 f"stage {name!r} begins after {seen} samples, which micro-batches of {micro} do not divide: "
                 "they would hold two buckets; set its data.micro_batch to a divisor"

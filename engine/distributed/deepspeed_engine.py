@@ -10,6 +10,7 @@ from torch import nn
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.process_group import world_size
+from millrace.engine.distributed.zero_settings import zero_section, zero_stage
 from millrace.engine.util.errors import UserError
 
 # Keys that follow from our configuration, and where they are set there.
@@ -55,20 +56,9 @@ _LINEAR = ("torch.nn.Linear", "millrace.engine.model.fp8.Fp8Linear")
 """Linear layers by the names that DeepSpeed imports; it asks for the very class."""
 
 
-def zero_stage(config: Config) -> int:
-    """ZeRO stage 0 to 3 of the run."""
-    section = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(section, dict):
-        raise UserError(f'deepspeed.zero_optimization is {section!r}; it is an object such as {{"stage": 1}}')
-    stage = section.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it is 0, 1, 2 or 3")
-    return stage
-
-
-def accumulation_steps(config: Config) -> int:
-    """Micro-batches of one optimizer step on each of the job's processes."""
-    data, ranks = config.data, world_size()
+def accumulation_steps(config: Config, ranks: int | None = None) -> int:
+    """Micro-batches of one optimizer step on each of `ranks` processes, by default the job's."""
+    data, ranks = config.data, ranks or world_size()
     if data.global_batch % (data.micro_batch * ranks):
         raise UserError(
             f"data.global_batch {data.global_batch} is not a multiple of data.micro_batch {data.micro_batch} "
@@ -152,7 +142,7 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: torch.optim.O
     logger.setLevel("WARNING")
     try:
         engine, wrapped, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=with_buckets(deepspeed_config(config), model)
+            model=model, optimizer=optimizer, config=with_buckets(config, model)
         )
     except ValidationError as error:
         problem = error.errors()[0]
@@ -184,15 +174,11 @@ def apply_gradients(
     return norm, not optimizer.skip
 
 
-def with_buckets(values: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """`values` with communication buckets no larger than the model, unless the user chose their size.
-
-    ZeRO 1 to 3 allocate a bucket whole, 2 GB at DeepSpeed's default of 5e8 elements, however small the model.
-    """
-    elements = min(sum(p.numel() for p in model.parameters()), 500_000_000)
-    elements += elements % 2  # DeepSpeed aligns partitions to two elements
-    sizes = {"reduce_bucket_size": elements, "allgather_bucket_size": elements}
-    return values | {"zero_optimization": sizes | values.get("zero_optimization", {})}
+def with_buckets(config: Config, model: nn.Module) -> dict[str, Any]:
+    """`deepspeed_config` with all of `zero_optimization` that depends on the model and the processes."""
+    elements = sum(p.numel() for p in model.parameters())
+    section = zero_section(config, zero_stage(config), world_size(), elements)
+    return deepspeed_config(config) | {"zero_optimization": section}
 
 
 def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -48,10 +48,26 @@ def forward_flops(
     for block in range(depth):
         tokens = kept if block in routed else image_tokens
         total += tokens * (4 * width * width + 3 * width * config.mlp_width)
-        total += 2 * tokens * (tokens + text_tokens) * width
+        total += _attention(config, tokens, text_tokens)
     if fused:
         total += image_tokens * 2 * width * width
     return 2.0 * total
+
+
+def _attention(config: Model, queries: float, text_tokens: float) -> float:
+    """Multiply-adds of one sample's attention in a block: logits, and the mean of values."""
+    return 2 * queries * (queries + text_tokens) * config.width
+
+
+def attention_share(config: Config, image_tokens: int, text_tokens: float) -> float:
+    """Share of `training_flops` in the products of attention."""
+    model, routing = config.model, config.routing
+    joint = text_tokens + (resolution_tokens.COUNT if model.resolution_tokens else 0)
+    routed = range(routing.start, route_end(config) + 1)
+    kept = POLICIES[routing.policy].kept(routing, image_tokens, routing.drop)
+    spans = [kept if block in routed else image_tokens for block in range(model.depth)]
+    found = 3 * 2.0 * sum(_attention(model, span, joint) for span in spans)
+    return found / training_flops(config, image_tokens, text_tokens)
 
 
 def training_flops(config: Config, image_tokens: int, text_tokens: float) -> float:

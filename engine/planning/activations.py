@@ -2,22 +2,25 @@
 
 The denoiser, the noise and the loss run on fake tensors (shapes and dtypes, no storage) under a mode that
 sees every tensor made and freed, so kept activations, temporaries between operators, recomputation and
-autocast's copies of the weights are all counted. What an operator allocates inside itself is not seen.
+autocast's copies of the weights are all counted, and what perceptual losses hold. What an operator allocates
+inside itself is not seen.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from millrace.engine.config import Config
+from millrace.engine.encoders.lpips import SMALLEST, Lpips
+from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
@@ -161,4 +164,45 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
         del prediction
         kept = holder.held
         loss.backward()
-    return Traced(kept, holder.peak, holder.peak_without_gradients, holder.moved, holder.casts)
+    judges, judged = _judges(config, samples, edge * model.patch_size)
+    return Traced(
+        kept + judges,
+        holder.peak + judges,
+        holder.peak_without_gradients + judges,
+        holder.moved + judged,
+        holder.casts,
+    )
+
+
+def _in_dtype(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A module made in `dtype`: `Module.to` does not convert fake tensors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _judges(config: Config, samples: int, edge: int) -> tuple[int, int]:
+    """Most bytes held at once, and bytes moved, by the networks that judge pictures of edge^2 pixels.
+
+    LPIPS is traced. A layer of DINO keeps 34 bytes for each of its features (Korthikanti et al., arXiv
+    2205.05198, section 4, without attention's logits), and moves as much twice.
+    """
+    lpips, dino = config.objective.lpips, config.objective.dino
+    held = moved = 0
+    if lpips.weight:
+        network = _in_dtype(Lpips, getattr(torch, lpips.dtype)).requires_grad_(False)
+        size = max(round(edge * lpips.resize), SMALLEST)
+        pictures, wanted = torch.empty(2, samples, 3, size, size).unbind()
+        pictures = pictures.detach().requires_grad_()
+        with Holder([pictures, wanted], list(network.parameters())) as holder:
+            network(pictures, wanted).sum().backward()
+        held, moved = holder.peak, holder.moved
+    if dino.weight:
+        entry = vision_entry(dino.kind)
+        shape = entry.base.shape
+        kept = 34 * shape["hidden_size"] * shape["num_hidden_layers"] * (dino.size // entry.patch) ** 2
+        held, moved = held + samples * kept, moved + 2 * samples * kept
+    return held, moved

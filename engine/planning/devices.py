@@ -5,17 +5,20 @@ are assumptions (`ASSUMED`), not measurements.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
-from millrace.engine.util.data_sheets import PEAK_BF16, SHEETS, LinkKind, Sheet
+from millrace.engine.util.data_sheets import PEAK_BF16, SHEETS, LinkKind, Sheet, chip_of, sheet_name
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 ASSUMED = {
     "share of the peak FLOP/s in matrix products": 0.80,
+    "share of the peak FLOP/s in attention": 0.50,
+    "most FLOP/s in attention, FlashAttention-2": 257e12,
     "share of the memory bandwidth in other operators": 0.90,
     "step over the roofline of its products and its memory traffic": 1.25,
     "share of the NVLink bandwidth": 0.80,
@@ -27,8 +30,16 @@ ASSUMED = {
     "share of the memory that a process may fill": 0.92,
     "host time of ZeRO-3 for each tensor that it gathers, s": 30e-6,
 }
-"""Not measured here. The first two are what `python -m benchmarks traffic` assumes as well. PCIe reaches
-least: what goes from one GeForce card to another goes through the memory of the host."""
+"""Not measured here. The shares of the peak in products and of the bandwidth are what `python -m benchmarks
+traffic` assumes as well. Attention, forward and backward together: FlashAttention-2 reaches 50 to 73 % of
+an A100's peak (arXiv 2307.08691, abstract), and does not use what Hopper added: 306 TFLOP/s forward and 238
+backward on an H100 at head_dim 64 and 1024 tokens (arXiv 2407.08608, figures 5 and 6), which is also taken
+for what came later. PCIe reaches least: what goes from one GeForce card to another goes through the memory
+of the host."""
+
+NEWER_ATTENTION = 372e12
+"""FLOP/s of FlashAttention-3 where FlashAttention-2 reaches its most: 392 forward, 363 backward (the same
+figures). Taken for a Hopper or later at hand on which it, or version 4, is installed."""
 
 _SLACK = "step over the roofline of its products and its memory traffic"
 
@@ -120,6 +131,8 @@ class Device:
     memory: float
     """Bytes that it has."""
     network: Network
+    attention_flops: float | None = None
+    """FLOP/s reached in attention, forward and backward together; None: as in other products."""
     slack: float = 1.0
     """Time of forward and backward over the roofline of the two above."""
     fused_optimizer: bool = True
@@ -140,6 +153,12 @@ class Device:
         """Bytes that a process may fill."""
         return self.memory * self.usable
 
+    def with_attention(self, flops: float) -> "Device":
+        """With another rate of attention, FLOP/s."""
+        return replace(
+            self, attention_flops=flops, assumed=tuple(a for a in self.assumed if "attention" not in a)
+        )
+
     def calibrated(self, slack: float) -> "Device":
         """With a slack that follows from a measured step."""
         return replace(self, slack=slack, assumed=tuple(a for a in self.assumed if a != _SLACK))
@@ -157,6 +176,10 @@ def _gpu(sheet: Sheet) -> Device:
     return Device(
         name=sheet.title,
         product_flops=ASSUMED["share of the peak FLOP/s in matrix products"] * peak,
+        attention_flops=min(
+            ASSUMED["share of the peak FLOP/s in attention"] * peak,
+            ASSUMED["most FLOP/s in attention, FlashAttention-2"],
+        ),
         copy_bandwidth=ASSUMED["share of the memory bandwidth in other operators"] * sheet.bandwidth,
         memory=sheet.memory,
         slack=ASSUMED[_SLACK],
@@ -182,3 +205,22 @@ def _gpus(calibration: dict[str, float]) -> dict[str, Device]:
 
 
 GPUS = _gpus(json.loads(CALIBRATION.read_text()))
+
+
+def gpu_like(name: str, memory: float) -> Device:
+    """The device of a GPU that is there.
+
+    Args:
+        name: as torch gives it.
+        memory: bytes that it has.
+
+    A GPU without a data sheet is taken as the one whose memory is nearest, at its own peak where that is
+    known.
+    """
+    own = sheet_name(name)
+    if own is not None:
+        return replace(GPUS[own], memory=memory)
+    near = min(SHEETS, key=lambda key: abs(math.log(SHEETS[key].memory / memory)))
+    chip = chip_of(name)
+    device = GPUS[near] if chip is None else _gpu(replace(SHEETS[near], chip=chip))
+    return replace(device, name=f"{name} (taken as {SHEETS[near].title})", memory=memory)

@@ -1,15 +1,15 @@
 """Report of the planner: what `plan` and `train.py --plan` print."""
 
-from typing import Any
-
 from millrace.engine.config import Config
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.model.flops import dense_training_flops
 from millrace.engine.model.routing import describe as describe_routing
+from millrace.engine.planning.automatic import automatic
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.search import TIE, Option, Planner
 from millrace.engine.planning.step_time import Step
+from millrace.engine.util.errors import UserError
 
 DEFAULT_DEVICE = "h200"
 
@@ -54,7 +54,7 @@ def describe(planner: Planner, best: Option, found: list[Option], steps: int) ->
         f"{planner.text_tokens} of a caption; {planner.flops / 1e12:.3g} TFLOP an image",
         _routing(planner),
         f"devices: {planner.ranks} x {device.name}",
-        *_configured(planner),
+        *_configured(planner, best),
         f"ZeRO stage: {best.stage}",
         f"micro-batch: {best.micro_batch}, {accumulation} of them on each device make data.global_batch "
         f"{batch}",
@@ -82,11 +82,16 @@ def _routing(planner: Planner) -> str:
     return f"{line}; {share:.1%} of the dense FLOPs, so steps are up to {1 / share:.2f} times as fast"
 
 
-def _configured(planner: Planner) -> list[str]:
-    """The configuration as it is, where it makes a run on so many devices."""
-    option = planner.configured()
-    if option is None:
+def _configured(planner: Planner, best: Option) -> list[str]:
+    """The configuration as it is, `auto` as a run resolves it, where it makes a run on so many devices."""
+    try:
+        options = list(planner.automatic())
+    except UserError:
         return []
+    fitting = [option for option in options if option.fits]
+    option = planner.best(fitting)[0] if fitting else min(options, key=lambda o: o.memory.peak)
+    if option == best and automatic(planner.config):
+        return ["as configured: auto takes this"]
     fits = "" if option.fits else ", does not fit"
     return [
         f"as configured: ZeRO {option.stage}, micro-batch {option.micro_batch}, checkpointing "
@@ -105,14 +110,12 @@ def _mfu(planner: Planner, images: float) -> str:
 
 def settings(planner: Planner, best: Option) -> list[str]:
     """The --set arguments that make a run of the configuration take the option."""
-    zero = planner.zero_section(best.stage)
-    words = [f"data.micro_batch={best.micro_batch}", f"run.activation_checkpointing.policy={best.policy}"]
-    words += [f"deepspeed.zero_optimization.{key}={_json(value)}" for key, value in zero.items()]
+    words = [
+        f"data.micro_batch={best.micro_batch}",
+        f"run.activation_checkpointing.policy={best.policy}",
+        f"deepspeed.zero_optimization.stage={best.stage}",
+    ]
     return ["settings: " + " ".join(f"--set {word}" for word in words)]
-
-
-def _json(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def reasons(planner: Planner, best: Option, compared: list[Option]) -> list[str]:
@@ -123,11 +126,12 @@ def reasons(planner: Planner, best: Option, compared: list[Option]) -> list[str]
         found.append(
             f"why not the fastest: ZeRO {first.stage} with checkpointing {first.policy} is "
             f"{best.step.seconds / first.step.seconds - 1:.1%} faster, within the {TIE:.0%} that the model "
-            "cannot tell; there the lowest stage is taken, then the least recomputation"
+            f"cannot tell; there the first of the stages {', '.join(map(str, planner.simplest))} is taken, "
+            "then the least recomputation"
         )
     lower = [planner_option(planner, stage, best) for stage in range(best.stage)]
     too_large = [o.stage for o in lower if o is not None and not o.fits]
-    slower = [o for o in lower if o is not None and o.fits]
+    slower = [o for o in lower if o is not None and o.fits and o.step.seconds > best.step.seconds]
     words = []
     if too_large:
         words.append(f"{_stages(too_large)} would not fit with these settings")
@@ -136,7 +140,9 @@ def reasons(planner: Planner, best: Option, compared: list[Option]) -> list[str]
         more = quick.step.seconds / best.step.seconds - 1
         words.append(f"{_stages([o.stage for o in slower])} would take {more:.1%} longer or more")
     if not best.stage:
-        words.append("everything fits, and no higher stage is faster by more than the model can tell")
+        words.append("everything fits, and no other stage is faster by more than the model can tell")
+    if not words and any(o is not None and o.fits for o in lower):
+        words.append("stage 0 is as fast to the model, but reduces nothing beside the backward pass")
     found.append(f"why ZeRO {best.stage}: {'; '.join(words) or 'no lower stage goes with the configuration'}")
     each = planner.config.data.global_batch // planner.ranks
     limit = (
@@ -195,7 +201,7 @@ def notes(unknown: tuple[str, ...], device: Device) -> list[str]:
     found = [
         "A model, no measurement: formulas in engine/planning, checked in docs/performance.md. Uncounted: "
         "saving, drawing and judging samples (but for the weights that draw them), operators' own workspace, "
-        "alignment heads and perceptual losses' activations. 1 GB is 1e9 bytes.",
+        "alignment heads, a tuned autoencoder's activations. 1 GB is 1e9 bytes.",
     ]
     if device.assumed:
         assumed = ", ".join(f"{name} {ASSUMED[name]:g}" for name in device.assumed)

@@ -1,16 +1,18 @@
 """Every ZeRO stage, micro-batch and checkpointing that a run could take, and the one to take."""
 
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from millrace.engine.config import Config
+from millrace.engine.config import AUTO, Config
 from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.data.crop import check_resolution
-from millrace.engine.distributed.deepspeed_engine import zero_stage
+from millrace.engine.distributed.deepspeed_engine import accumulation_steps
+from millrace.engine.distributed.zero_settings import automatic_keys, zero_section, zero_stage
 from millrace.engine.encoders.autoencoder import published_factor
-from millrace.engine.model.flops import training_flops
+from millrace.engine.model.flops import attention_share, training_flops
 from millrace.engine.model.routing import require_grid
 from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import Device
@@ -21,9 +23,6 @@ from millrace.engine.util.errors import UserError
 
 POLICIES = ("none", "selective", "full")
 STAGES = (0, 1, 2, 3)
-OVERLAP_BUCKET = 100_000_000
-"""Elements of a reduction bucket where reductions run beside the backward pass: several of a model's size, so
-that only the last has nothing left to hide behind."""
 TIE = 0.05
 """Relative difference of step times that the model cannot tell: below it the simpler setting wins."""
 
@@ -72,33 +71,32 @@ class Planner:
         self.edge = config.data.resolution // edge
         self.image_tokens, self.text_tokens = self.edge**2, config.conditioning.text.max_tokens
         self.flops = training_flops(config, self.image_tokens, self.text_tokens)
+        self.attention = attention_share(config, self.image_tokens, self.text_tokens)
         self.frozen: Loaded = frozen_networks(config, self.image_tokens, self.text_tokens)
         self.shape: Shape = shape_of(config)
         self._traces: dict[tuple[str, int, int, bool], Traced] = {}
+
+    @property
+    def simplest(self) -> tuple[int, ...]:
+        """The stages in the order in which they are taken where they are as fast: the lowest first, but 1
+        before 0 where processes reduce beside the backward pass, which 0 cannot."""
+        return (1, 0, 2, 3) if self.ranks > 1 and self.device.overlaps else STAGES
 
     def with_settings(self, stage: int, micro_batch: int, policy: str) -> Config:
         """The configuration with these; UserError where they do not go together."""
         values: dict[str, Any] = {
             "data": {"micro_batch": micro_batch},
             "run": {"activation_checkpointing": {"policy": policy}},
-            "deepspeed": {"zero_optimization": self.zero_section(stage)},
+            "deepspeed": {
+                "zero_optimization": zero_section(self.config, stage, self.ranks, self.shape.parameters)
+            },
         }
         return parse_config(merge(self.config.model_dump(mode="json"), values), "plan")
 
-    def zero_section(self, stage: int) -> dict[str, Any]:
-        """`deepspeed.zero_optimization` at this stage: the run's, and where processes communicate while they
-        compute, what that needs unless the run sets it."""
-        own = self.config.deepspeed.get("zero_optimization", {})
-        beside = {"overlap_comm": True, "reduce_bucket_size": OVERLAP_BUCKET}
-        smaller = self.shape.parameters > OVERLAP_BUCKET
-        wanted = beside if stage and self.ranks > 1 and self.device.overlaps and smaller else {}
-        return wanted | own | {"stage": stage}
-
     def traced(self, policy: str, micro_batch: int, stage: int) -> Traced:
         """A micro-batch; activations grow in proportion to it, so two small ones are traced."""
-        few = self._trace(policy, 1, stage)
         if micro_batch == 1:
-            return few
+            return self._trace(policy, 1, stage)
         base = 2 if micro_batch < 8 else 8
         low, high = self._trace(policy, base, stage), self._trace(policy, 2 * base, stage)
         if micro_batch in (base, 2 * base):
@@ -126,17 +124,7 @@ class Planner:
     @functools.cache  # noqa: B019 - a planner lives as long as its command
     def option(self, stage: int, micro_batch: int, policy: str) -> Option:
         """What these settings come to."""
-        return self._evaluated(self.with_settings(stage, micro_batch, policy), stage, micro_batch, policy)
-
-    def configured(self) -> Option | None:
-        """What the configuration comes to as it is; None where its micro-batch does not make the batch."""
-        config, micro_batch = self.config, self.config.data.micro_batch
-        if config.data.global_batch % (micro_batch * self.ranks):
-            return None
-        policy = config.run.activation_checkpointing.policy
-        return self._evaluated(config, zero_stage(config), micro_batch, policy)
-
-    def _evaluated(self, config: Config, stage: int, micro_batch: int, policy: str) -> Option:
+        config = self.with_settings(stage, micro_batch, policy)
         traced = self.traced(policy, micro_batch, stage)
         frozen = self.frozen
         memory = memory_of(
@@ -151,6 +139,7 @@ class Planner:
             self.shape,
             self.executed_flops(policy),
             frozen.flops,
+            self.attention,
             self.images_per_second,
         )
         fits = memory.peak <= self.device.capacity
@@ -159,12 +148,16 @@ class Planner:
     def micro_batches(self) -> list[int]:
         """Sizes that divide what a process has of the global batch, largest first: halves, and the run's."""
         each = self.config.data.global_batch // self.ranks
-        sizes = {each >> i for i in range(each.bit_length()) if each % (1 << i) == 0}
-        configured = self.config.data.micro_batch
-        return sorted(sizes | ({configured} if each % configured == 0 else set()) | {1}, reverse=True)
+        data = self.config.data
+        sizes = {each >> i for i in range(each.bit_length()) if each % (1 << i) == 0} | {1}
+        if data.micro_batch != AUTO and each % data.micro_batch == 0:
+            sizes.add(data.micro_batch)
+        # A micro-batch of buckets has one size of pictures.
+        whole = data.bucket_run if data.aspect == "bucket" else 0
+        return sorted((size for size in sizes if whole % size == 0), reverse=True)
 
     def allowed(self, stage: int, policy: str) -> bool:
-        """Whether the engine takes the combination (`runtime.zero.deepspeed_config`)."""
+        """Whether the engine takes the combination (`deepspeed_engine.deepspeed_config`)."""
         if policy == "selective" and (stage == 3 or self.config.run.compile):
             return False
         if stage == 3 and self.config.conditioning.autoencoder.tuning.enabled:
@@ -172,25 +165,60 @@ class Planner:
         return stage == 0 or self.config.precision.master == "float32"
 
     def options(self) -> Iterable[Option]:
-        """For each stage and policy the largest micro-batch that fits, or the smallest if none does."""
-        for stage in STAGES:
-            for policy in POLICIES:
-                if not self.allowed(stage, policy):
-                    continue
-                tried = (self.option(stage, size, policy) for size in self.micro_batches())
-                last = None
-                for last in tried:
-                    if last.fits:
-                        break
-                yield last
+        """For each stage and policy the largest micro-batch that fits, or the smallest if none does.
 
-    def best(self) -> tuple[Option, list[Option]]:
+        One process has nothing to shard: it stays at stage 0.
+        """
+        stages = STAGES if self.ranks > 1 else STAGES[:1]
+        for stage, policy in self._allowed(stages, POLICIES):
+            yield self._largest(stage, policy, self.micro_batches())
+
+    def automatic(self) -> Iterable[Option]:
+        """As `options`, with all that the configuration fixes, and without policies that recompute more than
+        another that fits the largest micro-batch: they are slower."""
+        data, policy = self.config.data, self.config.run.activation_checkpointing.policy
+        if data.micro_batch == AUTO and self.config.conditioning.autoencoder.tuning.enabled:
+            raise UserError(
+                "data.micro_batch is auto, but the activations of an autoencoder that is tuned are not known "
+                "to the planner; set it to a number"
+            )
+        stages: Sequence[int] = STAGES if self.ranks > 1 else STAGES[:1]
+        if "stage" not in automatic_keys(self.config):
+            stages = [zero_stage(self.config)]
+        sizes = self.micro_batches()
+        if data.micro_batch != AUTO:
+            accumulation_steps(self.config, self.ranks)
+            sizes = [data.micro_batch]
+        policies = POLICIES if policy == AUTO else [policy]
+        enough: set[int] = set()
+        # What the engine does not take is left to its own check where nothing else is left.
+        for stage, tried in self._allowed(stages, policies) or itertools.product(stages, policies):
+            if stage not in enough:
+                found = self._largest(stage, tried, sizes)
+                if found.fits and found.micro_batch == sizes[0]:
+                    enough.add(stage)
+                yield found
+
+    def _allowed(self, stages: Sequence[int], policies: Sequence[str]) -> list[tuple[int, str]]:
+        return [pair for pair in itertools.product(stages, policies) if self.allowed(*pair)]
+
+    def _largest(self, stage: int, policy: str, sizes: Sequence[int]) -> Option:
+        for size in sizes:
+            found = self.option(stage, size, policy)
+            if found.fits:
+                break
+        return found
+
+    def best(self, options: Iterable[Option] | None = None) -> tuple[Option, list[Option]]:
         """The option to take, and all that were compared, the fastest first.
 
-        Among those that fit within TIE of the fastest: the lowest stage, then the least recomputation.
+        Among those that fit within TIE of the fastest: the simplest stage, then the least recomputation.
         Raises UserError if none fits.
+
+        Args:
+            options: to compare, by default all of them.
         """
-        found = sorted(self.options(), key=lambda o: (not o.fits, o.step.seconds))
+        found = sorted(options or self.options(), key=lambda o: (not o.fits, o.step.seconds))
         fitting = [option for option in found if option.fits]
         if not fitting:
             least = min(found, key=lambda o: o.memory.peak)
@@ -202,4 +230,4 @@ class Planner:
             )
         limit = fitting[0].step.seconds * (1 + TIE)
         close = [option for option in fitting if option.step.seconds <= limit]
-        return min(close, key=lambda o: (o.stage, POLICIES.index(o.policy))), found
+        return min(close, key=lambda o: (self.simplest.index(o.stage), POLICIES.index(o.policy))), found

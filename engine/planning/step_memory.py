@@ -18,16 +18,16 @@ with two whole FP32 copies of the weights: what was gathered, and the denoiser t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from millrace.engine.config import Config
+from millrace.engine.distributed.zero_settings import BUCKET, zero_section
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.optim.training_optimizer import NO_EXCHANGE, Exchange, optimizer_entry
 from millrace.engine.planning.activations import Traced
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's buckets if the model is larger, and of a reduction at stage 0."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered (`stage3_max_live_parameters`)."""
 PREFETCH = 50_000_000
@@ -58,22 +58,9 @@ def shape_of(config: Config) -> Shape:
     return Shape(sum(sizes), max(sizes), len(sizes), state, exchange)
 
 
-def bucket_elements(config: Config, parameters: int) -> int:
-    """Elements of a reduction bucket, as `runtime.zero.with_buckets` sets it."""
-    section = config.deepspeed.get("zero_optimization", {})
-    default = min(parameters, BUCKET)
-    return int(section.get("reduce_bucket_size", default + default % 2))
-
-
-def overlaps(config: Config, stage: int) -> bool:
-    """Whether DeepSpeed reduces beside the backward pass: by default only at stage 3, at stage 0 never."""
-    section = config.deepspeed.get("zero_optimization", {})
-    return bool(section.get("overlap_comm", stage == 3)) and stage >= 1
-
-
-def fetched(config: Config, shape: Shape) -> int:
-    """Elements of weights that ZeRO-3 fetches together at most (`stage3_prefetch_bucket_size`)."""
-    section = config.deepspeed.get("zero_optimization", {})
+def fetched(section: Mapping[str, Any], shape: Shape) -> int:
+    """Elements of weights that ZeRO-3 fetches together at most (`stage3_prefetch_bucket_size`); `section` is
+    `zero_optimization`."""
     group = section.get("stage3_prefetch_bucket_size", section.get("prefetch_bucket_size", PREFETCH))
     return min(shape.parameters, max(int(group), 1))
 
@@ -164,12 +151,13 @@ def memory_of(
     stored = 4 if config.precision.master == "float32" else 2
     whole = stored * shape.parameters
     share = whole / ranks
-    bucket = stored * bucket_elements(config, shape.parameters)
+    zero = zero_section(config, stage, ranks, shape.parameters)
+    bucket = stored * int(zero["reduce_bucket_size"])
     flat = min(bucket, whole) if ranks > 1 else 0.0
     entry = optimizer_entry(config.optimizer.kind)
     alone = fused and entry.fused_passes is not None
     update = 0.0 if alone else entry.temporaries * (stored * shape.largest if stage == 0 else share)
-    buckets = bucket * (2 if overlaps(config, stage) else 1)
+    buckets = bucket * (2 if zero["overlap_comm"] else 1)
     if stage == 0:
         flat = stored * min(shape.parameters, BUCKET + shape.largest)
         phases = {"backward": traced.peak, "reduction": whole + flat, "update": whole + update}
@@ -190,7 +178,7 @@ def memory_of(
     else:
         parts["reduction bucket"], parts["gradients"] = float(bucket), share
         # Beside the weights that are cut out of it, the flat tensor of a fetch was seen to live on.
-        live = stored * (min(shape.parameters, LIVE) + fetched(config, shape)) if ranks > 1 else 0.0
+        live = stored * (min(shape.parameters, LIVE) + fetched(zero, shape)) if ranks > 1 else 0.0
         phases = {
             "backward": traced.peak_without_gradients + live,
             "reduction": min(bucket, whole) + live,

@@ -1,6 +1,6 @@
 """Time of a training step: a roofline of the device, the update's traffic, and what the network adds.
 
-    step = micro_batches x (products / FLOP/s + other operators / bandwidth) x slack
+    step = micro_batches x (products / FLOP/s + attention / its FLOP/s + other operators / bandwidth) x slack
            + micro_batches x casts of the weights and their gradients / bandwidth
            + (micro_batches - 1) x accumulation of the gradients
            + copies of the gradients + optimizer + EMA + communication that nothing hides
@@ -20,13 +20,16 @@ Stages 1 and 2 reduce with an all-reduce, of which each process keeps its part: 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from millrace.engine.config import Config
+from millrace.engine.distributed.zero_settings import zero_section
 from millrace.engine.optim.training_optimizer import optimizer_entry
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Kind, sent_bytes
-from millrace.engine.planning.step_memory import LIVE, Shape, bucket_elements, fetched, overlaps
+from millrace.engine.planning.step_memory import LIVE, Shape, fetched
 
 AVERAGE = 3
 """EMA: reads both, writes one."""
@@ -53,7 +56,8 @@ def transfers(config: Config, stage: int, ranks: int, shape: Shape, micro_batche
     stored = 4 if config.precision.master == "float32" else 2
     reduced = 2 if config.precision.reduce == "bfloat16" else stored
     whole = stored * shape.parameters
-    buckets = max(1, math.ceil(shape.parameters / bucket_elements(config, shape.parameters)))
+    zero = zero_section(config, stage, ranks, shape.parameters)
+    buckets = max(1, math.ceil(shape.parameters / int(zero["reduce_bucket_size"])))
     gradients = reduced * shape.parameters
     times = micro_batches if stage >= 2 else 1
     if stage < 3:
@@ -62,7 +66,7 @@ def transfers(config: Config, stage: int, ranks: int, shape: Shape, micro_batche
             found.append(Transfer("all_gather", whole, 1))
     else:
         passes = gathers(shape)
-        calls = times * passes * fetches(config, shape)
+        calls = times * passes * fetches(zero, shape)
         found = [
             Transfer("all_gather", times * passes * whole, calls, beside_backward=True),
             Transfer("reduce_scatter", times * gradients, times * buckets, beside_backward=True),
@@ -80,9 +84,10 @@ def gathers(shape: Shape) -> int:
     return 1 if 2 * shape.parameters <= LIVE else 2
 
 
-def fetches(config: Config, shape: Shape) -> int:
-    """All-gathers of ZeRO-3 for all weights once: they are fetched ahead in groups of this many elements."""
-    return min(shape.tensors, math.ceil(shape.parameters / fetched(config, shape)))
+def fetches(section: Mapping[str, Any], shape: Shape) -> int:
+    """All-gathers of ZeRO-3 for all weights once: they are fetched ahead in groups of this many elements;
+    `section` is `zero_optimization`."""
+    return min(shape.tensors, math.ceil(shape.parameters / fetched(section, shape)))
 
 
 @dataclass(frozen=True)
@@ -188,19 +193,22 @@ def step_of(
     shape: Shape,
     flops: float,
     frozen_flops: float = 0.0,
+    attention: float = 0.0,
     images_per_second: float | None = None,
 ) -> Step:
     """Time of one optimizer step.
 
     Args:
         flops: executed for one image, forward, backward and recomputation.
+        attention: share of them in attention.
         frozen_flops: of the frozen networks for one image.
         images_per_second: that the loader of one process delivers; None if it never starves.
     """
     data = config.data
     micro_batches = data.global_batch // (data.micro_batch * ranks)
     images = micro_batches * data.micro_batch
-    products = images * (flops + frozen_flops) / device.product_flops
+    products = images * ((1 - attention) * flops + frozen_flops) / device.product_flops
+    products += images * attention * flops / (device.attention_flops or device.product_flops)
     other = micro_batches * traced.moved / device.copy_bandwidth
     compute = device.slack * (products + other)
     if stage == 3:
@@ -215,12 +223,14 @@ def step_of(
     optimizer += shape.exchange.flops / ranks / device.product_flops
     averages = average_bytes(config, stage, ranks, shape) / bandwidth
     communication, hidden, sent = 0.0, 0.0, 0.0
+    zero = zero_section(config, stage, ranks, shape.parameters)
+    beside = stage > 0 and device.overlaps and zero["overlap_comm"]
     for transfer in transfers(config, stage, ranks, shape, micro_batches):
         each = device.network.seconds(transfer.kind, transfer.size / transfer.calls, ranks)
         seconds = transfer.calls * each
         communication += seconds
         sent += sent_bytes(transfer.kind, transfer.size, ranks)
-        if overlaps(config, stage) and transfer.beside_backward and device.overlaps:
+        if beside and transfer.beside_backward:
             # The last bucket has nothing left to hide behind.
             hidden += seconds * (1 - 1 / transfer.calls)
     hidden = min(hidden, compute * BACKWARD + casts / 2)  # half of the casts are those of the gradients

@@ -95,13 +95,13 @@ SHEETS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak dense BF16 FLOP/s of a GPU by the name that torch gives, or None if unknown."""
-    chip = _chip(device_name)
+    chip = chip_of(device_name)
     return PEAK_BF16[chip] if chip else None
 
 
 def sheet_name(device_name: str) -> str | None:
     """The key in SHEETS of a GPU by the name that torch gives, or None if there is none."""
-    chip = _chip(device_name)
+    chip = chip_of(device_name)
     found = (
         key
         for key, sheet in SHEETS.items()
@@ -110,7 +110,7 @@ def sheet_name(device_name: str) -> str | None:
     return next(found, None)
 
 
-def _chip(device_name: str) -> str | None:
+def chip_of(device_name: str) -> str | None:
     """The longest entry of PEAK_BF16 that the name contains."""
     found = [chip for chip in PEAK_BF16 if _says(device_name, chip)]
     return max(found, key=len, default=None)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from millrace.engine.config import Config
 from millrace.engine.config.loading import load_config, shipped_configs
 from millrace.engine.config.stages import resolve_stages
+from millrace.engine.planning.automatic import settle
+from millrace.engine.planning.devices import GPUS
 from millrace.kernels.support.compilation import Specialisation, launches, specialisations
 from tests.rehearsal.step import ARCHITECTURE, Rehearsed, rehearse
 
@@ -18,6 +20,10 @@ MATTERS = {
     "data": {"resolution", "aspect", "micro_batch"},
 }
 """What the operators of a step and their arguments depend on, besides which frozen networks there are."""
+
+
+DEVICES = 8
+"""H200 that a configuration with settings of `auto` is rehearsed for."""
 
 
 class Row(NamedTuple):
@@ -44,6 +50,7 @@ class Table:
 
     def row(self, name: str, config: Config) -> Row:
         """The row of a stage."""
+        config = settle(config, DEVICES, lambda: GPUS["h200"]).config
         kinds = {config.conditioning.text.kind, config.conditioning.autoencoder.kind}
         key = config.model_dump_json(include=MATTERS)
         if key in self._seen and kinds <= self._whole:

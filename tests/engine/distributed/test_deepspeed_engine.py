@@ -82,7 +82,7 @@ def test_unknown_keys_get_a_suggestion(runs, tmp_path):
 
 @pytest.mark.parametrize("stage", [4, -1, "two", None])
 def test_other_stages_are_refused(runs, tmp_path, stage):
-    with pytest.raises(UserError, match="it is 0, 1, 2 or 3"):
+    with pytest.raises(UserError, match="it is 0, 1, 2, 3 or auto"):
         zero_stage(section(runs, tmp_path, zero_optimization={"stage": stage}))
 
 
@@ -91,18 +91,18 @@ def test_a_stage_without_an_object_is_refused(runs, tmp_path):
         zero_stage(section(runs, tmp_path, zero_optimization=2))
 
 
-def test_buckets_are_no_larger_than_the_model():
-    small, large = torch.nn.Linear(3, 5, device="meta"), torch.nn.Linear(30_000, 30_000, device="meta")
-    assert with_buckets({}, small) == {
-        "zero_optimization": {"reduce_bucket_size": 20, "allgather_bucket_size": 20}
+def test_what_depends_on_the_model_is_added(runs, tmp_path):
+    model = torch.nn.Linear(3, 5, device="meta")
+    config = section(runs, tmp_path, zero_optimization={"stage": 2}, comms_logger={"a": 1})
+    found = with_buckets(config, model)
+    assert found["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": False,  # there is one process
+        "reduce_bucket_size": 20,
+        "allgather_bucket_size": 20,
     }
-    odd = torch.nn.Linear(2, 5, device="meta")
-    assert with_buckets({}, odd)["zero_optimization"]["allgather_bucket_size"] == 16  # 15 parameters
-    chosen = {"stage": 2, "reduce_bucket_size": 7}
-    assert with_buckets({"zero_optimization": chosen, "gradient_clipping": 1.0}, large) == {
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": 500_000_000},
-        "gradient_clipping": 1.0,
-    }
+    assert found["comms_logger"] == {"a": 1}
+    assert found["train_micro_batch_size_per_gpu"] == 2
 
 
 def test_without_a_section_it_is_stage_0(runs, tmp_path):

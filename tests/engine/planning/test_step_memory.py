@@ -2,8 +2,9 @@
 
 import pytest
 
+from millrace.engine.distributed.zero_settings import zero_section
 from millrace.engine.planning.activations import Traced
-from millrace.engine.planning.step_memory import Shape, bucket_elements, memory_of, overlaps, shape_of
+from millrace.engine.planning.step_memory import Shape, memory_of, shape_of
 
 TRACED = Traced(kept=1, peak=10**9, peak_without_gradients=6 * 10**8, moved=0)
 NOTHING = Traced(0, 0, 0, 0)
@@ -23,9 +24,15 @@ def found(config, stage, ranks, traced=TRACED, **others):
     return memory_of(config, stage, ranks, traced, shape_of(config), **others)
 
 
+def buckets(config, stage, ranks):
+    """Bytes of a bucket, and how many there are."""
+    section = zero_section(config, stage, ranks, shape_of(config).parameters)
+    return 4 * section["reduce_bucket_size"], 1 + section["overlap_comm"]
+
+
 def test_what_is_held(config, psi):
     """Weights, master, two moments, EMA; and at stage 3 the bucket and the gradients' partitions."""
-    bucket = 4 * bucket_elements(config, psi // 4)
+    bucket, _ = buckets(config, 3, 4)
     assert found(config, 0, 2).held == 5 * psi - psi  # weights serve as masters
     assert found(config, 1, 2).held == psi + 4 * psi / 2
     assert found(config, 2, 4).held == psi + 4 * psi / 4
@@ -34,8 +41,9 @@ def test_what_is_held(config, psi):
 
 
 def test_the_backward_pass_is_the_worst_where_activations_are_many(config, psi):
-    bucket = 4 * bucket_elements(config, psi // 4)
-    wanted = {0: TRACED.peak, 1: TRACED.peak + bucket, 2: TRACED.peak_without_gradients + bucket}
+    bucket, two = buckets(config, 1, 2)
+    assert two == 2
+    wanted = {0: TRACED.peak, 1: TRACED.peak + 2 * bucket, 2: TRACED.peak_without_gradients + 2 * bucket}
     for stage, phase in wanted.items():
         memory = found(config, stage, 2)
         assert memory.worst == "backward"
@@ -46,24 +54,25 @@ def test_the_backward_pass_is_the_worst_where_activations_are_many(config, psi):
 
 
 def test_reduction_and_update_without_activations(config, psi):
-    bucket = 4 * bucket_elements(config, psi // 4)
+    bucket, _ = buckets(config, 1, 1)
     assert found(config, 0, 1, NOTHING).phases["reduction"] == 2 * psi  # gradients and their flat copy
-    assert found(config, 1, 2, NOTHING).phases["reduction"] == bucket + psi
+    assert found(config, 1, 2, NOTHING).phases["reduction"] == 2 * bucket + psi
     assert found(config, 1, 1, NOTHING).phases["reduction"] == bucket + psi  # no flat copy, but what is owned
     assert found(config, 2, 2, NOTHING).phases["update"] == psi
     assert found(config, 2, 2, NOTHING, fused=False).phases["update"] == psi / 2 + 2 * psi / 2
 
 
 def test_two_buckets_where_reductions_run_beside(runs, tmp_path):
-    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}
-    beside = runs.config(tmp_path, {"deepspeed": {"zero_optimization": zero}})
     shape = Shape(10_000, 100, 10)
-    memory = memory_of(beside, 2, 2, NOTHING, shape)
-    assert overlaps(beside, 2)
-    assert memory.phases["backward"] == 2 * 4000 + 20_000  # the owned half comes in while backward runs
-    plain = runs.config(tmp_path)
-    assert not overlaps(plain, 2)
-    assert overlaps(plain, 3)
+
+    def peak(ranks, **zero):
+        zero = {"stage": 2, "reduce_bucket_size": 1000, **zero}
+        config = runs.config(tmp_path, {"deepspeed": {"zero_optimization": zero}})
+        return memory_of(config, 2, ranks, NOTHING, shape).phases["backward"]
+
+    assert peak(2) == 2 * 4000 + 20_000  # the owned half comes in while backward runs
+    assert peak(2, overlap_comm=False) == 4000 + 20_000
+    assert peak(1) == 4000 + 40_000  # alone there is nothing to run beside
 
 
 def test_samples_are_a_phase_of_their_own(runs, tmp_path, config, psi):

@@ -69,10 +69,10 @@ def test_muon_brings_matrices_together(runs, tmp_path):
     )
 
 
-def test_weights_are_fetched_in_groups(runs, tmp_path):
-    few = runs.config(tmp_path, {"deepspeed": {"zero_optimization": {"stage3_prefetch_bucket_size": 300}}})
+def test_weights_are_fetched_in_groups():
+    few = {"stage3_prefetch_bucket_size": 300}
     assert fetches(few, SHAPE) == 4
-    assert fetches(runs.config(tmp_path), SHAPE) == 1
+    assert fetches({}, SHAPE) == 1
     assert fetches(few, Shape(1000, 100, 2)) == 2
 
 
@@ -120,6 +120,13 @@ def test_reductions_hide_behind_the_backward_pass(runs, tmp_path):
     assert few.hidden == pytest.approx(few.compute * 2 / 3)  # no more than the backward pass is long
     casting = step_of(config, 1, 2, busy, replace(TRACED, casts=1000), SHAPE, flops=25.0)
     assert casting.hidden == pytest.approx(few.hidden + casting.casts / 2)
+
+
+def test_attention_has_a_rate_of_its_own(config):
+    slow = replace(DEVICE, attention_flops=20.0)
+    step = step_of(config, 0, 1, slow, TRACED, SHAPE, flops=25.0, attention=0.2)
+    assert step.compute == pytest.approx(2.0 * (8 * (20 / 100 + 5 / 20) + 4 * 500 / 50))
+    assert step_of(config, 0, 1, slow, TRACED, SHAPE, flops=25.0).compute < step.compute
 
 
 def test_a_loader_that_starves(config):
