@@ -48,7 +48,7 @@ class Stage(NamedTuple):
     share: int
     """Of the time, beside the shares of the stages that are left."""
     needs: tuple[str, ...]
-    """Python packages, and programs as `bin:NAME`."""
+    """Python packages, programs as `bin:NAME`, and devices as `gpus:NUMBER`."""
     command: Callable[[int, "Job"], list[str]]
     """From the seconds that it has."""
 
@@ -139,6 +139,13 @@ STAGES = (
         ("pytest", *TRAINING),
         lambda _, job: job.pytest("-m", "cuda", "tests/engine/test_first_gpu_run.py"),
     ),
+    # Norms under autocast where reductions run beside the backward pass: DeepSpeed pull request 6993.
+    Stage(
+        "norms under overlap",
+        3,
+        ("pytest", *TRAINING, "gpus:2"),
+        lambda _, job: job.pytest("-m", "cuda", "tests/engine/test_overlapped_norms.py"),
+    ),
     Stage("samples", 6, TRAINING, _samples),
     Stage("kernels", 20, ("triton",), _kernels),
     Stage("post, pictures", 16, TRAINING, _suite("pictures")),
@@ -178,11 +185,21 @@ def missing(needs: tuple[str, ...]) -> list[str]:
     """Those that are not there, each with the line that brings it."""
     found = []
     for need in needs:
+        if need.startswith("gpus:"):
+            found += _absent_gpus(int(need.removeprefix("gpus:")))
+            continue
         name = need.removeprefix("bin:")
         there = shutil.which(name) if need.startswith("bin:") else importlib.util.find_spec(name)
         if there is None:
             found.append(f"{name} ({HINTS.get(name, f'pip install {name}')})")
     return found
+
+
+def _absent_gpus(wanted: int) -> list[str]:
+    import torch
+
+    there = torch.cuda.device_count()
+    return [f"{wanted} GPUs, one for each process that reduces (there: {there})"] if there < wanted else []
 
 
 def run(command: list[str], limit: float, environment: dict[str, str], out: int | None) -> tuple[str, str]:

@@ -44,6 +44,18 @@ def test_what_is_missing_is_named_with_what_brings_it():
     assert found["two"].outcome == "passed"
 
 
+def test_a_stage_for_several_processes_says_why_one_gpu_is_not_enough(monkeypatch):
+    (norms,) = [stage for stage in report.STAGES if "gpus:2" in stage.needs]
+    planned = norms._replace(command=stage("norms").command)
+    found = {}
+    for there in (1, 2):
+        monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
+        found[there] = run(planned)[norms.name]
+    wanted = "missing: 2 GPUs, one for each process that reduces (there: 1)"
+    assert (found[1].outcome, found[1].reason) == ("left out", wanted)
+    assert found[2].outcome == "passed"
+
+
 def test_time_that_is_not_used_goes_to_the_later_stages(monkeypatch):
     given = []
     monkeypatch.setattr(report, "run", lambda command, limit, *_: given.append(limit) or ("passed", ""))
