@@ -1,8 +1,9 @@
 """Norms of gradients that are reduced beside the backward pass, under BF16 autocast.
 
-DeepSpeed's users have seen wrong ones: exploding under torch_autocast at stage 2 (pull request 6993), other ones
-with overlap_comm than without (issues 5294 and 5523), and buckets that were reduced before their copies had ended
-(issues 5545 and 8061). Stage 0 reduces after the backward pass, with nothing beside it; all others must agree.
+DeepSpeed's users have seen wrong ones: exploding under torch_autocast at stage 2 (pull request 6993), others
+with overlap_comm than without (issues 5294 and 5523), and buckets that were reduced before their copies had
+ended (issues 5545 and 8061). Stage 0 reduces after the backward pass, with nothing beside it; all others must
+agree.
 """
 
 import pytest

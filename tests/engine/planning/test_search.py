@@ -25,13 +25,22 @@ def planner(runs, tmp_path):
 
 def test_room_for_everything(planner):
     best, found = planner().best()
-    assert (best.stage, best.micro_batch, best.policy) == (0, 8, "none")
+    assert (best.stage, best.micro_batch, best.policy) == (1, 8, "none")
     assert {option.stage for option in found} == {0, 1, 2, 3}
     assert {(o.stage, o.policy) for o in found} == {
         (stage, policy) for stage in range(4) for policy in POLICIES if (stage, policy) != (3, "selective")
     }
     fastest = min(option.step.seconds for option in found)
     assert best.step.seconds <= fastest * (1 + TIE)
+
+
+def test_of_stages_that_are_as_fast_the_simplest_is_taken(planner):
+    """Alone there is nothing to shard; 1 before 0 where only 1 hides its reduction."""
+    assert {option.stage for option in planner(1).options()} == {0}
+    pair = planner()
+    assert pair.simplest == (1, 0, 2, 3)
+    without = Planner(pair.config, 2, replace(pair.device, overlaps=False))
+    assert without.best()[0].stage == 0
 
 
 def test_little_memory_takes_smaller_micro_batches_or_recomputes(planner):
