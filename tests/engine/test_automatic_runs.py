@@ -28,30 +28,31 @@ def recorded(output):
     return parse_config(values, "config.json")
 
 
-@pytest.fixture(scope="module")
-def trained(runs, tmp_path_factory):
-    """On one process and on two: whole runs, and those that go on from their second step."""
-    folder = tmp_path_factory.mktemp("automatic")
-    for ranks in (1, 2):
-        whole, part = folder / f"whole{ranks}", folder / f"part{ranks}"
-        runs.forked([runs.job(whole, AUTOMATIC, STAGES)], ranks=ranks)
-        copy_until(whole, 2, part)
-        runs.forked([runs.job(part, AUTOMATIC, STAGES, resume="auto")], ranks=ranks)
-    return folder
+@pytest.fixture(scope="module", params=[1, 2])
+def trained(request, runs, tmp_path_factory):
+    """Processes, a whole run, and one that goes on from its second step."""
+    folder, ranks = tmp_path_factory.mktemp("automatic"), request.param
+    whole, part = folder / "whole", folder / "part"
+    found = runs.forked([runs.job(whole, AUTOMATIC, STAGES)], ranks=ranks)
+    copy_until(whole, 2, part)
+    found |= runs.forked([runs.job(part, AUTOMATIC, STAGES, resume="auto")], ranks=ranks)
+    assert {name: [rank.error for rank in results] for name, results in found.items()} == {
+        name: [None] * ranks for name in ("whole", "part")
+    }
+    return ranks, whole, part
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_was_chosen_is_recorded(trained, ranks):
-    config = recorded(trained / f"whole{ranks}")
+def test_what_was_chosen_is_recorded(trained):
+    ranks, whole, _ = trained
+    config = recorded(whole)
+    assert config.data.micro_batch == 8 // ranks
     for stage in resolve_stages(config):
         assert automatic(stage.config) == []
         assert config.data.global_batch % (stage.config.data.micro_batch * ranks) == 0
-    assert config.data.micro_batch == 8 // ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_resumed_run_ends_in_the_same_bits(runs, trained, ranks):
-    whole, part = trained / f"whole{ranks}", trained / f"part{ranks}"
+def test_a_resumed_run_ends_in_the_same_bits(runs, trained):
+    _, whole, part = trained
     runs.assert_same_bits(part, whole)
     folder = {"run": {"output_dir": ""}}
     one, other = (recorded(run).model_dump(mode="json") for run in (part, whole))
