@@ -142,7 +142,7 @@ def of_point(values: Row, stage: int, processes: int, output: str = "") -> Row:
     """The configuration of one point."""
     changes: Row = {
         "data": {"global_batch": values["data"]["micro_batch"] * processes},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
+        "deepspeed": {"zero_optimization": scaling_model.point_section(stage)},
     }
     if output:
         changes["run"] = {"output_dir": output}

@@ -149,6 +149,12 @@ def fitted_slack(seconds: float, bare: Step) -> float:
     return max(0.0, (seconds - (bare.seconds - bare.compute)) / bare.compute)
 
 
+def point_section(stage: int) -> Row:
+    """`zero_optimization` of a measured point: only stage 3 reduces beside the backward pass, as processes of a
+    machine without streams cannot."""
+    return {"stage": stage, "overlap_comm": stage == 3}
+
+
 def predict(content: Row) -> list[Row]:
     """A row for each point: measured, predicted, and the relative errors of the prediction."""
     values, rows = content["config"], []
@@ -157,7 +163,8 @@ def predict(content: Row) -> list[Row]:
     slack = fitted_slack(seconds_of(base), bare)
     for found in content["points"]:
         stage, ranks = found["stage"], found["processes"]
-        memory, step, shape = evaluate(values, stage, ranks, device_of(content, ranks, slack))
+        point = merge(values, {"deepspeed": {"zero_optimization": point_section(stage)}})
+        memory, step, shape = evaluate(point, stage, ranks, device_of(content, ranks, slack))
         seconds = seconds_of(found)
         config = parse_config(values, "scaling")
         expected = transfers(config, stage, ranks, shape, 1)
