@@ -150,8 +150,8 @@ def fitted_slack(seconds: float, bare: Step) -> float:
 
 
 def point_section(stage: int) -> Row:
-    """`zero_optimization` of a measured point: only stage 3 reduces beside the backward pass, as processes of a
-    machine without streams cannot."""
+    """`zero_optimization` of a measured point: only stage 3 reduces beside the backward pass, as on a machine
+    without streams."""
     return {"stage": stage, "overlap_comm": stage == 3}
 
 

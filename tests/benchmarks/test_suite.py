@@ -310,7 +310,7 @@ def test_a_process_that_cannot_begin_is_an_error(tmp_path):
 
 def test_a_micro_batch_that_does_not_fit_is_halved():
     config = load_config(ROOT / "configs" / "latent_256.json")
-    config = measurement.of_one_micro_batch(config)
+    config = measurement.of_one_micro_batch(config, 32)
     tried = []
 
     def call(fitting):
