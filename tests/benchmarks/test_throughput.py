@@ -267,6 +267,22 @@ def test_a_step_is_one_micro_batch_per_process_unless_accumulated(monkeypatch, t
     ).data == (load_config(path, given.overrides).data)
 
 
+def test_an_automatic_micro_batch_is_chosen_before_the_step_is_one_of_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    given = SimpleNamespace(
+        overrides=["data.micro_batch=auto", "data.global_batch=24", "run.device=cpu"],
+        warmup=1,
+        steps=1,
+        smoke=False,
+        accumulate=False,
+        profile=None,
+    )
+    config = measurement.resolve(str(ROOT / "configs" / "quickstart.json"), given, tmp_path)
+    assert config.data.micro_batch == config.data.global_batch == 24
+    assert capsys.readouterr().out.startswith("auto: micro-batch 24, ZeRO 0, no checkpointing: ")
+
+
 def measured(folder, *arguments):
     """Run the command in an empty folder; the JSON that it writes elsewhere."""
     work, temporary = folder / "work", folder / "tmp"
