@@ -95,6 +95,8 @@ class Trainer:
         self.output = Path(config.run.output_dir)
         self.device = process_group.choose_device(config.run.device)
         process_group.initialize(self.device)
+        resolve_stages(config)  # refuses what is not well formed, before a folder is made
+        make_output(self.output)
         reader, messages = find_start(self.output, resume)
         self.run_config, chosen = settle_run(config, self.device, reader)
         messages += chosen
@@ -103,7 +105,6 @@ class Trainer:
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
         sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
-        make_output(self.output)
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
