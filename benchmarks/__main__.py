@@ -15,6 +15,7 @@ PROGRAMS = {
     "routing": "step.routing",
     "dataloader": "data.dataloader",
     "traffic": "models.traffic",
+    "weights": "models.weight_traffic",
     "scaling": "models.scaling",
     "ablations": "quality.ablations",
     "guidance": "quality.guidance",

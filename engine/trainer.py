@@ -42,8 +42,10 @@ from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
 from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
+from millrace.engine.model.working_weights import WorkingWeights
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.optim.optimizer_step import OptimizerStep
 from millrace.engine.planning.automatic import settle_run
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
@@ -168,6 +170,10 @@ class Trainer:
             messages += start_from(self.denoiser, config.run.init_from)
         self.model.to(self.device, getattr(torch, config.precision.master))
         use_fp8(self.denoiser, config.precision.fp8, self.device)
+        # At stage 3 a weight comes and goes with its layer, and is cast where it was gathered.
+        self.working_weights = None
+        if config.precision.compute != config.precision.master and self.zero_stage < 3:
+            self.working_weights = WorkingWeights(self.model, getattr(torch, config.precision.compute))
         # ZeRO-3 frees a block's weights after its forward; only reentrant recomputation fetches them again.
         self.denoiser.checkpoint_activations(
             config.run.activation_checkpointing, reentrant=self.zero_stage == 3
@@ -188,6 +194,9 @@ class Trainer:
         self.engine, wrapped = deepspeed_engine.initialize_engine(config, self.model, self.optimizer)
         self.shards = local_shards(self.model, wrapped, self.zero_stage)
         self.optimizer.attach(self.shards, self.zero_stage)
+        self.optimizer_step = OptimizerStep(
+            self.engine, wrapped, self.optimizer, self.model, self.zero_stage, config.optimizer.clip
+        )
         # Averages of the masters, which DeepSpeed has just made.
         self.ema = EmaWeights(config.ema, self.shards) if config.ema.enabled else None
         if reader is not None:
@@ -196,6 +205,8 @@ class Trainer:
             )
             if self.ema is not None:
                 train_state.load_ema(self.shards, self.ema, reader)
+        if self.working_weights is not None:
+            self.working_weights.refresh()
         require_masters(self.model, self.shards, self.optimizer.state, config.precision)
         return messages
 
@@ -263,7 +274,8 @@ class Trainer:
     def _describe(self, frozen_lines: list[str]) -> list[str]:
         """Lines about what was built."""
         averages = [] if self.ema is None else self.ema.tensors
-        rows = audit(self.model, self.shards, self.optimizer.state, averages, self.config.precision)
+        copies = [] if self.working_weights is None else self.working_weights.copies
+        rows = audit(self.model, self.shards, self.optimizer.state, averages, self.config.precision, copies)
         lines = introduction(
             self.stages, self.stage, self.named_shapes, self.source, self.batch_encoder, rows
         )
@@ -332,7 +344,9 @@ class Trainer:
             flops += self._micro_batch(seen)
             self.engine.step()  # counts a micro-batch; DeepSpeed updates nothing before the last one
         flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
-        norm, applied = deepspeed_engine.apply_gradients(self.engine, self.model, self.optimizer, self.config)
+        norm, applied = self.optimizer_step.apply()
+        if applied and self.working_weights is not None:
+            self.working_weights.refresh()
         if self.repa_e is not None:
             self.repa_e.finish(applied, self.step - begun, end - begun)
 
@@ -354,7 +368,7 @@ class Trainer:
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
         # The mean over samples: a batch of mixed sizes weighs the same however it is cut.
-        self.engine.backward(per_sample.mean())
+        self.engine.backward(per_sample.mean() * self.optimizer_step.loss_factor)
         if not last:  # the stage's last would take a micro-batch that nobody trains on
             self.look_ahead()
         self.loss_buffer.add(terms, t)

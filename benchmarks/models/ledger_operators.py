@@ -69,8 +69,17 @@ SHAPE_ONLY = {
 }
 """Take a tensor for its shape and dtype."""
 
-OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default}
+OVERWRITES = {
+    aten.copy_.default,
+    aten._foreach_copy_.default,
+    aten.fill_.Scalar,
+    aten.fill_.Tensor,
+    aten.zero_.default,
+}
 """Change their first argument without reading it."""
+
+FUSED_ADAM = {aten._fused_adamw_.default}
+"""Write gradients, their second argument, only where they scale them."""
 
 LOOKUPS = {"aten::index_select", "aten::gather", "aten::index", "millrace::gather_rows"}
 """Read as much of the first argument as they write."""
@@ -117,8 +126,10 @@ def costs(
     if name.rstrip("_") in ROW_WRITES | ROW_SUMS:
         return [_indexed_write(name, args, outputs)]
     written = sum(map(held_bytes, (*outputs, *changed)))
+    if operator in FUSED_ADAM and kwargs.get("grad_scale") is None:
+        written -= sum(map(held_bytes, args[1]))
     if operator in SHAPE_ONLY or operator in OVERWRITES:
-        read = read_bytes(inputs[1:])
+        read = read_bytes(inputs[max(len(changed), 1) :])
     elif name in LOOKUPS:
         read = read_bytes(inputs[1:]) + min(written, held_bytes(inputs[0]))
     else:

@@ -1,4 +1,4 @@
-"""One process of `scaling`: measures its machine, or training steps at one ZeRO stage.
+"""One process of `scaling` or `weights`: measures its machine, or training steps at one ZeRO stage.
 
 python -m millrace.benchmarks.models.scaling_worker JOBS RESULT     with the variables of a launcher
 
@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ COLLECTIVES = {
 }
 """Functions of torch.distributed, and which argument holds the whole tensor of the operation."""
 MARK = "millrace step"
+WEIGHT = 1 << 14
+"""Elements from which a tensor of `weights`'s model is a weight."""
 MEMORY_STEPS = 3
 SMALL = 4096
 """Bytes below which an operation is an agreement (a norm, a flag) and no part of the model's state."""
@@ -207,6 +210,28 @@ def measure_steps(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def count_weights(job: dict[str, Any]) -> dict[str, Any]:
+    """What the weights of a training step cost, with the optimizer that CUDA has."""
+    from millrace.benchmarks.models.weight_ledger import WeightLedger
+    from millrace.benchmarks.step.throughput_inputs import Cached
+    from millrace.engine.optim import adamw
+
+    def fused(*arguments: Any) -> dict[str, Any]:
+        return adamw_settings(*arguments) | {"fused": True}
+
+    adamw_settings = adamw.adamw_settings
+    with mock.patch.object(adamw, "adamw_settings", fused):
+        trainer = Cached(parse_config(job["config"], "weights"), job["text_tokens"])
+    for _ in range(2):
+        trainer.train_step()
+    with WeightLedger(trainer, WEIGHT) as ledger:
+        trainer.train_step()
+    trainer.sample_log.close()
+    trainer.stream.close()
+    trainer.run_log.close()
+    return ledger.summary()
+
+
 def timed(call: Callable[[], Any], device: torch.device, seconds: float, least: int = 3) -> float:
     """Median seconds of a call that all ranks make together, over about `seconds`."""
 
@@ -262,7 +287,7 @@ def main() -> int:
     """Do the jobs and write what was found."""
     TRAFFIC.watch()
     file, result = (Path(argument) for argument in sys.argv[1:3])
-    kinds = {"steps": measure_steps, "machine": measure_machine}
+    kinds = {"steps": measure_steps, "machine": measure_machine, "weights": count_weights}
     found = [kinds[job["kind"]](job) for job in json.loads(file.read_text())]
     result.write_text(json.dumps(found))
     process_group.wait_for_all()

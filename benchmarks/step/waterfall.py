@@ -72,7 +72,7 @@ def profile(trainer: Live, limits: Row) -> Row:
         for owner, name, label in (
             (trainer, "next_batch", CONDITIONING),
             (trainer, "look_ahead", CONDITIONING),
-            (deepspeed_engine, "apply_gradients", OPTIMIZER),
+            (trainer.optimizer_step, "apply", OPTIMIZER),
         ):
             stack.enter_context(mock.patch.object(owner, name, _labelled(label, getattr(owner, name))))
         recorded = stack.enter_context(torch.profiler.profile(activities=activities))

@@ -1,7 +1,6 @@
-"""DeepSpeed configuration, made from ours, its engine, and gradient clipping."""
+"""DeepSpeed configuration, made from ours, and its engine."""
 
 import difflib
-import math
 from typing import Any
 
 import torch
@@ -52,7 +51,11 @@ PASSED = (
     "zero_force_ds_cpu_optimizer",
 )
 
-_LINEAR = ("torch.nn.Linear", "millrace.engine.model.fp8.Fp8Linear")
+_LINEAR = (
+    "torch.nn.Linear",
+    "millrace.engine.model.fp8.Fp8Linear",
+    "millrace.engine.model.working_weights.WorkingLinear",
+)
 """Linear layers by the names that DeepSpeed imports; it asks for the very class."""
 
 
@@ -107,11 +110,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
         raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")
     values: dict[str, Any] = {
+        # DeepSpeed's throughput timer makes the host wait for the device twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **config.deepspeed,
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config),
-        # At stage 0 the trainer clips: it needs the norm anyway to refuse what is not finite.
-        "gradient_clipping": config.optimizer.clip if stage > 0 else 0.0,
+        "gradient_clipping": 0.0,  # our optimizers clip (`optimizer_step.py`)
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -153,34 +157,8 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: torch.optim.O
     return engine, wrapped
 
 
-def apply_gradients(
-    engine: Any, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
-) -> tuple[float, bool]:
-    """Clip and apply the reduced gradients, unless they are not finite: (their norm, whether applied).
-
-    ZeRO 1 to 3 do this themselves. At stage 0 DeepSpeed would apply NaN, so the norm is taken here, and the
-    optimizer (`SkippableAdamW`, `Muon`) is told to `skip`.
-    """
-    if zero_stage(config) > 0:
-        engine.step()
-        return float(engine.get_global_grad_norm()), engine.was_step_applied()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(global_norm(gradients))
-    clip = config.optimizer.clip
-    if clip and norm > clip:
-        torch._foreach_mul_(gradients, clip / (norm + 1e-6))
-    optimizer.skip = not math.isfinite(norm)
-    engine.step()
-    return norm, not optimizer.skip
-
-
 def with_buckets(config: Config, model: nn.Module) -> dict[str, Any]:
     """`deepspeed_config` with all of `zero_optimization` that depends on the model and the processes."""
     elements = sum(p.numel() for p in model.parameters())
     section = zero_section(config, zero_stage(config), world_size(), elements)
     return deepspeed_config(config) | {"zero_optimization": section}
-
-
-def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Euclidean norm () of all elements together, on the device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -1,7 +1,7 @@
 """Precision audit: what is stored in which dtype, shown at start, refused where masters are not FP32."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ def audit(
     state: dict[Tensor, dict],
     averages: list[Tensor],
     precision: Precision,
+    copies: Sequence[Tensor] = (),
 ) -> list[AuditRow]:
     """What is stored how on this rank: rows of (what, dtypes with element counts).
 
@@ -27,22 +28,24 @@ def audit(
         shards: of this rank.
         state: the optimizer's state by master tensor.
         averages: all tensors of the EMA, none if the run has none.
+        copies: working copies of weights that the layers multiply by.
     """
     flats = masters(shards)
     moments = [value for flat in flats for value in state.get(flat, {}).values() if _is_moment(value)]
-    rows = [
-        ("weights used in forward", _dtypes(module.parameters())),
+    rows = [("weights used in forward", _dtypes(module.parameters()))]
+    if copies:
+        rows.append(("their copies for products", _dtypes(copies)))
+    rows += [
         ("master weights (this rank)", _dtypes(flats)),
         ("optimizer state (this rank)", _dtypes(moments) or "as the masters, at the first step"),
-        ("matrix products and attention", precision.compute),
-        ("norms, softmax, RoPE, loss", "float32"),
-        ("gradient reduction", precision.reduce),
     ]
+    if averages:
+        rows.append(("EMA (this rank)", _dtypes(averages)))
+    rows.append(("matrix products and attention", precision.compute))
     if precision.fp8.active:
         fp8 = precision.fp8
-        rows.insert(4, ("FP8 matrix products", f"{', '.join(fp8.layers)} ({fp8.chosen}, {fp8.recipe})"))
-    if averages:
-        rows.insert(3, ("EMA (this rank)", _dtypes(averages)))
+        rows.append(("FP8 matrix products", f"{', '.join(fp8.layers)} ({fp8.chosen}, {fp8.recipe})"))
+    rows += [("norms, softmax, RoPE, loss", "float32"), ("gradient reduction", precision.reduce)]
     return rows
 
 

@@ -40,7 +40,8 @@ def zero_section(config: Config, stage: int, ranks: int, parameters: int) -> dic
     overlap = bool(own.get("overlap_comm", stage > 0 and ranks > 1))
     elements = min(parameters, OVERLAP_BUCKET if overlap else BUCKET)
     elements += elements % 2  # DeepSpeed aligns partitions to two elements
-    sizes = {"reduce_bucket_size": elements, "allgather_bucket_size": elements}
+    # `reduce_scatter` would flatten each bucket once more, and sums over all processes all the same.
+    sizes = {"reduce_bucket_size": elements, "allgather_bucket_size": elements, "reduce_scatter": False}
     return {"overlap_comm": overlap, **sizes, **own, "stage": stage}
 
 

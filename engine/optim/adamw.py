@@ -35,8 +35,17 @@ class SkippableAdamW(TrainingOptimizer, torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:
         """Update the weights and moments, unless the step is skipped."""
-        if not self.skip:
-            super().step(closure)
+        if self.skip:
+            return
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_scale = None
+        if self.gradient_scale != 1.0 and gradients:
+            if self.defaults["fused"]:
+                # torch's kernel divides by it while it updates; `full` fills without a copy from the host.
+                self.grad_scale = torch.full((), 1 / self.gradient_scale, device=gradients[0].device)
+            else:
+                torch._foreach_mul_(gradients, self.gradient_scale)
+        super().step(closure)
 
 
 def adamw_settings(config: Optimizer, device: torch.device) -> dict[str, Any]:

@@ -163,6 +163,8 @@ class Muon(SkippableAdamW):
         """Update the momentum of whole masters; what is to be orthogonalised, by the id of the master."""
         mu, config = self.config.momentum, self.config
         gradients = [torch.zeros_like(m) if m.grad is None else m.grad for m in masters]
+        if self.gradient_scale != 1.0:
+            torch._foreach_mul_(gradients, self.gradient_scale)
         for master in masters:
             if "momentum" not in self.state[master]:
                 self.state[master]["momentum"] = torch.zeros_like(master)

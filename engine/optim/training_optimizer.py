@@ -28,6 +28,8 @@ class TrainingOptimizer(torch.optim.Optimizer, ABC):
     """For people."""
     skip = False
     """`step` changes nothing while this is set: at stage 0 DeepSpeed applies gradients that are infinite."""
+    gradient_scale = 1.0
+    """What `step` multiplies gradients by, to clip them."""
     rest = "everything"
     """What the group besides those of special parameters is called."""
 

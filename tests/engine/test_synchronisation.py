@@ -61,7 +61,7 @@ MAY_WAIT = {
 """Functions that no step of a GPU waits in, or that may wait, each with the reason."""
 
 STEP_MAY_WAIT = {
-    ("engine/distributed/deepspeed_engine.py", "apply_gradients"): "decides whether the gradient is finite",
+    ("engine/optim/optimizer_step.py", "_take_norm"): "decides whether the gradient is finite",
     ("engine/optim/adamw.py", "step"): "AdamW counts its steps in tensors of the host",
     ("engine/repa_e/replicated.py", "apply"): "AdamW counts its steps in tensors of the host",
 }
@@ -210,7 +210,7 @@ def test_a_step_reads_nothing_but_what_it_must(name, tmp_path):
     with HostReads() as reads:
         trainer.train_step()
     everywhere = {
-        ("engine/distributed/deepspeed_engine.py", "apply_gradients"),
+        ("engine/optim/optimizer_step.py", "_take_norm"),
         ("engine/optim/adamw.py", "step"),
     }
     assert reads.found == everywhere | CONFIGURATIONS[name]

@@ -25,6 +25,7 @@ def test_several_processes_reduce_beside_the_backward_pass(section, stage, ranks
         "overlap_comm": overlap,
         "reduce_bucket_size": size,
         "allgather_bucket_size": size,
+        "reduce_scatter": False,
     }
 
 

@@ -62,3 +62,25 @@ def test_settings_reach_torch():
 def test_fused_on_cuda():
     weight = torch.nn.Parameter(torch.ones(1, device="cuda"))
     assert build_optimizer([("weight", weight)], Optimizer(), torch.device("cuda")).param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_gradients_are_scaled_within_the_update(fused):
+    """As CUDA's kernel does it, and as the loop of a CPU does: the same as a gradient scaled before."""
+    found = []
+    for scale in (0.25, 1.0):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(40))
+        optimizer = build_optimizer([("weight", weight)], Optimizer(weight_decay=0.1), CPU)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        optimizer.defaults["fused"] = fused
+        optimizer._step_supports_amp_scaling = bool(fused)
+        for step in range(3):
+            weight.grad = torch.randn(40) * (1.0 if scale != 1.0 else 0.25)
+            optimizer.gradient_scale = scale if step != 1 else 1.0
+            if step == 1 and scale != 1.0:
+                weight.grad *= 0.25
+            optimizer.step()
+        found.append(weight.detach().clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
