@@ -42,7 +42,7 @@ from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
 from millrace.engine.model.fp8 import use_fp8
 from millrace.engine.model.routing import require_grid, routing_policy
-from millrace.engine.model.working_weights import WorkingWeights
+from millrace.engine.model.working_weights import WorkingWeights, has_working_weights
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.optim.optimizer_step import OptimizerStep
@@ -170,9 +170,8 @@ class Trainer:
             messages += start_from(self.denoiser, config.run.init_from)
         self.model.to(self.device, getattr(torch, config.precision.master))
         use_fp8(self.denoiser, config.precision.fp8, self.device)
-        # At stage 3 a weight comes and goes with its layer, and is cast where it was gathered.
         self.working_weights = None
-        if config.precision.compute != config.precision.master and self.zero_stage < 3:
+        if has_working_weights(config.precision, self.zero_stage):
             self.working_weights = WorkingWeights(self.model, getattr(torch, config.precision.compute))
         # ZeRO-3 frees a block's weights after its forward; only reentrant recomputation fetches them again.
         self.denoiser.checkpoint_activations(

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from millrace.engine.config import Precision
 from millrace.kernels.support.autocast import autocast_dtype
+
+
+def has_working_weights(precision: Precision, stage: int) -> bool:
+    """Whether a run multiplies by working copies.
+
+    At ZeRO stage 3 a weight comes and goes with its layer, and is cast where it was gathered.
+    """
+    return precision.compute != precision.master and stage < 3
 
 
 class WorkingLinear(nn.Linear):

@@ -24,6 +24,7 @@ from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import routing_policy
+from millrace.engine.model.working_weights import WorkingWeights, has_working_weights
 
 _FREE = {"mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "detach", "alias", "device"}
 """Operators that the FLOP formula covers, or that move nothing."""
@@ -45,8 +46,9 @@ class Traced:
     """Read and written by all operators but matrix products, views, allocations and casts of the weights and
     their gradients, each operand once."""
     casts: int = 0
-    """Read and written by autocast's casts of the weights, in recomputation once more, and of their gradients
-    back: 12 bytes a parameter from FP32 to BF16 and back, nothing in FP32. Does not grow with the samples."""
+    """Read and written by casts of the weights' gradients to FP32, 6 bytes a parameter from BF16; without
+    working copies by autocast's casts of the weights too, 6 more, and in recomputation once again. Nothing in
+    FP32. Does not grow with the samples."""
 
 
 class Holder(TorchDispatchMode):
@@ -151,7 +153,8 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
         text = torch.empty(samples * text_tokens, model.context_dim, dtype=compute)
         index = torch.arange(samples)
     autocast = torch.autocast("cpu", compute) if compute is torch.bfloat16 else nullcontext()
-    holder = Holder([clean, text, index, offsets], parameters)
+    copies = WorkingWeights(denoiser, compute).copies if has_working_weights(config.precision, stage) else []
+    holder = Holder([clean, text, index, offsets, *copies], parameters)
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(holder.arrived)
     with holder:

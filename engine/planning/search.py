@@ -74,7 +74,7 @@ class Planner:
         self.attention = attention_share(config, self.image_tokens, self.text_tokens)
         self.frozen: Loaded = frozen_networks(config, self.image_tokens, self.text_tokens)
         self.shape: Shape = shape_of(config)
-        self._traces: dict[tuple[str, int, int, bool], Traced] = {}
+        self._traces: dict[tuple[str, int, int], Traced] = {}
 
     @property
     def simplest(self) -> tuple[int, ...]:
@@ -109,11 +109,11 @@ class Planner:
         return Traced(*(grown(name) for name in Traced.__dataclass_fields__))
 
     def _trace(self, policy: str, samples: int, stage: int) -> Traced:
-        reentrant = stage == 3 and policy == "full"
-        key = (policy, samples, 3 if reentrant else 0, reentrant)
+        stage = 3 if stage == 3 else 0  # the others trace alike
+        key = (policy, samples, stage)
         if key not in self._traces:
-            config = self.with_settings(3 if reentrant else 0, samples, policy)
-            self._traces[key] = trace(config, samples, self.edge, self.text_tokens, 3 if reentrant else 0)
+            config = self.with_settings(stage, samples, policy)
+            self._traces[key] = trace(config, samples, self.edge, self.text_tokens, stage)
         return self._traces[key]
 
     def executed_flops(self, policy: str) -> float:

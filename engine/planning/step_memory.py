@@ -10,7 +10,8 @@ DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py
 | 2     | the same                    | activations, b            | b + flat bucket + Psi/N | 2 Psi/N |
 | 3     | 3 Psi/N + state/N + b       | activations, live weights | flat bucket             |         |
 
-At stage 3 weights, their masters and the gradients are Psi/N each. The peak is that of the worst phase.
+At stages 0 to 2 a run in BF16 also holds working copies of Psi/2. At stage 3 weights, their masters and the
+gradients are Psi/N each. The peak is that of the worst phase.
 `state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
 several processes at once; alone it needs none. Where a run draws samples, that is a phase between two steps,
 with two whole FP32 copies of the weights: what was gathered, and the denoiser that samples.
@@ -25,6 +26,7 @@ import torch
 from millrace.engine.config import Config
 from millrace.engine.distributed.zero_settings import BUCKET, zero_section
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.working_weights import has_working_weights
 from millrace.engine.optim.training_optimizer import NO_EXCHANGE, Exchange, optimizer_entry
 from millrace.engine.planning.activations import Traced
 
@@ -122,6 +124,7 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
     found = {
         "weights": stored * shape.parameters / (ranks if stage == 3 else 1),
+        "working copies": 2.0 * shape.parameters * has_working_weights(config.precision, stage),
         "master weights": 4 * shape.parameters / share if stage else 0.0,
         **{name: stored * elements / share for name, elements in shape.state.items()},
         "EMA": averages * stored * shape.parameters / share,
@@ -159,7 +162,7 @@ def memory_of(
     update = 0.0 if alone else entry.temporaries * (stored * shape.largest if stage == 0 else share)
     buckets = bucket * (2 if zero["overlap_comm"] else 1)
     if stage == 0:
-        flat = stored * min(shape.parameters, BUCKET + shape.largest)
+        flat = stored * min(shape.parameters, BUCKET + shape.largest) if ranks > 1 else 0.0
         phases = {"backward": traced.peak, "reduction": whole + flat, "update": whole + update}
     elif stage == 1:
         rest = max(whole - bucket, 0.0)

@@ -1,7 +1,7 @@
 """Time of a training step: a roofline of the device, the update's traffic, and what the network adds.
 
     step = micro_batches x (products / FLOP/s + attention / its FLOP/s + other operators / bandwidth) x slack
-           + micro_batches x casts of the weights and their gradients / bandwidth
+           + (casts of the weights + micro_batches x casts of their gradients) / bandwidth
            + (micro_batches - 1) x accumulation of the gradients
            + copies of the gradients + optimizer + EMA + communication that nothing hides
 
@@ -26,11 +26,14 @@ from typing import Any
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.zero_settings import zero_section
+from millrace.engine.model.working_weights import has_working_weights
 from millrace.engine.optim.training_optimizer import optimizer_entry
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Kind, sent_bytes
 from millrace.engine.planning.step_memory import LIVE, Shape, fetched
 
+REFRESH = 6
+"""Bytes of a parameter whose working copy is made anew: reads FP32, writes BF16."""
 AVERAGE = 3
 """EMA: reads both, writes one."""
 BACKWARD = 2 / 3
@@ -139,30 +142,33 @@ class Step:
 def copy_passes(stage: int, ranks: int) -> float:
     """Passes over memory in units of the parameters' size, beside forward, backward and the update.
 
-    Stage 0 flattens the gradients, scales them, copies them back, takes their norm and clips them: 9. Stages
-    1 and 2 bring them into buckets, and treat their own share: out of the reduction, out of the bucket, into
-    one tensor (6), overflow check, norm and clipping (4), updated weights back (2). Stage 3 the same.
+    Stage 0 takes the norm (1); several processes flatten the gradients and copy them back (4). Stages 1 and 2
+    bring them into buckets (2), and treat their own share: out of the bucket (2), norm (1), into one tensor
+    (2), updated weights back (2). Stage 3: `_gathered_passes`, and of its share norm, copies (5). Counted by
+    `python -m benchmarks weights`.
     """
     if stage == 0:
-        return 9.0
-    return _bucket_passes(stage, ranks) + 12.0 / ranks + (2.0 if stage == 3 else 0.0)
+        return 1.0 + 4.0 * (ranks > 1)
+    if stage == 3:
+        return _gathered_passes(ranks) + 5.0 / ranks
+    return 2.0 + 7.0 / ranks
 
 
-def accumulation_passes(stage: int, ranks: int) -> float:
+def accumulation_passes(stage: int, ranks: int, working: bool) -> float:
     """Passes, in the same units, that each micro-batch after the first adds beside its forward and backward.
 
-    Stages 0 and 1 add to the gradients of before: two reads, one write. Stages 2 and 3 reduce every
-    micro-batch, and add their own share: at stage 2 it comes out of the reduction and the bucket first (4).
+    Stages 0 and 1 add to the gradients of before: two reads, one write. A gradient in BF16 (`working`) is
+    added in place of a cast: 1. Stages 2 and 3 reduce every micro-batch, and add their own share.
     """
     if stage < 2:
-        return 3.0
-    return _bucket_passes(stage, ranks) + (7.0 if stage == 2 else 3.0) / ranks
+        return 1.0 if working else 3.0
+    return _gathered_passes(ranks) if stage == 3 else 2.0 + 5.0 / ranks
 
 
-def _bucket_passes(stage: int, ranks: int) -> float:
-    """Gradients into a bucket and scaled there (4), and flattened for several processes (2); stage 3 has a
-    concatenation in place of the flat bucket."""
-    return 6.0 if stage == 3 or ranks > 1 else 4.0
+def _gathered_passes(ranks: int) -> float:
+    """Of ZeRO-3 in every micro-batch: weights out of what was gathered (1.5; 3.5 with several processes, where
+    they are copied as well), gradients concatenated and divided (5), the own share out of them (2)."""
+    return (3.5 if ranks > 1 else 1.5) + 5.0 + 2.0 / ranks
 
 
 def optimizer_bytes(config: Config, stage: int, ranks: int, shape: Shape, fused: bool) -> float:
@@ -216,8 +222,9 @@ def step_of(
     bandwidth = device.copy_bandwidth
     stored = 4 if config.precision.master == "float32" else 2
     a_pass = stored * shape.parameters / bandwidth
-    casts = micro_batches * traced.casts / bandwidth
-    accumulation = (micro_batches - 1) * accumulation_passes(stage, ranks) * a_pass
+    working = has_working_weights(config.precision, stage)
+    casts = (micro_batches * traced.casts + working * REFRESH * shape.parameters) / bandwidth
+    accumulation = (micro_batches - 1) * accumulation_passes(stage, ranks, working) * a_pass
     copies = copy_passes(stage, ranks) * a_pass
     optimizer = optimizer_bytes(config, stage, ranks, shape, device.fused_optimizer) / bandwidth
     optimizer += shape.exchange.flops / ranks / device.product_flops
@@ -233,7 +240,8 @@ def step_of(
         if beside and transfer.beside_backward:
             # The last bucket has nothing left to hide behind.
             hidden += seconds * (1 - 1 / transfer.calls)
-    hidden = min(hidden, compute * BACKWARD + casts / 2)  # half of the casts are those of the gradients
+    # About half of the casts are those of the gradients.
+    hidden = min(hidden, compute * BACKWARD + casts / 2)
     step = Step(
         compute,
         casts,

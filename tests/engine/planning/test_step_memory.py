@@ -40,6 +40,13 @@ def test_what_is_held(config, psi):
     assert found(config, 0, 1, frozen=7.0).held == 4 * psi + 7
 
 
+def test_working_copies_are_held_where_products_are_in_bf16(runs, tmp_path, psi):
+    low = runs.config(tmp_path, {"precision": {"compute": "bfloat16"}})
+    for stage in range(3):
+        assert found(low, stage, 4).parts["working copies"] == psi / 2
+    assert "working copies" not in found(low, 3, 4).parts
+
+
 def test_the_backward_pass_is_the_worst_where_activations_are_many(config, psi):
     bucket, two = buckets(config, 1, 2)
     assert two == 2
@@ -55,7 +62,8 @@ def test_the_backward_pass_is_the_worst_where_activations_are_many(config, psi):
 
 def test_reduction_and_update_without_activations(config, psi):
     bucket, _ = buckets(config, 1, 1)
-    assert found(config, 0, 1, NOTHING).phases["reduction"] == 2 * psi  # gradients and their flat copy
+    assert found(config, 0, 2, NOTHING).phases["reduction"] == 2 * psi  # gradients and their flat copy
+    assert found(config, 0, 1, NOTHING).phases["reduction"] == psi  # alone nothing is reduced
     assert found(config, 1, 2, NOTHING).phases["reduction"] == 2 * bucket + psi
     assert found(config, 1, 1, NOTHING).phases["reduction"] == bucket + psi  # no flat copy, but what is owned
     assert found(config, 2, 2, NOTHING).phases["update"] == psi

@@ -1,15 +1,19 @@
 """Time of a step against sums done by hand."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from millrace.benchmarks.report.recording import RESULTS
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.optim.adamw import FUSED_PASSES
 from millrace.engine.optim.muon import muon_stacks
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Hierarchy, Link
 from millrace.engine.planning.step_memory import LIVE, Shape, shape_of
 from millrace.engine.planning.step_time import (
+    AVERAGE,
     accumulation_passes,
     average_bytes,
     copy_passes,
@@ -20,6 +24,7 @@ from millrace.engine.planning.step_time import (
     transfers,
 )
 
+COUNTED = json.loads((RESULTS / "weights.json").read_text())["rows"]
 SHAPE = Shape(parameters=1000, largest=100, tensors=10)
 TRACED = Traced(kept=0, peak=0, peak_without_gradients=0, moved=500)
 DEVICE = Device(
@@ -80,7 +85,7 @@ def test_the_parts_of_a_step(config):
     """8 samples in 4 micro-batches, one process: FLOPs, bytes, and passes over 4000 bytes of parameters."""
     step = step_of(config, 0, 1, DEVICE, TRACED, SHAPE, flops=25.0)
     assert step.compute == pytest.approx(2.0 * (8 * 25 / 100 + 4 * 500 / 50))
-    assert step.copies == pytest.approx(9 * 4000 / 50)
+    assert step.copies == pytest.approx(4000 / 50)
     assert step.optimizer == pytest.approx(7 * 4000 / 50)
     assert step.accumulation == pytest.approx(3 * 3 * 4000 / 50)  # of 4 micro-batches all but the first
     assert step.casts == step.averages == step.exposed == step.sent == 0
@@ -95,11 +100,25 @@ def test_every_micro_batch_casts_the_weights_and_their_gradients(config):
     assert step.seconds == pytest.approx(plain.seconds + step.casts)
 
 
-def test_stages_that_reduce_every_micro_batch_accumulate_their_share():
-    assert accumulation_passes(0, 8) == accumulation_passes(1, 8) == 3
-    assert accumulation_passes(2, 1) == 4 + 7
-    assert accumulation_passes(2, 7) == 6 + 1
-    assert accumulation_passes(3, 3) == 6 + 1
+def test_working_copies_are_cast_once_and_take_gradients_in_one_pass(runs, tmp_path):
+    config = runs.config(tmp_path, {"precision": {"compute": "bfloat16"}})
+    step = step_of(config, 0, 1, DEVICE, replace(TRACED, casts=6000), SHAPE, flops=25.0)
+    assert step.casts == pytest.approx((6000 + 4 * 6000) / 50)
+    assert step.accumulation == pytest.approx(3 * 4000 / 50)
+    gathered = step_of(config, 3, 1, DEVICE, replace(TRACED, casts=12_000), SHAPE, flops=25.0)
+    assert gathered.casts == pytest.approx(4 * 12_000 / 50)
+
+
+@pytest.mark.parametrize("row", COUNTED, ids=lambda row: f"stage {row['stage']}, {row['processes']}")
+def test_passes_are_those_that_were_counted(row):
+    """Bytes for each element that `python -m benchmarks weights` found, against the planner's sum of them."""
+    stage, ranks, micro_batches = row["stage"], row["processes"], row["accumulation"]
+    working, owned = stage < 3, ranks if stage else 1
+    casts = 6 * (1 + micro_batches) if working else 12 * micro_batches
+    passes = (micro_batches - 1) * accumulation_passes(stage, ranks, working) + copy_passes(stage, ranks)
+    passes += (FUSED_PASSES + 1 + AVERAGE) / owned  # the counted step clips, and so writes gradients
+    found = sum(sum(part.values()) for part in row["bytes"].values())
+    assert casts + 4 * passes == pytest.approx(found, rel=0.05)
 
 
 def test_communication_of_two(config):
