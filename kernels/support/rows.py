@@ -25,8 +25,8 @@ PROGRAMS = 1024
 MOST_ROWS = 16
 WIDEST = 16_384
 """Features of a row that one program holds in registers."""
-TILE = 4096
-"""Elements of a backward tile: 8 a thread of 16 warps, one load of 16 bytes in 16 bit."""
+TILE = 8192
+"""Bytes of a backward tile: 16 a thread of 16 warps, one load."""
 SHORTEST_RUN = 16
 """Rows of a sample below which a further program would cost more in partial sums than it brings."""
 
@@ -77,7 +77,7 @@ def sum_launch(x: Tensor, samples: int, max_seqlen: int | None) -> SumLaunch:
     if width > WIDEST:
         raise ValueError(f"rows have {width} features, the kernels take at most {WIDEST}")
     block = 1 << max(width - 1, 0).bit_length()
-    rows = max(min(TILE // block, MOST_ROWS), 1)
+    rows = max(min(TILE // (block * x.element_size()), MOST_ROWS), 1)
     longest = total if max_seqlen is None else max_seqlen
     chunks = max(min(multiprocessors(x) // samples, -(-longest // SHORTEST_RUN)), 1)
     return SumLaunch((chunks, samples), rows, block, min(max(rows * block // 256, 1), 16))
