@@ -17,6 +17,7 @@ OPERATIONS = {
     "geglu": "ops.geglu",
     "newton_schulz": "ops.newton_schulz",
     "norm_modulate": "ops.norm_modulate",
+    "prenorm_modulate": "ops.norm_modulate",
     "gather_tokens": "ops.routing",
     "scatter_tokens": "ops.routing",
     "sample_route": "ops.sample_route",

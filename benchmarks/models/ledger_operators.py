@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import millrace.kernels.ops.fp8_linear  # noqa: F401 - registers an operator that is named here
-from millrace.kernels.support.rows import row_launch
+from millrace.kernels.support.rows import sum_launch
 
 aten = torch.ops.aten
 
@@ -220,11 +220,12 @@ def _flops(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result
 
 
 def _sums(vectors: int) -> Callable[..., list[Cost]]:
-    """Partial sums of `vectors` gradients (B, C): written by a backward kernel, added up by a second."""
+    """FP32 sums of `vectors` gradients (B, C): written by a backward kernel's programs, added up by a second
+    kernel, whose result is the operator's own. A sample that has one program needs neither."""
 
     def scratch(x: Tensor, *rest: Any) -> list[Cost]:
         samples = next(a for a in rest if isinstance(a, Tensor) and a.dtype == torch.int32).numel() - 1
-        chunks = row_launch(*x.shape, samples, rest[-1]).grid[0]
+        chunks = sum_launch(x, samples, rest[-1]).grid[0]
         size = 4 * vectors * samples * chunks * x.shape[1]
         return [] if chunks == 1 else [Cost("other", size, size)]
 
@@ -232,15 +233,16 @@ def _sums(vectors: int) -> Callable[..., list[Cost]]:
 
 
 def _prologue_sums(_grad: Tensor, *rest: Any) -> list[Cost]:
-    """Sums of the three norms' weights, one a tile and group of heads, added up and cast."""
-    from millrace.kernels.attention.prologue import HEADS, TILE
+    """Sums of the norms' weights: two of a program of image rows, one of a program of text rows; one kernel
+    adds them up."""
+    from millrace.kernels.attention.prologue import TILE, heads_of_program
 
     qkv, offsets, bounds = rest[2], rest[-5], rest[-4:-2]
     heads, dim = qkv.shape[2:]
     rows = max(TILE // (1 << (dim - 1).bit_length()), 1)
-    tiles = (offsets.numel() - 1) * sum(-(-bound // rows) for bound in bounds)
-    size = 4 * 3 * dim * tiles * -(-heads // HEADS)
-    return [Cost("other", size, size), Cost("other", 4 * 3 * dim, qkv.element_size() * 3 * dim, 3)]
+    image, text = ((offsets.numel() - 1) * -(-bound // rows) for bound in bounds)
+    size = 4 * dim * (2 * image + text) * -(-heads // heads_of_program(qkv, image + text))
+    return [Cost("other", size, size)]
 
 
 def _loss_sums(*_: Any) -> list[Cost]:

@@ -14,6 +14,7 @@ from millrace.kernels import (
     gated_residual_norm_modulate,
     geglu,
     norm_modulate,
+    prenorm_modulate,
     rope_attention,
 )
 
@@ -49,8 +50,14 @@ class VectorEmbedder(nn.Module):
 class BlockInputs(NamedTuple):
     """What a block reads besides its tokens."""
 
-    modulation: Tensor
-    """(B, 6, C): shift, scale, gate of attention, then of the MLP."""
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    """(B, C) of attention."""
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+    """(B, C) of the MLP."""
     text_kv: Tensor
     """(S, 2, H, D) keys and values of the text."""
     cos: Tensor
@@ -95,10 +102,9 @@ class Block(nn.Module):
 
         With `tapped_heads` queries and keys (T, tapped_heads, D) of the image tokens come after the result.
         """
-        modulation, text_kv, cos, sin, positions, cu_seqlens, max_seqlen, *of_text = inputs
-        cu_seqlens_text, max_seqlen_text = of_text
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(1)
-        y = norm_modulate(x, shift, scale, cu_seqlens, NORM_EPS, max_seqlen)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, text_kv, cos, sin, positions, *offsets = inputs
+        cu_seqlens, max_seqlen, cu_seqlens_text, max_seqlen_text = offsets
+        x, y = prenorm_modulate(x, shift, scale, cu_seqlens, NORM_EPS, max_seqlen)
         qkv = self.qkv(y).unflatten(1, (3, self.heads, self.head_dim))
         attended = rope_attention(
             qkv,

@@ -180,7 +180,8 @@ class Denoiser(nn.Module):
         """What each block reads besides its tokens, over all rows of the batch."""
         config = self.config
         # One product for all blocks: the text is static, and so is the vector. Their inputs are read once.
-        modulation = self.modulation(vector).unflatten(1, (config.depth, 6, config.width)).unbind(1)
+        # All blocks' six vectors are taken apart at once, so backward puts their gradients together once.
+        vectors = self.modulation(vector).unflatten(1, (config.depth * 6, config.width)).unbind(1)
         text, cu_seqlens_text, max_seqlen_text = (
             self.txt_in(text),
             layout.cu_seqlens_text,
@@ -192,8 +193,8 @@ class Denoiser(nn.Module):
         rows = layout.positions, layout.cu_seqlens, layout.max_seqlen
         tables = layout.cos, layout.sin
         return [
-            BlockInputs(*own, *tables, *rows, cu_seqlens_text, max_seqlen_text)
-            for own in zip(modulation, text_kv, strict=True)
+            BlockInputs(*vectors[6 * i : 6 * i + 6], own, *tables, *rows, cu_seqlens_text, max_seqlen_text)
+            for i, own in enumerate(text_kv)
         ]
 
     def _run_blocks(self, x: Tensor, blocks: range, inputs: list[BlockInputs], wanted: _Taps) -> Tensor:

@@ -394,7 +394,7 @@ if HAS_TRITON:
         dq, dw = norm_backward(raw, rotate(dq * scale, cos_m, -sin_m), q_w, eps, DIM)
         dq_ptrs = dqkv + ((first + offs_m) * (3 * NUM_HEADS) + head)[:, None] * DIM + offs_d[None, :]
         tl.store(dq_ptrs, dq, mask=mask[:, None])
-        tl.store(partial + program * DIM + offs_d, dw)
+        tl.store(partial + program * DIM + offs_d, tl.sum(dw, axis=0))
 
     @triton.jit(do_not_specialize=["image_blocks"])
     def rope_attention_bwd_dkv_kernel(
@@ -494,7 +494,7 @@ if HAS_TRITON:
         dk = tl.where(mask[:, None], dk * LN_2, 0.0)
         dk, dw = norm_backward(raw, rotate(dk, cos_n, -sin_n), k_w, eps, DIM)
         tl.store(dk_ptrs, dk, mask=mask[:, None])
-        tl.store(partial + program * DIM + offs_d, dw)
+        tl.store(partial + program * DIM + offs_d, tl.sum(dw, axis=0))
 
 
 def configuration(qkv: Tensor) -> Configuration:

@@ -15,6 +15,8 @@ read. Of n image and m text tokens where N and M have room, the free rows of the
 N + M) are filled by slots that have no token: image slot i with row M + i, text slot j with row n + j.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from millrace.kernels.attention.layout import Joint, PaddedRows, joint_shapes, packed_rows
-from millrace.kernels.support.compilation import Launch, meta
+from millrace.kernels.support.compilation import Launch, meta, multiprocessors
 from millrace.kernels.support.packed import sample_slices, unit_stride
 from millrace.kernels.support.registration import HAS_TRITON, register
+from millrace.kernels.support.rows import fold
 
 if HAS_TRITON:
     import triton
@@ -37,8 +40,8 @@ TILE = 2048
 """Elements of a (ROWS, D) tile: 16 a thread for four warps."""
 
 
-HEADS = 4
-"""Heads of a program: they share one tile of the RoPE table."""
+PROGRAMS = 12
+"""For each multiprocessor: four waves of the three that run at a time."""
 
 
 def forward_eager(
@@ -131,7 +134,7 @@ def backward_eager(
     max_seqlen_text: int,
     padded: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_qkv, grad_text = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (qkv, text_kv))
     rotation = _rotation(cos, sin, positions, qkv.dtype).conj_physical()
     if padded:
@@ -154,8 +157,8 @@ def backward_eager(
         _norm_backward(text_kv[:, 0], text_k, text_k_weight, eps, grad_text[:, 0]),
     )
     grad_qkv[:, 2], grad_text[:, 1] = image_v, text_v
-    weights = q_weight, k_weight, text_k_weight
-    return grad_qkv, grad_text, *(g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True))
+    dtype = _widest((q_weight, k_weight, text_k_weight))
+    return grad_qkv, grad_text, torch.stack(grad_weights).to(dtype)
 
 
 def _forget_unread(text_k: Tensor, text_v: Tensor, cu_seqlens: Tensor, cu_seqlens_text: Tensor) -> None:
@@ -204,7 +207,7 @@ if HAS_TRITON:
             queries, keys = first, first + first_text
         return first, length, first_text, length_text, queries, keys
 
-    @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks"])
+    @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks", "group"])
     def rope_attention_prologue_fwd_kernel(
         qkv,
         text_kv,
@@ -229,20 +232,20 @@ if HAS_TRITON:
         bound_text,
         blocks,
         image_blocks,
+        group,
         eps,
         NUM_HEADS: tl.constexpr,
         DIM: tl.constexpr,
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
-        GROUP: tl.constexpr,
         PADDED: tl.constexpr,
     ):
         first, length, first_text, length_text, queries, keys = _sample(
             cu_seqlens, cu_seqlens_text, bound, bound_text, blocks, PADDED
         )
         block = tl.program_id(0) % blocks
-        first_head = tl.program_id(1) * GROUP
-        end_head = tl.minimum(first_head + GROUP, NUM_HEADS)
+        first_head = tl.program_id(1) * group
+        end_head = tl.minimum(first_head + group, NUM_HEADS)
         d = tl.arange(0, BLOCK)
         inside = d < DIM
         if block < image_blocks:
@@ -281,7 +284,9 @@ if HAS_TRITON:
                 tl.store(k + to_key + head * DIM, key, mask=written)
                 tl.store(v + to_key + head * DIM, value, mask=written)
 
-    @triton.jit(do_not_specialize=["bound", "bound_text", "blocks", "image_blocks"])
+    @triton.jit(
+        do_not_specialize=["bound", "bound_text", "blocks", "image_blocks", "group", "partial_stride"]
+    )
     def rope_attention_prologue_bwd_kernel(
         grad_q,
         grad_k,
@@ -316,26 +321,27 @@ if HAS_TRITON:
         bound_text,
         blocks,
         image_blocks,
+        group,
         eps,
         NUM_HEADS: tl.constexpr,
         DIM: tl.constexpr,
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
-        GROUP: tl.constexpr,
         PADDED: tl.constexpr,
     ):
         first, length, first_text, length_text, queries, keys = _sample(
             cu_seqlens, cu_seqlens_text, bound, bound_text, blocks, PADDED
         )
         block = tl.program_id(0) % blocks
-        first_head = tl.program_id(1) * GROUP
-        end_head = tl.minimum(first_head + GROUP, NUM_HEADS)
+        first_head = tl.program_id(1) * group
+        end_head = tl.minimum(first_head + group, NUM_HEADS)
         d = tl.arange(0, BLOCK)
         inside = d < DIM
-        q_sum = tl.zeros((BLOCK,), tl.float32)
-        k_sum = tl.zeros((BLOCK,), tl.float32)
-        text_sum = tl.zeros((BLOCK,), tl.float32)
+        # Sums stay spread over the threads until the last head: a thread adds its rows, half a tile apart.
+        HALF: tl.constexpr = max(ROWS // 2, 1)
         if block < image_blocks:
+            q_sum = tl.zeros((HALF, BLOCK), tl.float32)
+            k_sum = tl.zeros((HALF, BLOCK), tl.float32)
             slot = block * ROWS + tl.arange(0, ROWS)
             owned = (slot < length)[:, None] & inside[None, :]
             q_gain = tl.load(q_weight + d, mask=inside, other=0.0).to(tl.float32)
@@ -349,18 +355,26 @@ if HAS_TRITON:
             for head in range(first_head, end_head):
                 x = tl.load(source + head * head_stride, mask=owned, other=0.0).to(tl.float32)
                 grad = tl.load(from_query + head * q_head_stride, mask=owned, other=0.0).to(tl.float32)
-                grad, gain_sum = norm_backward(x, rotate(grad, cosine, -sine), q_gain, eps, DIM)
-                q_sum += gain_sum
+                grad, parts = norm_backward(x, rotate(grad, cosine, -sine), q_gain, eps, DIM)
+                q_sum += tl.sum(tl.reshape(parts, (ROWS // HALF, HALF, BLOCK)), axis=0)
                 tl.store(target + head * DIM, grad, mask=owned)
                 x = tl.load(source + part_stride + head * head_stride, mask=owned, other=0.0).to(tl.float32)
                 grad = tl.load(from_key + head * k_head_stride, mask=owned, other=0.0).to(tl.float32)
-                grad, gain_sum = norm_backward(x, rotate(grad, cosine, -sine), k_gain, eps, DIM)
-                k_sum += gain_sum
+                grad, parts = norm_backward(x, rotate(grad, cosine, -sine), k_gain, eps, DIM)
+                k_sum += tl.sum(tl.reshape(parts, (ROWS // HALF, HALF, BLOCK)), axis=0)
                 tl.store(target + (NUM_HEADS + head) * DIM, grad, mask=owned)
                 grad = tl.load(from_value + head * v_head_stride, mask=owned, other=0.0)
                 tl.store(target + (2 * NUM_HEADS + head) * DIM, grad, mask=owned)
+            program = (tl.program_id(0) // blocks * image_blocks + block) * tl.num_programs(
+                1
+            ) + tl.program_id(1)
+            at = partial + program.to(tl.int64) * DIM + d
+            tl.store(at, tl.sum(q_sum, axis=0), mask=inside)
+            tl.store(at + partial_stride, tl.sum(k_sum, axis=0), mask=inside)
         else:
-            slot = (block - image_blocks) * ROWS + tl.arange(0, ROWS)
+            block -= image_blocks
+            text_sum = tl.zeros((HALF, BLOCK), tl.float32)
+            slot = block * ROWS + tl.arange(0, ROWS)
             owned = (slot < length_text)[:, None] & inside[None, :]
             attended = owned & (length > 0)  # no query has read the text of an empty sample
             gain = tl.load(text_k_weight + d, mask=inside, other=0.0).to(tl.float32)
@@ -371,15 +385,22 @@ if HAS_TRITON:
             for head in range(first_head, end_head):
                 x = tl.load(source + head * text_head_stride, mask=owned, other=0.0).to(tl.float32)
                 grad = tl.load(from_key + head * k_head_stride, mask=attended, other=0.0).to(tl.float32)
-                grad, gain_sum = norm_backward(x, grad, gain, eps, DIM)
-                text_sum += gain_sum
+                grad, parts = norm_backward(x, grad, gain, eps, DIM)
+                text_sum += tl.sum(tl.reshape(parts, (ROWS // HALF, HALF, BLOCK)), axis=0)
                 tl.store(target + head * DIM, grad, mask=owned)
                 grad = tl.load(from_value + head * v_head_stride, mask=attended, other=0.0)
                 tl.store(target + (NUM_HEADS + head) * DIM, grad, mask=owned)
-        at = partial + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * DIM + d
-        tl.store(at, q_sum, mask=inside)
-        tl.store(at + partial_stride, k_sum, mask=inside)
-        tl.store(at + 2 * partial_stride, text_sum, mask=inside)
+            program = tl.program_id(0) // blocks * (blocks - image_blocks) + block
+            program = program * tl.num_programs(1) + tl.program_id(1)
+            at = partial + 2 * partial_stride + program.to(tl.int64) * DIM + d
+            tl.store(at, tl.sum(text_sum, axis=0), mask=inside)
+
+
+def heads_of_program(qkv: Tensor, tiles: int) -> int:
+    """So many that the programs run in a few waves: their heads share a tile of the RoPE table, and a sum."""
+    heads = qkv.shape[2]
+    parts = min(max(-(-PROGRAMS * multiprocessors(qkv) // max(tiles, 1)), 1), heads)
+    return -(-heads // parts)
 
 
 def _launch(
@@ -391,19 +412,21 @@ def _launch(
     rows = max(TILE // block, 1)
     image_blocks = triton.cdiv(bound, rows)
     blocks = image_blocks + triton.cdiv(bound_text, rows)
+    tiles = (cu_seqlens.shape[0] - 1) * blocks
+    group = heads_of_program(qkv, tiles)
     ends = {
         "bound": bound,
         "bound_text": bound_text,
         "blocks": blocks,
         "image_blocks": image_blocks,
+        "group": group,
         "NUM_HEADS": heads,
         "DIM": dim,
         "BLOCK": block,
         "ROWS": rows,
-        "GROUP": HEADS,
         "num_warps": 4,
     }
-    return ((cu_seqlens.shape[0] - 1) * blocks, triton.cdiv(heads, HEADS)), ends
+    return (tiles, triton.cdiv(heads, group)), ends
 
 
 def forward_triton(
@@ -463,14 +486,19 @@ def backward_triton(
     max_seqlen_text: int,
     padded: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernel, then add up the programs' sums for the weights."""
     qkv, text_kv = unit_stride(qkv), unit_stride(text_kv)
     grads = [_rows(grad) for grad in (grad_q, grad_k, grad_v)]
     grad_qkv, grad_text = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (qkv, text_kv))
     grid, ends = _launch(qkv, cu_seqlens, max_seqlen, max_seqlen_text)
     weights = q_weight, k_weight, text_k_weight
-    partial = torch.empty(3, grid[0] * grid[1], qkv.shape[3], dtype=torch.float32, device=qkv.device)
+    dtype, samples = _widest(weights), cu_seqlens.shape[0] - 1
+    programs = [
+        samples * part * grid[1] for part in (ends["image_blocks"], ends["blocks"] - ends["image_blocks"])
+    ]
+    partial = torch.empty(3, max(programs), qkv.shape[3], dtype=torch.float32, device=qkv.device)
+    sums = torch.empty(3, qkv.shape[3], dtype=dtype, device=qkv.device)
     rope_attention_prologue_bwd_kernel[grid](
         *grads,
         qkv,
@@ -489,8 +517,8 @@ def backward_triton(
         PADDED=padded,
         **ends,
     )
-    sums = [part.sum(0) for part in partial]
-    return grad_qkv, grad_text, *(g.to(w.dtype) for g, w in zip(sums, weights, strict=True))
+    fold(partial, sums, (programs[0], programs[1]))
+    return grad_qkv, grad_text, sums
 
 
 def _rows(grad: Tensor) -> Tensor:
@@ -506,8 +534,14 @@ def _forward_fake(qkv: Tensor, text_kv: Tensor, *rest: Any) -> Joint:
 
 def _backward_fake(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:5])
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:2])
+    weights = inputs[2:5]
+    return *grads, weights[0].new_empty(3, len(weights[0]), dtype=_widest(weights))
+
+
+def _widest(weights: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
 
 
 _INPUTS = (
@@ -527,7 +561,7 @@ _forward = register(
 
 _backward = register(
     f"rope_attention_prologue_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, {_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor grad_qkv, Tensor grad_text_kv, Tensor grad_weights)",
     eager=backward_eager,
     triton=backward_triton,
     fake=_backward_fake,
@@ -544,8 +578,10 @@ class _Prologue(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward(grad_q, grad_k, grad_v, *ctx.saved_tensors, *ctx.settings)
-        return *gradients, *(None,) * (5 + len(ctx.settings))
+        saved = ctx.saved_tensors
+        *gradients, of_weights = _backward(grad_q, grad_k, grad_v, *saved, *ctx.settings)
+        weights = (g.to(w.dtype) for g, w in zip(of_weights, saved[2:5], strict=True))
+        return *gradients, *weights, *(None,) * (5 + len(ctx.settings))
 
 
 def prologue(

@@ -28,13 +28,13 @@ def norm(x, weight, eps, DIM: tl.constexpr):
 
 @triton.jit
 def norm_backward(x, grad, weight, eps, DIM: tl.constexpr):
-    """Gradient of x (R, D), and of the weight summed over the rows (D,).
+    """Gradient of x (R, D), and each row's part of that of the weight (R, D).
 
     With n = x / RMS(x) and g = grad * weight: dx = (g - n mean(g n)) / RMS(x), dweight = sum(grad n).
     """
     factor = _reciprocal_rms(x, eps, DIM)
     normed = x * factor
-    grad_weight = tl.sum(grad * normed, axis=0)
+    grad_weight = grad * normed
     grad = grad * weight[None, :]
     return factor * (grad - normed * (tl.sum(grad * normed, axis=1) / DIM)[:, None]), grad_weight
 

@@ -15,13 +15,13 @@ from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.compilation import Launch
 from millrace.kernels.support.packed import rows_from_samples, sample_groups, unit_stride, widen
 from millrace.kernels.support.registration import HAS_TRITON, register
-from millrace.kernels.support.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
+from millrace.kernels.support.rows import fold, launch_shapes, row_launch, sum_launch, sums_of_programs
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from millrace.kernels.support.rows import load_row, owned_rows
+    from millrace.kernels.support.rows import load_row, load_tile, owned_rows, owned_run, store_sum
 
 
 def reference(
@@ -70,16 +70,19 @@ if HAS_TRITON:
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
-        factor = load_row(gate + sample * gate_stride, column, inside)
-        gate_sum = tl.zeros((BLOCK,), tl.float32)
-        for row in range(first, end):
-            gradient = load_row(grad + row * grad_stride, column, inside)
-            added = load_row(branch + row * branch_stride, column, inside)
+        sample, first, end = owned_run(cu_seqlens)
+        column = tl.arange(0, BLOCK)
+        factor = load_row(gate + sample * gate_stride, column, column < WIDTH)
+        gate_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(first, end, ROWS):
+            row = start + tl.arange(0, ROWS)
+            inside = (row < end)[:, None] & (column < WIDTH)[None, :]
+            gradient = load_tile(grad, grad_stride, row, column, inside).to(tl.float32)
+            added = load_tile(branch, branch_stride, row, column, inside).to(tl.float32)
             gate_sum += gradient * added
-            tl.store(grad_branch + row * WIDTH + column, factor * gradient, mask=inside)
-        at = (sample * tl.num_programs(0) + tl.program_id(0)) * WIDTH + column
-        tl.store(partial + at, gate_sum, mask=inside)
+            at = grad_branch + row[:, None] * WIDTH + column[None, :]
+            tl.store(at, factor[None, :] * gradient, mask=inside)
+        store_sum(partial, 0, gate_sum, sample, tl.num_programs(1), column, WIDTH)
 
 
 def _forward_triton(
@@ -109,10 +112,9 @@ def _backward_triton(
     grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
     grad, branch, gate = unit_stride(grad), unit_stride(branch), unit_stride(gate)
-    (total, width), samples = branch.shape, len(gate)
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    launch = row_launch(total, width, samples, max_seqlen)
-    partial = partial_sums(1, launch, width, grad.device)
+    launch = sum_launch(branch, len(gate), max_seqlen)
+    partial, sums = sums_of_programs(1, launch, branch.shape[1], gate)
     gated_residual_bwd_kernel[launch.grid](
         grad,
         branch,
@@ -123,12 +125,13 @@ def _backward_triton(
         grad.stride(0),
         branch.stride(0),
         gate.stride(0),
-        WIDTH=width,
+        WIDTH=branch.shape[1],
         BLOCK=launch.block,
         ROWS=launch.rows,
         num_warps=launch.warps,
     )
-    return grad_branch, add_partial_sums(partial)[0]
+    fold(partial, sums)
+    return grad_branch, sums.squeeze(0)
 
 
 def _forward_eager(
@@ -150,15 +153,16 @@ def add_branch_rows(x: Tensor, branch: Tensor, gate: Tensor, out: Tensor) -> Non
 def _backward_eager(
     grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
-    grad_branch, grad_gate = _backward_fake(grad, branch, gate, cu_seqlens, max_seqlen)
-    grad_gate.zero_()
+    grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    sums = torch.promote_types(grad.dtype, torch.float32)
+    grad_gate, dtype = torch.zeros(gate.shape, dtype=sums, device=gate.device), gate.dtype
     gate = widen(gate)[:, None]
     for rows, members in sample_groups(cu_seqlens, len(branch), max_seqlen):
         gradient = widen(grad[rows]).reshape(len(gate[members]), -1, branch.shape[1])
         grad_branch[rows] = (gradient * gate[members]).view(-1, branch.shape[1])
         product = gradient * branch[rows].reshape(gradient.shape)
         torch.sum(product, 1, out=grad_gate[members])
-    return grad_branch, grad_gate
+    return grad_branch, grad_gate.to(dtype)
 
 
 def _forward_fake(
@@ -170,9 +174,8 @@ def _forward_fake(
 def _backward_fake(
     grad: Tensor, branch: Tensor, gate: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
-    sums = torch.promote_types(grad.dtype, torch.float32)
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    return grad_branch, gate.new_empty(gate.shape, dtype=sums)
+    return grad_branch, gate.new_empty(gate.shape)
 
 
 _forward = register(
@@ -204,7 +207,7 @@ class _GatedResidual(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         branch, gate, cu_seqlens = ctx.saved_tensors
         grad_branch, grad_gate = _backward(grad, branch, gate, cu_seqlens, ctx.max_seqlen)
-        return grad, grad_branch, grad_gate.to(gate.dtype), None, None
+        return grad, grad_branch, grad_gate, None, None
 
 
 def gated_residual(

@@ -23,15 +23,23 @@ from millrace.kernels.support import cuda_library
 from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch
-from millrace.kernels.support.packed import sample_groups, unit_stride, widen
+from millrace.kernels.support.packed import one_dtype, sample_groups, unit_stride, widen
 from millrace.kernels.support.registration import HAS_TRITON, register
-from millrace.kernels.support.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
+from millrace.kernels.support.rows import fold, launch_shapes, row_launch, sum_launch, sums_of_programs
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from millrace.kernels.support.rows import layer_norm_gradient, layer_norm_row, load_row, owned_rows
+    from millrace.kernels.support.rows import (
+        layer_norm_row,
+        layer_norm_tile_gradient,
+        load_row,
+        load_tile,
+        owned_rows,
+        owned_run,
+        store_sum,
+    )
 
 
 def reference(
@@ -79,10 +87,10 @@ def _backward_eager(
     rstd: Tensor,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_branch, sums = backward_fake(
+    grad_x, grad_branch, _ = backward_fake(
         grad_out, grad_y, out, branch, gate, scale, cu_seqlens, mean, rstd, max_seqlen
     )
-    sums.zero_()
+    sums, dtype = mean.new_zeros(3, *gate.shape), gate.dtype
     gate, gain = widen(gate)[:, None], 1 + widen(scale)[:, None]
     for rows, members in sample_groups(cu_seqlens, len(out), max_seqlen):
         through = modulate_rows_gradient(
@@ -94,7 +102,7 @@ def _backward_eager(
         product = through * branch[rows].reshape(through.shape)
         torch.sum(product, 1, out=sums[0, members])
         torch.mul(through, gate[members], out=grad_branch[rows].view(through.shape))
-    return grad_x, grad_branch, sums
+    return grad_x, grad_branch, sums.to(dtype)
 
 
 if HAS_TRITON:
@@ -155,34 +163,41 @@ if HAS_TRITON:
         branch_stride,
         gate_stride,
         scale_stride,
-        partial_size,
         WIDTH: tl.constexpr,
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
-        factor = load_row(gate + sample * gate_stride, column, inside)
-        gain = 1.0 + load_row(scale + sample * scale_stride, column, inside)
-        gate_sum = tl.zeros((BLOCK,), tl.float32)
-        shift_sum = tl.zeros((BLOCK,), tl.float32)
-        scale_sum = tl.zeros((BLOCK,), tl.float32)
-        for row in range(first, end):
-            gradient = load_row(grad_y + row * grad_y_stride, column, inside)
-            value = load_row(out + row * WIDTH, column, inside)
-            row_rstd = tl.load(rstd + row)
-            normed = tl.where(inside, (value - tl.load(mean + row)) * row_rstd, 0.0)
+        sample, first, end = owned_run(cu_seqlens)
+        column = tl.arange(0, BLOCK)
+        factor = load_row(gate + sample * gate_stride, column, column < WIDTH)
+        gain = 1.0 + load_row(scale + sample * scale_stride, column, column < WIDTH)
+        gate_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        shift_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        scale_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        # Two stages: the next rows are on their way into shared memory while these are reduced.
+        for start in tl.range(first, end, ROWS, num_stages=2):
+            row = start + tl.arange(0, ROWS)
+            inside = (row < end)[:, None] & (column < WIDTH)[None, :]
+            # All loads before the first reduction, so that the row waits for memory once.
+            gradient = load_tile(grad_y, grad_y_stride, row, column, inside).to(tl.float32)
+            value = load_tile(out, WIDTH, row, column, inside).to(tl.float32)
+            passed = load_tile(grad_out, grad_out_stride, row, column, inside)
+            added = load_tile(branch, branch_stride, row, column, inside)
+            row_mean = tl.load(mean + row, mask=row < end, other=0.0)
+            row_rstd = tl.load(rstd + row, mask=row < end, other=0.0)
+            normed = tl.where(inside, (value - row_mean[:, None]) * row_rstd[:, None], 0.0)
             shift_sum += gradient
             scale_sum += gradient * normed
-            through = layer_norm_gradient(gradient * gain, normed, row_rstd, WIDTH)
-            through += load_row(grad_out + row * grad_out_stride, column, inside)
-            tl.store(grad_x + row * WIDTH + column, through, mask=inside)
-            added = load_row(branch + row * branch_stride, column, inside)
-            gate_sum += through * added
-            tl.store(grad_branch + row * WIDTH + column, factor * through, mask=inside)
-        at = partial + (sample * tl.num_programs(0) + tl.program_id(0)) * WIDTH + column
-        tl.store(at, gate_sum, mask=inside)
-        tl.store(at + partial_size, shift_sum, mask=inside)
-        tl.store(at + 2 * partial_size, scale_sum, mask=inside)
+            through = layer_norm_tile_gradient(gradient * gain[None, :], normed, row_rstd, WIDTH)
+            through += passed.to(tl.float32)
+            at = row[:, None] * WIDTH + column[None, :]
+            tl.store(grad_x + at, through, mask=inside)
+            gate_sum += through * added.to(tl.float32)
+            tl.store(grad_branch + at, factor[None, :] * through, mask=inside)
+        samples = tl.num_programs(1)
+        store_sum(partial, 0, gate_sum, sample, samples, column, WIDTH)
+        store_sum(partial, 1, shift_sum, sample, samples, column, WIDTH)
+        store_sum(partial, 2, scale_sum, sample, samples, column, WIDTH)
 
 
 def forward_triton(
@@ -240,8 +255,8 @@ def backward_triton(
     gate, scale = unit_stride(gate), unit_stride(scale)
     grad_x = torch.empty_like(out)
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    launch = row_launch(*out.shape, len(gate), max_seqlen)
-    partial = partial_sums(3, launch, out.shape[1], out.device)
+    launch = sum_launch(out, len(gate), max_seqlen)
+    partial, sums = sums_of_programs(3, launch, out.shape[1], gate)
     gated_residual_norm_modulate_bwd_kernel[launch.grid](
         grad_out,
         grad_y,
@@ -260,13 +275,13 @@ def backward_triton(
         branch.stride(0),
         gate.stride(0),
         scale.stride(0),
-        partial.stride(0),
         WIDTH=out.shape[1],
         BLOCK=launch.block,
         ROWS=launch.rows,
         num_warps=launch.warps,
     )
-    return grad_x, grad_branch, add_partial_sums(partial)
+    fold(partial, sums)
+    return grad_x, grad_branch, sums
 
 
 def forward_fake(
@@ -297,7 +312,7 @@ def backward_fake(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    return torch.empty_like(out), grad_branch, mean.new_empty(3, *gate.shape)
+    return torch.empty_like(out), grad_branch, gate.new_empty(3, *gate.shape)
 
 
 _forward = register(
@@ -326,7 +341,7 @@ def _operators(implementation: str) -> tuple[Callable[..., Any], Callable[..., A
 
     def backward(*args: Any) -> tuple[Any, ...]:
         grad_x, grad_branch, *vectors = cuda_library.gated_residual_norm_modulate_backward(*args)
-        return grad_x, grad_branch, vectors
+        return grad_x, grad_branch, [vector.to(args[4].dtype) for vector in vectors]
 
     return cuda_library.gated_residual_norm_modulate, backward
 
@@ -348,7 +363,7 @@ class _GatedResidualNormModulate(torch.autograd.Function):
         forward, _ = _operators(implementation)
         out, y, mean, rstd = forward(x, branch, gate, shift, scale, cu_seqlens, eps, max_seqlen)
         ctx.save_for_backward(out, branch, gate, scale, cu_seqlens, mean, rstd)
-        ctx.max_seqlen, ctx.shift_dtype, ctx.implementation = max_seqlen, shift.dtype, implementation
+        ctx.max_seqlen, ctx.implementation = max_seqlen, implementation
         return out, y
 
     @staticmethod
@@ -356,10 +371,9 @@ class _GatedResidualNormModulate(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         out, branch, gate, scale, cu_seqlens, mean, rstd = ctx.saved_tensors
         _, backward = _operators(ctx.implementation)
-        grad_x, grad_branch, (grad_gate, grad_shift, grad_scale) = backward(
+        grad_x, grad_branch, vectors = backward(
             grad_out, grad_y, out, branch, gate, scale, cu_seqlens, mean, rstd, ctx.max_seqlen
         )
-        vectors = (grad_gate.to(gate.dtype), grad_shift.to(ctx.shift_dtype), grad_scale.to(scale.dtype))
         return grad_x, grad_branch, *vectors, None, None, None, None
 
 
@@ -378,7 +392,8 @@ def gated_residual_norm_modulate(
 
     Args:
         x, branch: (T, C).
-        gate, shift, scale: (B, C), any float dtype and strides.
+        gate, shift, scale: (B, C), any float dtype and strides; of several dtypes they are brought to the
+            widest one.
         cu_seqlens: (B+1,) int32.
         max_seqlen: upper bound of the sample lengths; without it the launch must cover T rows per sample.
         backend: "auto", "reference", "triton" or "cuda" (see `kernels/support/choice.py`).
@@ -393,6 +408,7 @@ def gated_residual_norm_modulate(
         expect_shape(name, vector, samples, x.shape[1])
     usable = {"cuda": lambda: cuda_library.rows_obstacle(x, branch, widest=cuda_library.WIDEST)}
     implementation = choose("gated_residual_norm_modulate", backend, x, usable)
+    gate, shift, scale = one_dtype(gate, shift, scale)
     if implementation == "reference":
         return reference(x, branch, gate, shift, scale, cu_seqlens, eps, max_seqlen)
     return _GatedResidualNormModulate.apply(

@@ -5,6 +5,11 @@ Mean, variance and the modulation are FP32 whatever the dtype of x. With n = (x 
 
     dx = rstd * (g - mean_C(g) - n * mean_C(g * n)),  g = (1 + scale_b) * dy
     dshift_b = sum over the rows of b of dy,  dscale_b = the same of dy * n
+
+`prenorm_modulate` is the same at the start of a residual branch: it also hands on the stream that it
+normalises, so that the stream's gradient enters the backward kernel and is added to dx there, as the
+`prenorm` of flash-linear-attention's and quack's norms does. Autograd would add the two gradients of x with a
+kernel of its own.
 """
 
 from collections.abc import Iterator
@@ -17,15 +22,23 @@ from torch.autograd.function import once_differentiable
 
 from millrace.kernels.support.checks import expect_offsets, expect_shape
 from millrace.kernels.support.compilation import Launch
-from millrace.kernels.support.packed import rows_from_samples, sample_groups, unit_stride, widen
+from millrace.kernels.support.packed import one_dtype, rows_from_samples, sample_groups, unit_stride, widen
 from millrace.kernels.support.registration import HAS_TRITON, register
-from millrace.kernels.support.rows import add_partial_sums, launch_shapes, partial_sums, row_launch
+from millrace.kernels.support.rows import fold, launch_shapes, row_launch, sum_launch, sums_of_programs
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from millrace.kernels.support.rows import layer_norm_gradient, layer_norm_row, load_row, owned_rows
+    from millrace.kernels.support.rows import (
+        layer_norm_row,
+        layer_norm_tile_gradient,
+        load_row,
+        load_tile,
+        owned_rows,
+        owned_run,
+        store_sum,
+    )
 
 
 def reference(
@@ -75,6 +88,7 @@ if HAS_TRITON:
     @triton.jit
     def norm_modulate_bwd_kernel(
         grad_y,
+        grad_stream,
         x,
         scale,
         cu_seqlens,
@@ -83,31 +97,40 @@ if HAS_TRITON:
         grad_x,
         partial,
         grad_stride,
+        stream_stride,
         x_stride,
         scale_stride,
-        partial_size,
         WIDTH: tl.constexpr,
         BLOCK: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        sample, first, end, column, inside = owned_rows(cu_seqlens, WIDTH, BLOCK, ROWS)
-        gain = 1.0 + load_row(scale + sample * scale_stride, column, inside)
-        shift_sum = tl.zeros((BLOCK,), tl.float32)
-        scale_sum = tl.zeros((BLOCK,), tl.float32)
-        for row in range(first, end):
-            gradient = load_row(grad_y + row * grad_stride, column, inside)
-            value = load_row(x + row * x_stride, column, inside)
-            row_rstd = tl.load(rstd + row)
+        sample, first, end = owned_run(cu_seqlens)
+        column = tl.arange(0, BLOCK)
+        gain = 1.0 + load_row(scale + sample * scale_stride, column, column < WIDTH)
+        shift_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        scale_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+        # Two stages: the next rows are on their way into shared memory while these are reduced.
+        for start in tl.range(first, end, ROWS, num_stages=2):
+            row = start + tl.arange(0, ROWS)
+            inside = (row < end)[:, None] & (column < WIDTH)[None, :]
+            gradient = load_tile(grad_y, grad_stride, row, column, inside).to(tl.float32)
+            value = load_tile(x, x_stride, row, column, inside).to(tl.float32)
+            if grad_stream is not None:
+                passed = load_tile(grad_stream, stream_stride, row, column, inside)
             # Mean and rstd are kept (8 bytes a row): finding them again would put two reductions before the
             # two that the gradient needs anyway.
-            normed = tl.where(inside, (value - tl.load(mean + row)) * row_rstd, 0.0)
+            row_mean = tl.load(mean + row, mask=row < end, other=0.0)
+            row_rstd = tl.load(rstd + row, mask=row < end, other=0.0)
+            normed = tl.where(inside, (value - row_mean[:, None]) * row_rstd[:, None], 0.0)
             shift_sum += gradient
             scale_sum += gradient * normed
-            value = layer_norm_gradient(gradient * gain, normed, row_rstd, WIDTH)
-            tl.store(grad_x + row * WIDTH + column, value, mask=inside)
-        at = partial + (sample * tl.num_programs(0) + tl.program_id(0)) * WIDTH + column
-        tl.store(at, shift_sum, mask=inside)
-        tl.store(at + partial_size, scale_sum, mask=inside)
+            value = layer_norm_tile_gradient(gradient * gain[None, :], normed, row_rstd, WIDTH)
+            if grad_stream is not None:
+                value += passed.to(tl.float32)
+            tl.store(grad_x + row[:, None] * WIDTH + column[None, :], value, mask=inside)
+        samples = tl.num_programs(1)
+        store_sum(partial, 0, shift_sum, sample, samples, column, WIDTH)
+        store_sum(partial, 1, scale_sum, sample, samples, column, WIDTH)
 
 
 def _forward_triton(
@@ -139,6 +162,7 @@ def _forward_triton(
 
 def _backward_triton(
     grad_y: Tensor,
+    grad_stream: Tensor | None,
     x: Tensor,
     scale: Tensor,
     cu_seqlens: Tensor,
@@ -147,12 +171,14 @@ def _backward_triton(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     grad_y, x, scale = unit_stride(grad_y), unit_stride(x), unit_stride(scale)
-    (total, width), samples = x.shape, len(scale)
+    if grad_stream is not None:
+        grad_stream = unit_stride(grad_stream)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    launch = row_launch(total, width, samples, max_seqlen)
-    partial = partial_sums(2, launch, width, x.device)
+    launch = sum_launch(x, len(scale), max_seqlen)
+    partial, sums = sums_of_programs(2, launch, x.shape[1], scale)
     norm_modulate_bwd_kernel[launch.grid](
         grad_y,
+        grad_stream,
         x,
         scale,
         cu_seqlens,
@@ -161,15 +187,16 @@ def _backward_triton(
         grad_x,
         partial,
         grad_y.stride(0),
+        0 if grad_stream is None else grad_stream.stride(0),
         x.stride(0),
         scale.stride(0),
-        partial.stride(0),
-        WIDTH=width,
+        WIDTH=x.shape[1],
         BLOCK=launch.block,
         ROWS=launch.rows,
         num_warps=launch.warps,
     )
-    return grad_x, add_partial_sums(partial)
+    fold(partial, sums)
+    return grad_x, sums
 
 
 def _forward_eager(
@@ -192,6 +219,7 @@ def modulate_rows(x: Tensor, shift: Tensor, gain: Tensor, eps: float, y: Tensor)
 
 def _backward_eager(
     grad_y: Tensor,
+    grad_stream: Tensor | None,
     x: Tensor,
     scale: Tensor,
     cu_seqlens: Tensor,
@@ -203,10 +231,11 @@ def _backward_eager(
     sums = mean.new_zeros(2, *scale.shape)
     gain = 1 + widen(scale)[:, None]
     for rows, members in sample_groups(cu_seqlens, len(x), max_seqlen):
-        grad_x[rows] = modulate_rows_gradient(
+        gradient = modulate_rows_gradient(
             grad_y[rows], x[rows], gain[members], mean[rows], rstd[rows], sums[:, members]
         )
-    return grad_x, sums
+        grad_x[rows] = gradient if grad_stream is None else gradient.add_(grad_stream[rows])
+    return grad_x, sums.to(scale.dtype)
 
 
 def modulate_rows_gradient(
@@ -235,6 +264,7 @@ def _forward_fake(
 
 def _backward_fake(
     grad_y: Tensor,
+    grad_stream: Tensor | None,
     x: Tensor,
     scale: Tensor,
     cu_seqlens: Tensor,
@@ -243,7 +273,7 @@ def _backward_fake(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, mean.new_empty(2, *scale.shape)
+    return grad_x, scale.new_empty(2, *scale.shape)
 
 
 _forward = register(
@@ -254,8 +284,8 @@ _forward = register(
     fake=_forward_fake,
 )
 _backward = register(
-    "norm_modulate_backward(Tensor grad_y, Tensor x, Tensor scale, Tensor cu_seqlens, Tensor mean,"
-    " Tensor rstd, SymInt? max_seqlen) -> (Tensor grad_x, Tensor grad_shift_scale)",
+    "norm_modulate_backward(Tensor grad_y, Tensor? grad_stream, Tensor x, Tensor scale, Tensor cu_seqlens,"
+    " Tensor mean, Tensor rstd, SymInt? max_seqlen) -> (Tensor grad_x, Tensor grad_shift_scale)",
     eager=_backward_eager,
     triton=_backward_triton,
     fake=_backward_fake,
@@ -263,6 +293,8 @@ _backward = register(
 
 
 class _NormModulate(torch.autograd.Function):
+    """y, or the stream x itself and y where `keep_stream`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -272,19 +304,23 @@ class _NormModulate(torch.autograd.Function):
         cu_seqlens: Tensor,
         eps: float,
         max_seqlen: int | None,
-    ) -> Tensor:
+        keep_stream: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         y, mean, rstd = _forward(x, shift, scale, cu_seqlens, eps, max_seqlen)
         ctx.save_for_backward(x, scale, cu_seqlens, mean, rstd)
-        ctx.max_seqlen, ctx.shift_dtype = max_seqlen, shift.dtype
-        return y
+        ctx.max_seqlen = max_seqlen
+        return (x, y) if keep_stream else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, cu_seqlens, mean, rstd = ctx.saved_tensors
-        grad_x, sums = _backward(grad_y, x, scale, cu_seqlens, mean, rstd, ctx.max_seqlen)
-        grad_shift, grad_scale = sums.unbind()
-        return grad_x, grad_shift.to(ctx.shift_dtype), grad_scale.to(scale.dtype), None, None, None
+        *stream, grad_y = gradients
+        grad_stream = stream[0] if stream else None
+        grad_x, (grad_shift, grad_scale) = _backward(
+            grad_y, grad_stream, x, scale, cu_seqlens, mean, rstd, ctx.max_seqlen
+        )
+        return grad_x, grad_shift, grad_scale, None, None, None, None
 
 
 def norm_modulate(
@@ -299,18 +335,50 @@ def norm_modulate(
 
     Args:
         x: (T, C).
-        shift, scale: (B, C), any float dtype and strides.
+        shift, scale: (B, C), any float dtype and strides; of two dtypes they are brought to the wider one.
         cu_seqlens: (B+1,) int32.
         max_seqlen: upper bound of the sample lengths; without it the launch must cover T rows per sample.
 
     Returns:
         (T, C) in the dtype of x.
     """
+    return _apply(x, shift, scale, cu_seqlens, eps, max_seqlen, keep_stream=False)
+
+
+def prenorm_modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float = 1e-6,
+    max_seqlen: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream and `norm_modulate` of it, for a branch that will be added to that stream.
+
+    Arguments are those of `norm_modulate`. Go on with the stream that is returned, not with `x`: only then is
+    its gradient added in the backward kernel.
+
+    Returns:
+        x itself, no copy, and y (T, C).
+    """
+    return _apply(x, shift, scale, cu_seqlens, eps, max_seqlen, keep_stream=True)
+
+
+def _apply(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    max_seqlen: int | None,
+    keep_stream: bool,
+) -> Any:
     samples = expect_offsets("cu_seqlens", cu_seqlens)
     expect_shape("x", x, "T", "C")
     expect_shape("shift", shift, samples, x.shape[1])
     expect_shape("scale", scale, samples, x.shape[1])
-    return _NormModulate.apply(x, shift, scale, cu_seqlens, eps, max_seqlen)
+    shift, scale = one_dtype(shift, scale)
+    return _NormModulate.apply(x, shift, scale, cu_seqlens, eps, max_seqlen, keep_stream)
 
 
 def configurations() -> Iterator[Launch]:
@@ -318,4 +386,5 @@ def configurations() -> Iterator[Launch]:
     for name, x, vectors, offsets, statistics, tokens in launch_shapes():
         yield Launch(f"forward {name}", _forward_triton, (x, vectors, vectors, offsets, 1e-6, tokens))
         saved = (x, vectors, offsets, statistics, statistics)
-        yield Launch(f"backward {name}", _backward_triton, (x, *saved, tokens))
+        yield Launch(f"backward {name}", _backward_triton, (x, None, *saved, tokens))
+        yield Launch(f"backward with the stream's {name}", _backward_triton, (x, x, *saved, tokens))

@@ -155,6 +155,17 @@ def capability(tensor: Tensor) -> int:
     return 10 * major + minor
 
 
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: what launches are cut for where no GPU says otherwise."""
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the GPU that `tensor` is on. Grids depend on it, compiled code does not."""
+    if not tensor.is_cuda:
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def compile_launch(launch: Launch, architecture: int) -> list[Resources]:
     """Compile every kernel that the launch starts, for a compute capability of `CHIPS`.
 

@@ -6,6 +6,7 @@ looking at device memory, whether the batch is uniform: the lengths add up to T 
 `max_seqlen`, so T == B * max_seqlen holds exactly when every sample has that length.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -94,6 +95,12 @@ def joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def widen(x: Tensor) -> Tensor:
     """`x` in the precision that statistics and sums are formed in: FP32, or FP64 where x is FP64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the widest of their dtypes: themselves where they share one."""
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    return tuple(x.to(widest) for x in tensors)
 
 
 def unit_stride(x: Tensor) -> Tensor:

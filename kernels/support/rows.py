@@ -1,8 +1,10 @@
 """Kernels over packed rows: how a launch is cut into programs, and the LayerNorm arithmetic of one row.
 
-A program takes a few rows of one sample, so that it reads the sample's vectors (shift, scale, gate) once and
-adds up their gradients in registers. Partial sums of the programs go to memory and are added in a fixed
-order afterwards: no atomics, so a backward pass gives the same bits every time.
+Forward, a program takes a few rows of one sample, so that it reads the sample's vectors (shift, scale, gate)
+once. Backward, the programs are as many as run at the same time, and each takes a contiguous run of one
+sample's rows: it adds up the vectors' gradients in registers and writes them once. A second kernel adds the
+programs' sums in a fixed order and writes the gradients in their own dtype: no atomics, so a backward pass
+gives the same bits every time on one kind of GPU. A sample that has one program needs no second kernel.
 """
 
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from millrace.kernels.support.compilation import meta
+from millrace.kernels.support.compilation import Launch, meta, multiprocessors
 from millrace.kernels.support.registration import HAS_TRITON
 
 if HAS_TRITON:
@@ -23,6 +25,10 @@ PROGRAMS = 1024
 MOST_ROWS = 16
 WIDEST = 16_384
 """Features of a row that one program holds in registers."""
+TILE = 8192
+"""Bytes of a backward tile: 16 a thread of 16 warps, one load."""
+SHORTEST_RUN = 16
+"""Rows of a sample below which a further program would cost more in partial sums than it brings."""
 
 
 class RowLaunch(NamedTuple):
@@ -51,15 +57,59 @@ def _power_of_two_below(number: int) -> int:
     return 1 << max(number.bit_length() - 1, 0)
 
 
-def partial_sums(count: int, launch: RowLaunch, width: int, device: torch.device) -> Tensor:
-    """Memory (count, B, chunks, C) FP32 for the programs' sums; every program writes its part."""
+class SumLaunch(NamedTuple):
+    """Grid and constants of a backward kernel whose programs add up gradients of the samples' vectors."""
+
+    grid: tuple[int, int]
+    """(chunks, B): so many programs share the rows of each sample."""
+    rows: int
+    """Of a tile, which a program holds in registers."""
+    block: int
+    warps: int
+
+
+def sum_launch(x: Tensor, samples: int, max_seqlen: int | None) -> SumLaunch:
+    """The launch for the rows of `x` (T, C): a program of 16 warps for each multiprocessor of its device.
+
+    Many warps a program rather than many programs: each writes (C,) FP32 a vector, however few its rows are.
+    """
+    total, width = x.shape
+    if width > WIDEST:
+        raise ValueError(f"rows have {width} features, the kernels take at most {WIDEST}")
+    block = 1 << max(width - 1, 0).bit_length()
+    rows = max(min(TILE // (block * x.element_size()), MOST_ROWS), 1)
+    longest = total if max_seqlen is None else max_seqlen
+    chunks = max(min(multiprocessors(x) // samples, -(-longest // SHORTEST_RUN)), 1)
+    return SumLaunch((chunks, samples), rows, block, min(max(rows * block // 256, 1), 16))
+
+
+def sums_of_programs(count: int, launch: SumLaunch, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the programs write, (count, B, chunks, C) FP32, and the gradients (count, B, C) like `like`.
+
+    Where a sample has one program, it writes the gradients themselves.
+    """
     chunks, samples = launch.grid
-    return torch.empty(count, samples, chunks, width, dtype=torch.float32, device=device)
+    sums = torch.empty(count, samples, width, dtype=like.dtype, device=like.device)
+    if chunks == 1:
+        return sums.unsqueeze(2), sums
+    shape = (count, samples, chunks, width)
+    return torch.empty(shape, dtype=torch.float32, device=like.device), sums
 
 
-def add_partial_sums(partial: Tensor) -> Tensor:
-    """(count, B, chunks, C) to (count, B, C)."""
-    return partial.squeeze(2) if partial.shape[2] == 1 else partial.sum(2)
+def fold(partial: Tensor, sums: Tensor, used: tuple[int, int] | None = None) -> None:
+    """Add up `partial` (..., chunks, C) FP32 into `sums` (..., C) in one kernel, in the order of the chunks.
+
+    Nothing is left to do where there is one chunk, unless `used` is given: how many chunks have been written,
+    of all vectors but the last and of the last.
+    """
+    chunks, width = partial.shape[-2:]
+    if used is None and chunks == 1:
+        return
+    # Few chunks of wide rows, or many of narrow ones: 1024 or 8192 numbers a program.
+    rows, block = (8, 128) if chunks <= 8 else (512, 16)
+    fold_sums_kernel[(triton.cdiv(width, block), sums.numel() // width)](
+        partial, sums, chunks, *(used or (chunks, chunks)), WIDTH=width, BLOCK=block, ROWS=rows, num_warps=4
+    )
 
 
 def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
@@ -78,6 +128,14 @@ def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]
             yield f"C={width} N={tokens} {dtype}", x, vectors, offsets, statistics, tokens
 
 
+def configurations() -> Iterator[Launch]:
+    """The fold by itself, ahead of time; each operation's launches have it too."""
+    for chunks, width in ((4, 1792), (2048, 64)):
+        for dtype in (torch.float32, torch.bfloat16):
+            partial, sums = meta(3, chunks, width, dtype=torch.float32), meta(3, width, dtype=dtype)
+            yield Launch(f"fold {chunks} of C={width} into {dtype}", fold, (partial, sums))
+
+
 if HAS_TRITON:
 
     @triton.jit
@@ -90,6 +148,56 @@ if HAS_TRITON:
         end = tl.minimum(first + ROWS, tl.load(cu_seqlens + sample + 1).to(tl.int64))
         column = tl.arange(0, BLOCK)
         return sample, first, end, column, column < WIDTH
+
+    @triton.jit
+    def owned_run(cu_seqlens):
+        """The program's sample and its run of that sample's rows, first .. end; empty where rows are few."""
+        sample = tl.program_id(1).to(tl.int64)
+        start = tl.load(cu_seqlens + sample).to(tl.int64)
+        end = tl.load(cu_seqlens + sample + 1).to(tl.int64)
+        run = tl.cdiv(end - start, tl.num_programs(0))
+        first = tl.minimum(start + tl.program_id(0) * run, end)
+        return sample, first, tl.minimum(first + run, end)
+
+    @triton.jit
+    def load_tile(start, stride, row, column, inside):
+        """Rows `row` (R,) of a tensor, zero outside."""
+        return tl.load(start + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+    @triton.jit
+    def layer_norm_tile_gradient(gradient, normed, rstd, WIDTH: tl.constexpr):
+        """Gradient of rows (R, C) from that of their normalised form; both are zero outside. rstd is (R,)."""
+        mean = tl.sum(gradient, 1) / WIDTH
+        projection = tl.sum(gradient * normed, 1) / WIDTH
+        return rstd[:, None] * (gradient - mean[:, None] - normed * projection[:, None])
+
+    @triton.jit
+    def store_sum(partial, which, total, sample, samples, column, WIDTH: tl.constexpr):
+        """The program's sum of vector `which`, over the rows of `total` (R, C)."""
+        place = (which * samples + sample) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(partial + place * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
+
+    @triton.jit(do_not_specialize=["chunks", "used", "used_of_last"])
+    def fold_sums_kernel(
+        partial,
+        sums,
+        chunks,
+        used,
+        used_of_last,
+        WIDTH: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        written = tl.where(tl.program_id(1) == tl.num_programs(1) - 1, used_of_last, used)
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        start = partial + tl.program_id(1).to(tl.int64) * chunks * WIDTH
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in range(0, written, ROWS):
+            row = first + tl.arange(0, ROWS)
+            owned = (row < written)[:, None] & (column < WIDTH)[None, :]
+            total += load_tile(start, WIDTH, row, column, owned)
+        at = sums + tl.program_id(1).to(tl.int64) * WIDTH + column
+        tl.store(at, tl.sum(total, 0), mask=column < WIDTH)
 
     @triton.jit
     def load_row(start, column, inside):
@@ -105,10 +213,3 @@ if HAS_TRITON:
         centred = tl.where(inside, value - mean, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
         return centred * rstd, mean, rstd
-
-    @triton.jit
-    def layer_norm_gradient(gradient, normed, rstd, WIDTH: tl.constexpr):
-        """Gradient of a row from that of its normalised form; both are zero outside."""
-        mean = tl.sum(gradient, 0) / WIDTH
-        projection = tl.sum(gradient * normed, 0) / WIDTH
-        return rstd * (gradient - mean - normed * projection)

@@ -17,7 +17,7 @@ from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.config.loading import parse_config
 from millrace.engine.util.errors import UserError
 from millrace.kernels import fp8_linear, gather_fuse, gather_tokens, norm_modulate, scatter_tokens
-from millrace.kernels.support.rows import row_launch
+from millrace.kernels.support.rows import sum_launch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -140,7 +140,7 @@ def test_our_backward_counts_its_partial_sums():
     vectors = 2 * samples * width
     assert forward == Cost("other", row + 2 * vectors + 4 * 5, row + statistics)
     backward, sums = (e.cost for e in ledger.entries if e.operator == "millrace::norm_modulate_backward")
-    chunks = row_launch(total, width, samples, length).grid[0]
+    chunks = sum_launch(x, samples, length).grid[0]
     assert chunks > 1
     # The gradient of sum() is one number expanded, so only x, scale, offsets and statistics are read.
     assert backward.read == 2 + row + vectors + 4 * 5 + statistics

@@ -12,8 +12,8 @@ import millrace.kernels
 
 ROOT = Path(__file__).resolve().parents[2] / "kernels"
 OPERATIONS = {path.stem for path in (ROOT / "ops").glob("[a-z]*.py")}
-OPERATIONS |= {"rope_attention", "copy_rows", "uniform", "sample_keys"}
-BOTH_WAYS = {"copy_rows_kernel", "fp8_linear_amax_kernel", "fp8_linear_cast_kernel"}
+OPERATIONS |= {"rope_attention", "copy_rows", "fold_sums", "uniform", "sample_keys"}
+BOTH_WAYS = {"copy_rows_kernel", "fold_sums_kernel", "fp8_linear_amax_kernel", "fp8_linear_cast_kernel"}
 """Kernels that forward and backward passes share."""
 
 

@@ -48,7 +48,7 @@ def _inputs():
 def _run(block, layout, x, modulation, text_kv):
     rows = layout.positions, layout.cu_seqlens, layout.max_seqlen
     text = layout.cu_seqlens_text, layout.max_seqlen_text
-    return block(x, BlockInputs(modulation, text_kv, layout.cos, layout.sin, *rows, *text))
+    return block(x, BlockInputs(*modulation.unbind(1), text_kv, layout.cos, layout.sin, *rows, *text))
 
 
 def _rotate(x, grid):

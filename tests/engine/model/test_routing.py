@@ -19,6 +19,8 @@ from millrace.engine.model.routing import (
 )
 from millrace.engine.util.errors import UserError
 
+MODULATION = ("shift", "scale", "gate", "mlp_shift", "mlp_scale", "mlp_gate")
+
 CONFIG = Model(width=32, depth=5, heads=2, in_channels=4, context_dim=12)
 UNIFORM, MIXED = [(4, 4)] * 3, [(4, 4), (2, 5), (3, 3)]
 TEXT = [3, 1, 4]
@@ -79,7 +81,7 @@ def test_span_runs_the_kept_rows_alone_and_leaves_the_others(grids, start, end):
             text = read.text_kv[text_offsets[b] : text_offsets[b + 1]]
             lengths = [torch.tensor([0, len(part)], dtype=torch.int32) for part in (x, text)]
             own = read._replace(
-                modulation=read.modulation[b : b + 1],
+                **{name: getattr(read, name)[b : b + 1] for name in MODULATION},
                 text_kv=text,
                 positions=layout.positions[rows],
                 cu_seqlens=lengths[0],

@@ -7,6 +7,8 @@ from millrace.engine.config import Model, Routing
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.routing import RoutedSpan, Sprint
 
+MODULATION = ("shift", "scale", "gate", "mlp_shift", "mlp_scale", "mlp_gate")
+
 CONFIG = Model(width=32, depth=5, heads=2, in_channels=4, context_dim=12)
 PRX = Routing(policy="sprint", start=1, end=3)
 PAPER = Routing(
@@ -77,7 +79,7 @@ def by_hand(denoiser, routing, inputs, span):
             read = arguments[i][1]
             lengths = [torch.tensor([0, n], dtype=torch.int32) for n in (len(x), TEXT[b])]
             own = read._replace(
-                modulation=read.modulation[b : b + 1],
+                **{name: getattr(read, name)[b : b + 1] for name in MODULATION},
                 text_kv=read.text_kv[text_rows],
                 positions=layout.positions[list(rows)],
                 cu_seqlens=lengths[0],
