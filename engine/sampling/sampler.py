@@ -17,6 +17,7 @@ from millrace.engine.model.layout import patchify, unpatchify
 from millrace.engine.sampling.guidance import Guidance
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose
+from millrace.kernels.ops.geglu import liger_obstacle
 from millrace.kernels.support.philox import normal, sample_keys
 
 Shape = tuple[int, int, int]
@@ -34,7 +35,10 @@ def filled_denoiser(config: Config, weights: Iterable[tuple[str, Tensor]], devic
     Returns:
         In evaluation, without gradients; whoever changes the tensors that came in changes it.
     """
-    denoiser = empty_denoiser(config.model, config.routing)
+    model = config.model
+    if model.geglu_backend == "liger" and liger_obstacle(device):  # trained on another machine, say
+        model = model.model_copy(update={"geglu_backend": "auto"})
+    denoiser = empty_denoiser(model, config.routing)
     names = denoiser.state_dict().keys()
     # Detached: `assign` takes a Parameter as it is, and training's must go on to have gradients.
     state = {name: weight.detach().to(device, torch.float32) for name, weight in weights if name in names}

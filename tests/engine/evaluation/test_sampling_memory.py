@@ -108,6 +108,18 @@ def test_a_filled_denoiser_is_its_weights(routing):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("obstacle", [None, "it is not installed"])
+def test_liger_kernel_where_it_runs(obstacle, monkeypatch):
+    """A model that was trained with it is sampled from without it, where it is not."""
+    monkeypatch.setattr("millrace.engine.sampling.sampler.liger_obstacle", lambda _: obstacle)
+    model = Model(
+        width=32, depth=1, heads=1, patch_size=1, in_channels=3, context_dim=16, geglu_backend="liger"
+    )
+    state = Denoiser(model).state_dict()
+    filled = filled_denoiser(SimpleNamespace(model=model, routing=Routing()), state.items(), CPU)
+    assert filled.blocks[0].geglu_backend == ("auto" if obstacle else "liger")
+
+
 def test_a_filled_denoiser_is_in_fp32():
     model = Model(width=32, depth=1, heads=1, patch_size=1, in_channels=3, context_dim=16)
     state = {name: tensor.bfloat16() for name, tensor in Denoiser(model).state_dict().items()}
