@@ -301,20 +301,19 @@ class Trainer:
         try:
             while self.step < self.stage.last:
                 self.train_step()
-                if self.run_samples.due(self.step):
+                request = self.stop_requests.poll()
+                ends = bool(request.stop) or self.step == self.stage.last
+                if ends or request.save or self.step % config.checkpoint.every_steps == 0:
+                    self.save()
+                if self.run_samples.due(self.step):  # only now: should it fail, the step is safe on disk
                     self._flush()
                     self.batches.settle()
                     self.run_samples.make(self.step, self.gathered())
-                request = self.stop_requests.poll()
                 if request.stop:
-                    self.save()
                     self.run_log.say(
                         f"stopped at step {self.step} ({request.stop}); continue with --resume auto"
                     )
                     return False
-                if request.save or self.step % config.checkpoint.every_steps == 0:
-                    self.save()
-            self.save()
             bad = sorted(
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
             )

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -65,3 +66,33 @@ def _process_as_before():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     gc.unfreeze()
+
+
+@pytest.fixture
+def liger():
+    """The operations of liger-kernel, where it is installed."""
+    return pytest.importorskip("liger_kernel.ops", reason="liger-kernel is not installed")
+
+
+@pytest.fixture
+def interpreted_liger(liger, monkeypatch):
+    """Gives liger-kernel's kernels what the interpreter lacks: a device's rsqrt and tanh, and arguments that
+    are numbers as tensors, as compiled code has them."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def converted(argument):
+        if type(argument) is float:
+            return tl.tensor(
+                interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32
+            )
+        return convert(argument)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
+    modules = {name: sys.modules[f"liger_kernel.ops.{name}"] for name in ("rms_norm", "geglu")}
+    monkeypatch.setattr(modules["rms_norm"], "rsqrt", lambda x: tl.rsqrt(x))
+    monkeypatch.setattr(modules["geglu"], "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)

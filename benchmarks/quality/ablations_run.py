@@ -32,11 +32,10 @@ from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.digit_judge import quality
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import patchify
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.sampling.grids import save_grid
-from millrace.engine.sampling.sampler import Sampler
+from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.trainer import train
 from millrace.engine.util.errors import UserError
 
@@ -166,11 +165,9 @@ def build_sampler(config: Config, weights: dict[str, Tensor]) -> Sampler:
     """The trained denoiser with the frozen networks of its run."""
     device = process_group.choose_device(config.run.device)
     compute = getattr(torch, config.precision.compute)
-    denoiser = Denoiser(config.model, config.routing)
-    denoiser.load_state_dict(weights)
     autoencoder = open_autoencoder(config.conditioning.autoencoder, device)
     return Sampler(
-        denoiser.to(device).eval().requires_grad_(False),
+        filled_denoiser(config, weights.items(), device),
         FlowMatching(config.objective, config.run.seed, edge=autoencoder.factor * config.model.patch_size),
         autoencoder,
         open_text_encoder(config.conditioning.text, config.model.context_dim, device, compute),

@@ -37,10 +37,9 @@ from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.digit_judge import quality, train_classifier
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import sampling_flops
 from millrace.engine.model.guidance_branches import evaluations
-from millrace.engine.sampling.sampler import Sampler
+from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.util.errors import UserError
 
 SCALES = (1.5, 2.0, 3.0)
@@ -133,12 +132,10 @@ def _builtin(config: Config, count: int | None) -> Judge:
 def open_sampler(folder: Path, device: torch.device) -> tuple[Sampler, Config]:
     """The sampler of a run's newest checkpoint, with its average if it has one."""
     weights, config = checkpoint_state(checkpoint_folder(folder), "auto")
-    denoiser = Denoiser(config.model, config.routing)
-    denoiser.load_state_dict(weights)
     autoencoder = open_autoencoder(config.conditioning.autoencoder, device)
     compute = getattr(torch, config.precision.compute)
     sampler = Sampler(
-        denoiser.to(device).eval().requires_grad_(False),
+        filled_denoiser(config, weights.items(), device),
         FlowMatching(config.objective, config.run.seed, config.model.patch_size * autoencoder.factor),
         autoencoder,
         open_text_encoder(config.conditioning.text, config.model.context_dim, device, compute),

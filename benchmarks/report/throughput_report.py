@@ -24,6 +24,8 @@ HOW = (
     "conditioning.text.path",
     "conditioning.autoencoder.path",
     "model.attention_backend",
+    "model.geglu_backend",
+    "conditioning.text.kernels",
     "deepspeed.",
 )
 

@@ -16,7 +16,7 @@ from millrace.engine.config.autoencoder_tuning import AutoencoderTuning, check_t
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
 from millrace.engine.config.data import Data
 from millrace.engine.config.evaluation import Evaluation, FeaturePaths
-from millrace.engine.config.model import AttentionBackend, Model, Routing
+from millrace.engine.config.model import AttentionBackend, GegluBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
 from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
 from millrace.engine.config.precision import Fp8, Precision, check_fp8
@@ -40,6 +40,7 @@ __all__ = [
     "Evaluation",
     "FeaturePaths",
     "Fp8",
+    "GegluBackend",
     "Logging",
     "Lpips",
     "Model",

@@ -18,6 +18,10 @@ class TextTower(Section):
     """Local folder or hub id of the tower's weights; default the published one on the hub."""
     max_tokens: int = Field(256, ge=1)
     """Longer captions are cut here; the log counts how many were."""
+    kernels: Literal["auto", "hf", "liger"] = "auto"
+    """Whose RMSNorm, RoPE and gated MLP run in `t5gemma` and `qwen3vl`: liger-kernel's Triton kernels, or the
+    PyTorch of transformers (`hf`). `auto` is `liger` on CUDA where it is installed. The rows are the same but
+    for rounding."""
 
 
 class Autoencoder(Section):

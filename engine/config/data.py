@@ -156,7 +156,8 @@ class Data(Section):
     verify: bool = False
     """Compare the checksum of each shard when it is first read."""
     workers: int = Field(4, ge=0)
-    """Threads that read and decode pictures in each process; 0 does it in the training thread."""
+    """Threads that read and decode pictures in each process, at most as many as its share of the machine's
+    cores; 0 does it in the training thread."""
     prefetch: int = Field(2, ge=1)
     """Micro-batches prepared ahead."""
     max_bad_share: float = Field(0.0, ge=0, lt=1)

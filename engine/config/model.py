@@ -9,6 +9,9 @@ from millrace.engine.config.section import Section
 AttentionBackend = Literal["auto", "reference", "triton", "sdpa", "varlen", "flash_attn", "xformers"]
 
 
+GegluBackend = Literal["auto", "reference", "triton", "liger"]
+
+
 class Model(Section):
     """The PRX denoiser (a single-stream DiT with static text keys)."""
 
@@ -40,6 +43,9 @@ class Model(Section):
     attention_backend: AttentionBackend = "auto"
     """How `rope_attention` computes: plain PyTorch, own fused kernels, or own prologue and then torch's SDPA,
     torch's varlen attention, flash-attn or xformers; `auto` takes the fastest measured on this GPU."""
+    geglu_backend: GegluBackend = "auto"
+    """How the MLP's activation computes: plain PyTorch, own kernels, or on CUDA liger-kernel's; `auto`
+    takes the fastest measured on this GPU."""
 
     @property
     def head_dim(self) -> int:

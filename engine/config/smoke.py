@@ -83,6 +83,7 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
             "rope_axes": None,
             "bottleneck": 16 if model.bottleneck else None,
             "context_dim": 32,
+            "geglu_backend": _without_gpu(model.geglu_backend),
         },
         "routing": {"start": max(min(config.routing.start, depth - 4), 0), "end": None},
         "alignment": {
@@ -90,7 +91,7 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
             "attention": {"blocks": [depth - 2, depth - 1], "teacher_layers": [0, 1], "heads": 2},
         },
         "conditioning": {
-            "text": {"max_tokens": 64},
+            "text": {"max_tokens": 64, "kernels": _without_gpu(conditioning.text.kernels)},
             "autoencoder": {"tuning": _small_tuning(conditioning.autoencoder.tuning)},
         },
         "objective": _small_judges(config.objective),
@@ -115,6 +116,11 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
             "reference_samples": 4,
         },
     }
+
+
+def _without_gpu(kernels: str) -> str:
+    """Whose kernels: liger-kernel's need CUDA."""
+    return "auto" if kernels == "liger" else kernels
 
 
 def _fp8_without_gpu(fp8: Fp8) -> dict[str, Any]:

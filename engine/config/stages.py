@@ -26,7 +26,7 @@ _FIXED = ("run.steps", "run.seed", "run.output_dir", "run.device", "run.init_fro
 """Settings of the run as a whole."""
 _TUNED = "conditioning.autoencoder."
 """Settings that an autoencoder which is tuned, or was, does not survive a change of."""
-_FREE_OF_MODEL = ("attention_backend",)
+_FREE_OF_MODEL = ("attention_backend", "geglu_backend")
 """Settings of the model that its weights do not depend on."""
 _DATA_SET = ("source", "path", "mixture", "keys")
 """Settings in `data` that make another data set of it."""

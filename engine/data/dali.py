@@ -10,13 +10,19 @@ cannot decode is dead. So only whole JPEG files of upright RGB are given to it, 
 micro-batch that fails is decoded again by Pillow, which then says what is wrong with which picture. Decoding
 the boxes alone would save nothing that can be measured (crops are 0.8 of the edge or more), and would not see
 errors below them.
+
+On a GPU, DALI decodes on streams of its own, and what leaves it is copied on a stream of the decoder's.
+Neither waits for what training has queued. The thread that copies waits for its copies: DALI then uses its
+memory again, and whoever takes the pictures need not wait. Their memory belongs to the decoder's stream, so
+the allocator must be told of the stream that reads them (`record_stream` in `encoders/batch_encoder.py`).
 """
 
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -50,6 +56,7 @@ class DaliDecoder:
         self._workers = self._threads = max(config.workers, 1)
         self._batch = config.micro_batch
         self._resizers = ThreadPoolExecutor(self._workers, "resizing")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device = device if device.type == "cuda" and self._works_on(device) else None
         # On the CPU one micro-batch is decoded while the pictures of another are resized: each alone leaves
         # threads idle when its last pictures are done.
@@ -104,7 +111,10 @@ class DaliDecoder:
 
     def _in_python(self, picture: int, viewer: Viewer) -> Tensor:
         pixels = self._python.start(picture, viewer)
-        return pixels if self._device is None else pixels.to(self._device)
+        if self._device is None:
+            return pixels
+        with self._copying():
+            return pixels.to(self._device)
 
     def _again(self, file: Encoded) -> Tensor | UnreadablePicture:
         try:
@@ -117,14 +127,21 @@ class DaliDecoder:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         found = []
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream()
+        with self._copying():
             for k in range(len(pictures)):
                 picture = pictures[k]
                 found.append(torch.empty(picture.shape(), dtype=torch.uint8, device=device))
-                feed_ndarray(picture, found[-1], cuda_stream=stream)
-            stream.synchronize()
+                feed_ndarray(picture, found[-1], cuda_stream=self._stream)
         return found
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        """Inside, copies go to the decoder's stream; at the end this thread waits for them alone."""
+        with torch.cuda.stream(self._stream):
+            yield
+            done = torch.cuda.Event(blocking=True)  # sleeps; the cores are for decoding
+            done.record(self._stream)
+        done.synchronize()
 
     def _works_on(self, device: torch.device) -> bool:
         """Whether DALI decodes a picture on this GPU; drivers, toolkits and decoders have to fit for that."""

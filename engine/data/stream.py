@@ -25,6 +25,7 @@ from millrace.engine.data.order import Pool
 from millrace.engine.data.sample_choices import Choices
 from millrace.engine.data.sources.mixture import order_of
 from millrace.engine.data.sources.pictures import Source, UnreadablePicture
+from millrace.engine.distributed.process_group import cores_here
 from millrace.engine.util.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class SampleStream:
             raise ValueError(f"first_sample is {first_sample}, before the origin at sample {origin[0]}")
         check_resolution(config, patch)
         _check_division(config, world_size)
+        config = config.model_copy(update={"workers": min(config.workers, cores_here())})
         self.bad: dict[str, str] = {}
         self._source, self._caches = source, caches
         self._config = config

@@ -32,6 +32,11 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def cores_here() -> int:
+    """Processor cores that each of this job's processes on this machine can have to itself, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
+
+
 def choose_device(wanted: str) -> torch.device:
     """The device of `run.device`: auto, cpu or cuda."""
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -59,9 +64,9 @@ def initialize(device: torch.device) -> None:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         # DeepSpeed's launcher leaves all cores to every rank, and threads that share a core stall each other.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
+        torch.set_num_threads(cores_here())
 
     # Imported here because DeepSpeed chooses its accelerator at import.
     import deepspeed

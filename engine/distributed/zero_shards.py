@@ -96,7 +96,10 @@ def gather_parameters(
     stage: int,
     source: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole parameters, one after another, from all ranks' shards. Collective: no rank may stop early.
+    """Whole parameters in FP32, one by one, from all ranks' shards. Collective: no rank may stop early.
+
+    At stage 0 they share the memory of what `source` gives where that is FP32, so they are only to be read.
+    At the other stages each is a tensor of its own.
 
     Args:
         named_shapes: of all parameters, the same on every rank.
@@ -107,6 +110,9 @@ def gather_parameters(
     held = {shard.name: shard for shard in shards}
     device = shards[0].master.device if shards else torch.device("cpu")
     for name, shape in named_shapes:
+        if stage == 0 and name in held:
+            yield name, held[name].of(source(held[name].master)).float().view(shape)
+            continue
         whole = torch.zeros(torch.Size(shape).numel(), device=device)
         if name in held:
             shard = held[name]

@@ -35,6 +35,8 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 def text_identity(config: settings.TextTower, dim: int, dtype: torch.dtype) -> Identity:
     """Of the text encoder of `config`, which emits `dim` features in `dtype`.
 
+    `kernels` is not part of it: every choice computes the same function in the same dtypes. Rows differ by
+    rounding, as they do between two GPUs, where a cache may be made on one and read on the other as well.
     The revision of a hub repository is None where it cannot be looked up.
     """
     own = {"kind": config.kind, "dim": dim, "dtype": _DTYPE_NAMES[dtype], "max_tokens": config.max_tokens}

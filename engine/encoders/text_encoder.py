@@ -75,6 +75,8 @@ class TextEncoder(ABC):
         self.dtype = dtype
         self.truncated = 0
         """Captions cut at `max_tokens` so far."""
+        self.kernels = ""
+        """Whose kernels run in the network, for people; empty without a network of its own."""
 
     @torch.no_grad()
     def encode(self, captions: list[str], kept: Sequence[KeptRows | None] = ()) -> PackedText:

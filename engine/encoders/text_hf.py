@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import TextTower
+from millrace.engine.encoders.liger_kernels import Served, serve
 from millrace.engine.encoders.pretrained import (
     NetworkSize,
     Settings,
@@ -45,9 +46,11 @@ class HFTextEncoder(TextEncoder):
         size: of the published network, if known.
         shape: settings of the published network, for one with random weights; None if benchmarks need none.
         special: whether its tokenizer puts <bos> and <eos> around a caption.
+        served: what liger-kernel can serve of it.
     """
 
     source: str
+    served: Served
     size: NetworkSize | None = None
     shape: Settings | None = None
     special: bool = False
@@ -63,6 +66,7 @@ class HFTextEncoder(TextEncoder):
     ) -> None:
         super().__init__(network.get_input_embeddings().embedding_dim, identity, device, dtype)
         self.tokenizer, self.network, self.max_tokens = tokenizer, network, config.max_tokens
+        self.kernels = serve(network, self.served, config.kernels, device)
         window = self._longest()
         if window is not None and self.max_tokens > window:
             raise UserError(

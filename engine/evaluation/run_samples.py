@@ -10,12 +10,11 @@ from millrace.engine.config import Config
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.batch_encoder import BatchEncoder
-from millrace.engine.evaluation.evaluator import Evaluation, untouched_randomness
+from millrace.engine.evaluation.evaluator import Evaluation
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.run_log.logs import RunLog
 from millrace.engine.sampling.grids import draw_grid
-from millrace.engine.sampling.sampler import Sampler
+from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.util.errors import UserError
 
 
@@ -56,15 +55,14 @@ class RunSamples:
         return any(self._due(step))
 
     def make(self, step: int, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Make what is due, of whole weights by name. Collective: rank 0 draws a grid, all share an
-        evaluation."""
+        """Make what is due, of whole weights by name, and free them. Collective: rank 0 draws a grid, all
+        share an evaluation. A rank that does neither keeps none of the weights."""
         grid, evaluation = self._due(step)
-        draws = evaluation or process_group.rank() == 0
-        # The iterator gathers from all ranks, so each must come to its end.
-        whole = {name: weight for name, weight in weights if draws}
-        if not draws:
+        if not evaluation and process_group.rank() > 0:
+            for _ in weights:  # gathers from all ranks, so each must come to its end
+                pass
             return
-        sampler = self._sampler(whole)
+        sampler = self._sampler(weights)
         if grid and process_group.rank() == 0:
             self._grid(step, sampler)
         if evaluation:
@@ -76,15 +74,11 @@ class RunSamples:
         grid, evaluation = (n > 0 and (last or step % n == 0) for n in every)
         return grid, evaluation
 
-    def _sampler(self, weights: dict[str, Tensor]) -> Sampler:
-        """With a denoiser of its own, which has those of `weights` (and of its buffers) that it needs."""
+    def _sampler(self, weights: Iterator[tuple[str, Tensor]]) -> Sampler:
+        """Of a denoiser made of `weights`, with the frozen networks of the training."""
         config, device = self.config, self.prepare.device
-        with untouched_randomness(device), torch.device(device):
-            copy = Denoiser(config.model, config.routing)
-        held = copy.state_dict()
-        copy.load_state_dict({name: weight for name, weight in weights.items() if name in held})
         return Sampler(
-            copy.eval().requires_grad_(False),
+            filled_denoiser(config, weights, device),
             self.flow,
             self.prepare.autoencoder,
             self.prepare.text_encoder,

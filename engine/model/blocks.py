@@ -86,7 +86,7 @@ class Block(nn.Module):
         super().__init__()
         width, hidden, dim = config.width, config.mlp_width, config.head_dim
         self.heads, self.head_dim = config.heads, dim
-        self.backend = config.attention_backend
+        self.backend, self.geglu_backend = config.attention_backend, config.geglu_backend
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.query_norm = nn.Parameter(torch.ones(dim))
         self.key_norm = nn.Parameter(torch.ones(dim))
@@ -136,7 +136,8 @@ class Block(nn.Module):
             NORM_EPS,
             max_seqlen,
         )
-        x = gated_residual(x, self.down(geglu(self.gate_up(y))), mlp_gate, cu_seqlens, max_seqlen)
+        y = self.down(geglu(self.gate_up(y), self.geglu_backend))
+        x = gated_residual(x, y, mlp_gate, cu_seqlens, max_seqlen)
         return (x, *tap) if tapped_heads else x
 
 

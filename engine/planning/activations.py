@@ -111,8 +111,8 @@ class Holder(TorchDispatchMode):
 def trace(config: Config, samples: int, tokens_per_edge: int, text_tokens: int, stage: int = 0) -> Traced:
     """Trace the forward and backward of `samples` square pictures of tokens_per_edge^2 tokens each.
 
-    Attention runs as the backend that `auto` takes on a CPU: libraries that are not installed here keep the
-    same tensors, and the plain reference cannot run without data.
+    Attention and the MLP's activation run as the backends that `auto` takes on a CPU: libraries that are not
+    installed here keep the same tensors, and attention's plain reference cannot run without data.
 
     Args:
         text_tokens: of each caption.
@@ -140,7 +140,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) -> Traced:
-    model, device = config.model.model_copy(update={"attention_backend": "auto"}), torch.device("cpu")
+    anywhere = {"attention_backend": "auto", "geglu_backend": "auto"}
+    model, device = config.model.model_copy(update=anywhere), torch.device("cpu")
     denoiser = Denoiser(model, config.routing)
     denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=stage == 3)
     parameters = list(denoiser.parameters())

@@ -14,7 +14,8 @@ At stages 0 to 2 a run in BF16 also holds working copies of Psi/2. At stage 3 we
 gradients are Psi/N each. The peak is that of the worst phase.
 `state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
 several processes at once; alone it needs none. Where a run draws samples, that is a phase between two steps,
-with two whole FP32 copies of the weights: what was gathered, and the denoiser that samples.
+with one whole FP32 copy of the weights, gathered and sampled from: Psi; at stage 0 the weights or averages
+themselves are sampled from, where they are FP32.
 """
 
 from collections.abc import Mapping
@@ -95,7 +96,7 @@ class Memory:
 
     @property
     def certain(self) -> float:
-        """Needs no estimate: what is held, with all gradients or with the copies that draw samples."""
+        """Needs no estimate: what is held, with all gradients or with the copy that draws samples."""
         return self.held + max(self.gradients, self.phases.get("sampling", 0.0))
 
     def table(self) -> str:
@@ -108,7 +109,7 @@ _IN_PHASE = {
     "backward": "activations and gradients",
     "reduction": "gradients and their copies",
     "update": "temporaries of the update",
-    "sampling": "FP32 copies for sampling",
+    "sampling": "an FP32 copy for sampling",
 }
 """What is held in a phase beside what is always held."""
 
@@ -188,6 +189,6 @@ def memory_of(
             "update": update,
         }
     if config.sampling.every_steps or config.evaluation.every_steps:
-        phases["sampling"] = 2 * 4 * shape.parameters
+        phases["sampling"] = 0 if stage == 0 and stored == 4 else 4 * shape.parameters
     gradients = (whole, whole, share, 0.0)[stage]  # at stage 3 they are among the parts
     return Memory(parts, {name: float(size) for name, size in phases.items()}, gradients)

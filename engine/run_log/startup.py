@@ -9,7 +9,9 @@ from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import AuditRow
 from millrace.engine.encoders.batch_encoder import BatchEncoder
 from millrace.engine.model.routing import describe
+from millrace.engine.util.errors import UserError
 from millrace.kernels.attention.rope_attention import describe_choice
+from millrace.kernels.ops.geglu import liger_obstacle
 
 
 def introduction(
@@ -26,6 +28,8 @@ def introduction(
         stages: of the run; `stage` is the one that begins or goes on.
         named_shapes: of everything that is trained.
         rows: of the precision audit.
+
+    Raises UserError for a `model.geglu_backend` that cannot run on this device.
     """
     config = stage.config
     parameters = sum(torch.Size(shape).numel() for _, shape in named_shapes)
@@ -41,6 +45,8 @@ def introduction(
         f"{config.data.micro_batch} samples per process and step",
         describe(config),
         f"attention: {_attention(config, prepare.device)}",
+        *_geglu(config, prepare.device),
+        *_of_text_encoder(prepare.text_encoder.kernels),
         *(guidance_warnings(config.sampling, config.routing, config.objective) if samples else []),
         "precision audit:",
         *(f"  {what:<32} {dtypes}" for what, dtypes in rows),
@@ -52,3 +58,22 @@ def _attention(config: Config, device: torch.device) -> str:
     if config.model.attention_backend != "auto":
         return config.model.attention_backend
     return describe_choice(device, getattr(torch, config.precision.compute), config.model.head_dim)
+
+
+def _geglu(config: Config, device: torch.device) -> list[str]:
+    """A line about the backend of the MLP's activation, where one was asked for."""
+    wanted = config.model.geglu_backend
+    if wanted == "auto":
+        return []
+    obstacle = liger_obstacle(device) if wanted == "liger" else None
+    if obstacle is not None:
+        raise UserError(
+            f"model.geglu_backend liger: {obstacle}; pip install 'liger-kernel>=0.8.5' (the extra `encoders` "
+            "has it) on a machine with CUDA, or set it to auto"
+        )
+    return [f"geglu: {wanted}"]
+
+
+def _of_text_encoder(kernels: str) -> list[str]:
+    """A line about the kernels of the text encoder, where it has a network that is loaded."""
+    return [f"text encoder's kernels: {kernels}"] if kernels else []

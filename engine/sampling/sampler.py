@@ -1,23 +1,49 @@
 """ODE sampler (Euler, Heun): integrates the learned velocity from noise (t = 1) to data (t = 0)."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from millrace.engine.config import Sampling
+from millrace.engine.config import Config, Sampling
 from millrace.engine.encoders.autoencoder import Autoencoder
 from millrace.engine.encoders.text_encoder import TextEncoder
 from millrace.engine.losses.contrastive import MeanTarget
 from millrace.engine.losses.flow_matching import FlowMatching
+from millrace.engine.model.conversion import empty_denoiser
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.guidance_branches import solver_steps
 from millrace.engine.model.layout import patchify, unpatchify
 from millrace.engine.sampling.guidance import Guidance
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose
+from millrace.kernels.ops.geglu import liger_obstacle
 from millrace.kernels.support.philox import normal, sample_keys
 
 Shape = tuple[int, int, int]
 """Channels, height and width of a latent."""
+
+
+def filled_denoiser(config: Config, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> Denoiser:
+    """A denoiser for sampling whose parameters and buffers are `weights` themselves: no second copy.
+
+    Args:
+        config: its sections `model` and `routing`.
+        weights: (name, tensor), taken one after another to the end. Only one that lies elsewhere than on
+            `device`, or not in FP32, is copied. Names that the denoiser does not have are passed over.
+
+    Returns:
+        In evaluation, without gradients; whoever changes the tensors that came in changes it.
+    """
+    model = config.model
+    if model.geglu_backend == "liger" and liger_obstacle(device):  # trained on another machine, say
+        model = model.model_copy(update={"geglu_backend": "auto"})
+    denoiser = empty_denoiser(model, config.routing)
+    names = denoiser.state_dict().keys()
+    # Detached: `assign` takes a Parameter as it is, and training's must go on to have gradients.
+    state = {name: weight.detach().to(device, torch.float32) for name, weight in weights if name in names}
+    denoiser.load_state_dict(state, assign=True)
+    return denoiser.eval().requires_grad_(False)
 
 
 class Sampler:

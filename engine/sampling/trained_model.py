@@ -19,11 +19,10 @@ from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.losses.contrastive import MeanTarget, mean_target
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.conversion import expect_state
-from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import sampling_flops
 from millrace.engine.model.guidance_branches import describe
 from millrace.engine.sampling.model_arguments import given_settings
-from millrace.engine.sampling.sampler import Sampler
+from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.util.errors import UserError
 
 
@@ -82,12 +81,10 @@ def open_sampler(
     autoencoder, with that of `checkpoint`."""
     compute = getattr(torch, config.precision.compute)
     expect_state(weights, config.model, config.routing, f"weights of {checkpoint}")
-    denoiser = Denoiser(config.model, config.routing)
-    denoiser.load_state_dict(weights)
     autoencoder = open_trained_autoencoder(config, checkpoint, device)
     edge = config.model.patch_size * autoencoder.factor
     return Sampler(
-        denoiser.to(device).eval().requires_grad_(False),
+        filled_denoiser(config, weights.items(), device),
         FlowMatching(config.objective, config.run.seed, edge),
         autoencoder,
         open_text_encoder(config.conditioning.text, config.model.context_dim, device, compute),

@@ -22,7 +22,7 @@ from millrace.kernels.support.choice import choose
 from millrace.kernels.support.compilation import Launch, meta
 from millrace.kernels.support.packages import is_importable
 from millrace.kernels.support.packed import unit_stride, widen
-from millrace.kernels.support.registration import HAS_TRITON, register
+from millrace.kernels.support.registration import HAS_TRITON, INTERPRETING, register
 
 if HAS_TRITON:
     import triton
@@ -194,15 +194,57 @@ class _GeGLU(torch.autograd.Function):
         return _backward(grad_y, *ctx.saved_tensors)
 
 
+def _refuse_liger(gate_up: Tensor, *_others: Tensor) -> Tensor:
+    raise ValueError(f"backend 'liger' takes no {gate_up.dtype} on {gate_up.device}")
+
+
+def _forward_liger(gate_up: Tensor) -> Tensor:
+    from liger_kernel.ops.geglu import geglu_forward
+
+    *_, y = geglu_forward(*(half.contiguous() for half in gate_up.chunk(2, dim=1)))
+    return y
+
+
+def _backward_liger(grad_y: Tensor, gate_up: Tensor) -> Tensor:
+    from liger_kernel.ops.geglu import geglu_backward
+
+    # It writes the gradients over the halves.
+    halves = (half.clone(memory_format=torch.contiguous_format) for half in gate_up.chunk(2, dim=1))
+    return torch.cat(geglu_backward(*halves, grad_y.contiguous()), 1)
+
+
+# Operators as ours are, because its own autograd function breaks torch.compile's graph and keeps two copies.
+_liger_forward = register(
+    "geglu_liger(Tensor gate_up) -> Tensor", eager=_refuse_liger, triton=_forward_liger, fake=_forward_fake
+)
+_liger_backward = register(
+    "geglu_liger_backward(Tensor grad_y, Tensor gate_up) -> Tensor",
+    eager=_refuse_liger,
+    triton=_backward_liger,
+    fake=_backward_fake,
+)
+
+
+class _LigerGeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _liger_forward(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
+        return _liger_backward(grad_y, *ctx.saved_tensors)
+
+
 def geglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
     """Apply the gate to the other half of the columns.
 
     Args:
         gate_up: (T, 2F) floating point, any strides.
         backend: `reference` is differentiable plain PyTorch; `triton` the operator above, which runs the
-            kernels on CUDA; `liger` liger-kernel's, which copies both halves first and which torch.compile
-            cannot trace. `auto` is `triton`, unless another was measured to be faster
-            (`kernels/support/choice.py`).
+            kernels on CUDA; `liger` an operator of liger-kernel's kernels, which copies both halves first.
+            `auto` is `triton`, unless another was measured to be faster (`kernels/support/choice.py`).
 
     Returns:
         (T, F) in the dtype of gate_up.
@@ -212,26 +254,26 @@ def geglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = choose("geglu", backend, gate_up, {"liger": _liger_obstacle})
+        backend = choose("geglu", backend, gate_up, {"liger": _liger_missing})
     if backend == "reference":
         return reference(gate_up)
-    return _liger(gate_up) if backend == "liger" else _GeGLU.apply(gate_up)
+    # A graph takes it as it is: whether a package is there is no question for torch.compile.
+    if backend == "liger" and not torch.compiler.is_compiling():
+        obstacle = liger_obstacle(gate_up.device)
+        if obstacle is not None:
+            raise ValueError(f"backend 'liger' cannot run: {obstacle}")
+    return (_LigerGeGLU if backend == "liger" else _GeGLU).apply(gate_up)
 
 
-def _liger_obstacle() -> str | None:
+def liger_obstacle(device: torch.device) -> str | None:
+    """Why the backend `liger` cannot run on a device; None if it can."""
+    if device.type != "cuda" and not INTERPRETING:
+        return f"its kernels run on CUDA, not on {device.type}"
+    return _liger_missing()
+
+
+def _liger_missing() -> str | None:
     return None if is_importable("liger_kernel.ops.geglu") else "liger-kernel is not installed"
-
-
-def _liger(gate_up: Tensor) -> Tensor:
-    if not gate_up.is_cuda:
-        raise ValueError(f"backend 'liger' needs a CUDA tensor, gate_up is on {gate_up.device}")
-    try:
-        from liger_kernel.ops.geglu import LigerGELUMulFunction
-    except ImportError:
-        raise ImportError("backend 'liger' needs liger-kernel: pip install liger-kernel") from None
-    # Copies, because its backward pass writes the gradients over what it was given.
-    halves = (half.clone(memory_format=torch.contiguous_format) for half in gate_up.chunk(2, dim=1))
-    return LigerGELUMulFunction.apply(*halves)
 
 
 def configurations() -> Iterator[Launch]:

@@ -51,6 +51,7 @@ def pretended_cuda(architecture: int = 90) -> Iterator["Copies"]:
         "current_stream": lambda _device=None: stream,
         "Stream": _Stream,
         "stream": lambda _stream: nullcontext(),
+        "device": lambda _device: nullcontext(),
     }
     with ExitStack() as stack:
         for name, answer in answers.items():

@@ -1,6 +1,7 @@
 """A training step of a configuration at its published size, on a device that is not there."""
 
 import functools
+import importlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -26,6 +27,7 @@ from millrace.engine.encoders.text_encoder import TextEncoder
 from millrace.engine.encoders.text_encoders.qwen3vl import Qwen3VL
 from millrace.engine.trainer import Trainer
 from millrace.kernels.support.compilation import Specialisation
+from millrace.kernels.support.packages import is_importable
 from tests.rehearsal.backward_pass import backward
 from tests.rehearsal.launches import noting_launches
 from tests.rehearsal.pretended_cuda import DEVICE, pretended_cuda
@@ -179,6 +181,8 @@ def _import_networks() -> None:
     for package, names in _NETWORKS.items():
         for name in names:
             import_class(package, name, "the rehearsal")
+    if is_importable("liger_kernel.ops"):
+        importlib.import_module("liger_kernel.ops")
 
 
 _NETWORKS = {

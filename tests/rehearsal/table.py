@@ -34,7 +34,7 @@ class Row(NamedTuple):
     """The row before it that asks for the same; else empty."""
     rehearsed: Rehearsed
     missing: frozenset[Specialisation]
-    """What no file of `millrace.kernels` declares."""
+    """What no file of `millrace.kernels` declares; kernels of other packages are theirs to declare."""
 
 
 class Table:
@@ -57,7 +57,8 @@ class Table:
             return self._seen[key]._replace(name=name, same_as=self._seen[key].name)
         rehearsed = rehearse(config, kinds - self._whole)
         self._whole |= kinds
-        row = Row(name, "", rehearsed, rehearsed.specialisations - self.declared)
+        own = {one for one in rehearsed.specialisations if not one.file.startswith("liger_kernel.")}
+        row = Row(name, "", rehearsed, frozenset(own - self.declared))
         self._seen.setdefault(key, row)
         return row
 

@@ -41,6 +41,33 @@ def test_rehearses_and_launches_what_is_declared(name, table):
     assert [explain(one, table.declared) for one in row.missing] == []
 
 
+def kernels_of_liger(rehearsed):
+    prefix = "liger_kernel.ops."
+    return {one.file.removeprefix(prefix) for one in rehearsed.specialisations if one.file.startswith(prefix)}
+
+
+def test_the_activation_of_liger_kernel(liger):
+    """Without a wait, with results as its fake implementation says, on the device."""
+    config = SMALL.model_copy(update={"model": SMALL.model.model_copy(update={"geglu_backend": "liger"})})
+    rehearsed, usual = rehearse(config), rehearse(SMALL)
+    for name in ("geglu", "geglu_backward"):
+        other = name.replace("geglu", "geglu_liger")
+        assert rehearsed.calls[other] == usual.calls[name] > 0
+        assert rehearsed.calls[name] == usual.calls[other] == 0
+    assert kernels_of_liger(rehearsed) == {"geglu"}
+    assert kernels_of_liger(usual) == set()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "hf"])
+def test_a_text_encoder_on_the_kernels_of_liger_kernel(kernels, liger):
+    text = SMALL.conditioning.text.model_copy(update={"kind": "t5gemma", "kernels": kernels})
+    model = SMALL.model.model_copy(update={"context_dim": 2304})
+    conditioning = SMALL.conditioning.model_copy(update={"text": text})
+    config = SMALL.model_copy(update={"conditioning": conditioning, "model": model})
+    found = kernels_of_liger(rehearse(config, {"t5gemma"}))
+    assert found == ({"rms_norm", "rope", "geglu"} if kernels == "auto" else set())
+
+
 FAULTS = {
     "constant of the host": (lambda t: t + ON_HOST, RuntimeError, TWO_DEVICES),
     "new tensor on the host": (lambda t: torch.cat((t, torch.ones(1)))[:-1], RuntimeError, TWO_DEVICES),

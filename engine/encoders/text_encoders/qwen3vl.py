@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from millrace.engine.encoders.liger_kernels import Served
 from millrace.engine.encoders.pretrained import Settings, import_class, load_network
 from millrace.engine.encoders.text_encoder import unescape
 from millrace.engine.encoders.text_hf import KEY, HFTextEncoder, hf_entry, kind_key
@@ -18,6 +19,7 @@ class Qwen3VL(HFTextEncoder):
     the padding on the right is out of sight and needs no mask."""
 
     source = "Qwen/Qwen3-VL-Embedding-2B"
+    served = Served("Qwen3VLTextRMSNorm", 0.0, "llama", "Qwen3VLTextAttention", "Qwen3VLTextMLP")
     clean = staticmethod(unescape)
 
     @staticmethod

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from millrace.engine.encoders.liger_kernels import Served
 from millrace.engine.encoders.pretrained import NetworkSize, Settings, import_class, load_network
 from millrace.engine.encoders.text_encoder import clean_text
 from millrace.engine.encoders.text_hf import KEY, HFTextEncoder, hf_entry, kind_key
@@ -32,6 +33,7 @@ class T5Gemma(HFTextEncoder):
         "attn_logit_softcapping": 50.0,
     }
     special = True
+    served = Served("T5GemmaRMSNorm", 1.0, "gemma", "T5GemmaSelfAttention", "T5GemmaMLP")
     clean = staticmethod(clean_text)
 
     def _longest(self) -> int:

@@ -54,6 +54,14 @@ def test_small_but_the_same_kind(path, tmp_path, monkeypatch):
     assert small.run.output_dir == f"{tmp_path}/run-smoke"
 
 
+def test_kernels_that_need_a_gpu_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("millrace.engine.config.smoke._tiny_networks", lambda config: {})
+    for wanted, small in (("liger", "auto"), ("auto", "auto")):
+        given = [f"model.geglu_backend={wanted}", f"conditioning.text.kernels={wanted}"]
+        made = smoke(load_config("latent_256", [f"run.output_dir={tmp_path}/run", *given]))
+        assert (made.model.geglu_backend, made.conditioning.text.kernels) == (small, small)
+
+
 @pytest.mark.parametrize(
     ("fp8", "small"),
     [("transformer_engine", ("torch", "tensorwise")), ("torchao", ("torchao", "rowwise")), ("none", None)],

@@ -3,7 +3,9 @@
 import io
 import logging
 import random
+from contextlib import contextmanager
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from millrace.engine.data.decoding import Encoded, PythonDecoder
 from millrace.engine.data.sample_choices import View
 from millrace.engine.data.sources.pictures import decode_picture
 from millrace.engine.util.errors import UserError
+from tests.rehearsal.pretended_cuda import DEVICE, pretended_cuda
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from millrace.engine.data.dali import DaliDecoder, build_pipeline, feed, size_if_simple
@@ -271,3 +274,84 @@ def test_closing_in_the_middle_ends_all_threads(variety):
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(made)
+
+
+class Watched:
+    """CUDA's streams and events as they are asked for, and DALI's calls between them."""
+
+    def __init__(self, monkeypatch):
+        self.seen, self.current = [], "training"
+        watched = self
+
+        class Stream:
+            def __init__(self, _device):
+                watched.seen.append("new stream")
+
+            def __repr__(self):
+                return "own"
+
+        class Event:
+            def __init__(self, blocking):
+                assert blocking
+
+            def record(self, stream):
+                watched.seen.append(f"record on {stream!r}")
+
+            def synchronize(self):
+                watched.seen.append("wait for the event")
+
+        @contextmanager
+        def on(stream):
+            self.current, before = repr(stream), self.current
+            yield
+            self.current = before
+
+        def copied(_picture, pixels, cuda_stream):
+            assert pixels.is_cuda
+            self.seen.append(f"copy on {cuda_stream!r}, memory of {self.current}")
+
+        def decoded(*_arguments, finished):
+            assert finished
+            self.seen.append("decode")
+            return [SimpleNamespace(shape=lambda: (3, 24, 32)) for _ in range(2)]
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr("nvidia.dali.plugin.pytorch.feed_ndarray", copied)
+        monkeypatch.setattr("millrace.engine.data.dali.feed", decoded)
+        monkeypatch.setattr("millrace.engine.data.dali.build_pipeline", lambda *_, **__: None)
+        monkeypatch.setattr(DaliDecoder, "_works_on", lambda *_: True)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    with pretended_cuda():
+        yield Watched(monkeypatch)
+
+
+def test_copies_on_a_gpu_do_not_queue_behind_training(variety, watched):
+    """They have a stream of their own, and are done before DALI decodes the next micro-batch."""
+    decoder = DaliDecoder(variety, PythonDecoder(variety, 1), settings(), DEVICE)
+    assert decoder.description.endswith("on cuda:0, 2 threads")
+    view = View((24, 32), (0, 0, 32, 24), False)
+    files = [Encoded(variety.files[0], 0, view, lambda *_: view)] * 2
+    for _ in range(2):
+        assert [pixels.shape for pixels in decoder.finish(files)] == [(3, 24, 32)] * 2
+    one = ["decode", *["copy on own, memory of own"] * 2, "record on own", "wait for the event"]
+    assert watched.seen == ["new stream", *one, *one]
+
+
+def test_pictures_of_pillow_go_to_the_gpu_on_the_same_stream(variety, watched, monkeypatch):
+    decoder = DaliDecoder(variety, PythonDecoder(variety, 1), settings(), DEVICE)
+    moved, to = set(), torch.Tensor.to
+
+    def watched_to(tensor, *arguments):
+        moved.add(watched.current)
+        return to(tensor, *arguments)
+
+    decoder._python = SimpleNamespace(start=lambda *_: torch.zeros(3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(torch.Tensor, "to", watched_to)
+    assert decoder.start(9, lambda *_: None).is_cuda
+    assert moved == {"own"}
+    assert watched.seen == ["new stream", "record on own", "wait for the event"]

@@ -1,4 +1,5 @@
 import logging
+import os
 import threading
 import time
 from itertools import islice
@@ -282,6 +283,19 @@ def test_errors_of_threads_surface_where_the_batch_is_taken():
 
     with pytest.raises(ZeroDivisionError, match="a fault of the source"):
         next(make(Faulty(), workers=2))
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "wanted", "threads"), [(16, 8, 4, 2), (16, 1, 4, 4), (4, 8, 4, 1), (16, 8, 0, 0)]
+)
+def test_threads_are_limited_to_the_cores_of_a_process(cores, ranks, wanted, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_SIZE", str(ranks))
+    stream = make(workers=wanted)
+    said = f"Pillow, {threads} threads" if threads else "Pillow in the training thread"
+    assert stream.loader == said
+    assert (stream._pool._max_workers if threads else stream._pool) == (threads or None)
+    stream.close()
 
 
 def test_prefetch_is_bounded():

@@ -24,6 +24,26 @@ def test_device(monkeypatch):
     assert process_group.choose_device("cpu") == CPU
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pytorch_has_the_cores_of_a_process(device, monkeypatch):
+    import deepspeed  # before it could look for a device
+
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(process_group, "_host_group", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name, value in (("RANK", "0"), ("LOCAL_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    process_group.initialize(torch.device(device))
+    assert threads == []  # OMP_NUM_THREADS is set
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    process_group.initialize(torch.device(device))
+    assert threads == [process_group.cores_here()] == [12]
+
+
 def test_alone_without_a_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -40,6 +40,11 @@ def of_autoencoder(path, **settings):
     return autoencoder_identity(Autoencoder(**{"kind": "flux1", "path": str(path), **settings}))
 
 
+def test_whose_kernels_run_is_no_part_of_it(tower):
+    """They round; a cache of the one serves a run with the other."""
+    assert of_text(tower, kernels="liger") == of_text(tower, kernels="hf") == of_text(tower)
+
+
 def flip_byte(path, offset=-1):
     data = bytearray(path.read_bytes())
     data[offset] ^= 1

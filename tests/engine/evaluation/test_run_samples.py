@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.evaluation.features import tiny_features, tiny_networks
 
 pytestmark = pytest.mark.slow
@@ -31,6 +32,38 @@ def lines(run):
 
 
 CHANGES = {"run": {"steps": 5}, "sampling": {"steps": 2}, "logging": {"every_steps": 3}}
+
+
+def test_same_bits_where_the_weights_themselves_are_sampled_from(runs, tmp_path, evaluation):
+    """At stage 0 without averages, the sampler's tensors are those that are trained."""
+    without = {"ema": {"enabled": False}}
+    assert (
+        runs.here(tmp_path / "on", CHANGES, evaluation, without, {"sampling": {"every_steps": 1}}).error
+        is None
+    )
+    assert runs.here(tmp_path / "off", CHANGES, without).error is None
+    assert_same_weights(runs, tmp_path / "on", tmp_path / "off")
+
+
+def test_samples_are_drawn_after_the_checkpoint_of_their_step(runs, tmp_path, monkeypatch):
+    """Periodic, at a stop, and at the end; and an error of the drawing loses no step."""
+    seen, run = [], tmp_path / "run"
+    drawn = {"sampling": {"every_steps": 1}, "checkpoint": {"every_steps": 2}}
+
+    def draw(_sampler, _config, _source, path):
+        seen.append((path.stem, [step for step, _ in list_checkpoints(run / "checkpoints")]))
+        if path.stem == "step-00000002":
+            (run / "stop").touch()
+        if path.stem == "step-00000005":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("millrace.engine.evaluation.run_samples.draw_grid", draw)
+    monkeypatch.setattr("millrace.engine.evaluation.run_samples.RunLog.grid", lambda *_: None)
+    assert runs.here(run, CHANGES, drawn).error is None
+    assert seen == [("step-00000001", []), ("step-00000002", [2]), ("step-00000003", [2, 3])]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runs.here(run, CHANGES, drawn, resume="auto")
+    assert seen[3:] == [("step-00000004", [2, 3, 4]), ("step-00000005", [2, 3, 4, 5])]
 
 
 def test_same_bits_with_and_without(runs, tmp_path, evaluation):

@@ -38,7 +38,9 @@ DEVICES = pytest.mark.parametrize(
 )
 
 
-def evaluate(routing, grids, device, backend, dtype) -> dict[str, Tensor]:
+def evaluate(
+    routing, grids, device, backend, dtype, geglu_backend="auto", compiled=False
+) -> dict[str, Tensor]:
     """Prediction, loss and the gradient of every parameter, with inputs and weights from fixed seeds."""
     config = Config(
         model={
@@ -48,6 +50,7 @@ def evaluate(routing, grids, device, backend, dtype) -> dict[str, Tensor]:
             "in_channels": 2,
             "context_dim": 8,
             "attention_backend": backend,
+            "geglu_backend": geglu_backend,
         },
         routing=ROUTES[routing],
     )
@@ -56,6 +59,10 @@ def evaluate(routing, grids, device, backend, dtype) -> dict[str, Tensor]:
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
         torch.nn.init.normal_(tensor, std=0.2, generator=generator)
     denoiser.to(device, dtype)
+    if compiled:  # as `run.compile` does it
+        torch._dynamo.reset()
+        for block in denoiser.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
     total = sum(rows * columns for rows, columns in grids)
     clean, noise, text, t = (
         torch.randn(shape, generator=generator).to(device, dtype)
@@ -87,3 +94,13 @@ def test_kernels_compute_what_plain_pytorch_does(device, backend, routing, grids
         scale = wanted.abs().max().clamp_min(1e-30)
         error, same_dtype = ((x[name].double() - wanted).abs().max() / scale for x in (found, plain))
         assert error <= 2 * same_dtype + 1e-5, f"{name}: error {error:.1e}, plain FP32 {same_dtype:.1e}"
+
+
+@DEVICES
+def test_the_activation_of_liger_kernel_in_compiled_blocks(device, request):
+    """As a configuration asks for it, and without a break in the graph."""
+    request.getfixturevalue("interpreted_liger" if device == "cpu" else "liger")
+    setting = "none", MIXED, device, "sdpa", torch.float32
+    found, wanted = evaluate(*setting, geglu_backend="liger", compiled=True), evaluate(*setting)
+    for name, exact in wanted.items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())

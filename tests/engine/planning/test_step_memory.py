@@ -84,19 +84,24 @@ def test_two_buckets_where_reductions_run_beside(runs, tmp_path):
 
 
 def test_samples_are_a_phase_of_their_own(runs, tmp_path, config, psi):
-    """Whole weights that were gathered, and the denoiser that takes them; at every stage in FP32."""
+    """The weights gathered once, in FP32; at stage 0 those that are there, unless they are in BF16."""
     off = runs.config(tmp_path, {"sampling": {"every_steps": 0}, "evaluation": {"every_steps": 0}})
     on = runs.config(tmp_path, {"sampling": {"every_steps": 5}})
     for stage in range(4):
         plain, drawing = found(off, stage, 4, NOTHING), found(on, stage, 4, NOTHING)
+        copy = psi if stage else 0
         assert "sampling" not in plain.phases
         assert drawing.parts == plain.parts
-        assert drawing.phases == plain.phases | {"sampling": 2 * psi}
+        assert drawing.phases == plain.phases | {"sampling": copy}
         assert plain.certain == plain.held + plain.gradients
-        assert drawing.certain == drawing.held + 2 * psi
+        assert drawing.certain == drawing.held + max(drawing.gradients, copy)
+    half = {"precision": {"master": "bfloat16", "compute": "bfloat16"}}
+    assert (
+        found(runs.config(tmp_path, {"sampling": {"every_steps": 5}}, half), 0, 4).phases["sampling"] == psi
+    )
     zero = {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}}
     little = runs.config(tmp_path, {"sampling": {"every_steps": 5}}, zero)
     drawing = found(little, 2, 4, NOTHING)
     assert drawing.worst == "sampling"
-    assert "FP32 copies for sampling" in drawing.table()
+    assert "an FP32 copy for sampling" in drawing.table()
     assert found(on, 0, 4).worst == "backward"

@@ -8,16 +8,17 @@ import torch
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.run_log.startup import introduction
+from millrace.engine.util.errors import UserError
 
 SHAPES = [("img_in.weight", (32, 48)), ("img_in.bias", (32,))]
 ROWS = [("master weights (this rank)", "float32 (1,568)"), ("gradient reduction", "float32")]
 
 
-def text(config, stage=0):
+def text(config, stage=0, kernels=""):
     stages = resolve_stages(config)
     prepare = SimpleNamespace(
         device=torch.device("cpu"),
-        text_encoder=SimpleNamespace(identity="hash-16"),
+        text_encoder=SimpleNamespace(identity="hash-16", kernels=kernels),
         autoencoder=SimpleNamespace(identity="pixels"),
     )
     return introduction(stages, stages[stage], SHAPES, range(30), prepare, ROWS)
@@ -34,6 +35,23 @@ def test_every_line(runs, tmp_path):
         "  master weights (this rank)       float32 (1,568)",
         "  gradient reduction               float32",
     ]
+
+
+def test_names_the_backend_of_geglu_where_it_was_asked_for(runs, tmp_path, monkeypatch):
+    changes = {"model": {"attention_backend": "sdpa", "geglu_backend": "liger"}}
+    config = runs.config(tmp_path, changes)
+    monkeypatch.setattr("millrace.engine.run_log.startup.liger_obstacle", lambda _: "it is not installed")
+    with pytest.raises(UserError, match=r"^model.geglu_backend liger: it is not installed; pip install '"):
+        text(config)
+    monkeypatch.setattr("millrace.engine.run_log.startup.liger_obstacle", lambda _: None)
+    lines = text(config)
+    assert lines[lines.index("attention: sdpa") + 1] == "geglu: liger"
+
+
+def test_names_the_kernels_of_a_text_encoder(runs, tmp_path):
+    kernels = "liger-kernel 0.8.5 (RMSNorm, RoPE, GeGLU)"
+    lines = text(runs.config(tmp_path, {"model": {"attention_backend": "sdpa"}}), kernels=kernels)
+    assert lines[lines.index("attention: sdpa") + 1] == f"text encoder's kernels: {kernels}"
 
 
 @pytest.mark.parametrize(

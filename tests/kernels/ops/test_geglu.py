@@ -1,12 +1,18 @@
 """geglu against its equation."""
 
 import math
+from importlib import import_module
+from typing import get_args
 
 import pytest
 import torch
 
+from millrace.engine.config import GegluBackend
 from millrace.kernels import geglu
 from millrace.kernels.support.registration import INTERPRETING
+
+# The package `millrace.kernels.ops` has a module of this name, the one above it a function.
+module = import_module("millrace.kernels.ops.geglu")
 
 
 def formula(gate_up):
@@ -71,22 +77,41 @@ def test_backends_agree(backend, device):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), gate_up) for y in outputs))
 
 
-@pytest.mark.cuda
-def test_liger_agrees():
-    pytest.importorskip("liger_kernel")
-    gate_up = torch.randn(5, 74, device="cuda", requires_grad=True)
+@pytest.fixture
+def liger_device(request, device):
+    """Where liger-kernel's kernels run: on CUDA, or in the interpreter."""
+    request.getfixturevalue("liger" if device == "cuda" else "interpreted_liger")
+    return device
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_liger_agrees(tokens, liger_device):
+    gate_up = torch.randn(tokens, 74, device=liger_device, requires_grad=True)
     before = gate_up.detach().clone()
     outputs = geglu(gate_up, "liger"), geglu(gate_up)
     torch.testing.assert_close(*outputs)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), gate_up) for y in outputs))
-    assert torch.equal(gate_up, before)
+    assert torch.equal(gate_up, before)  # its own backward pass writes over it
 
 
-def test_backends_that_cannot_run():
+def test_liger_is_well_registered(liger_device, assert_well_registered):
+    """Compiled without a break in the graph, too."""
+    gate_up = torch.randn(5, 20, device=liger_device, requires_grad=True)
+    assert_well_registered(lambda x: geglu(x, "liger"), gate_up)
+
+
+def test_settings_are_the_backends():
+    assert get_args(GegluBackend) == module.BACKENDS
+
+
+def test_backends_that_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of auto, reference, triton, liger"):
         geglu(torch.zeros(2, 4), "cuda")
-    with pytest.raises(ValueError, match="'liger' needs a CUDA tensor, gate_up is on cpu"):
-        geglu(torch.zeros(2, 4), "liger")
+    if not INTERPRETING:
+        with pytest.raises(ValueError, match="'liger' cannot run: its kernels run on CUDA, not on cpu"):
+            geglu(torch.zeros(2, 4), "liger")
+    monkeypatch.setattr(module, "is_importable", lambda _: False)
+    assert module.liger_obstacle(torch.device("cuda")) == "liger-kernel is not installed"
 
 
 @pytest.mark.parametrize(
