@@ -75,16 +75,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
         print("\n".join(plan(config, arguments.plan)))
         return 0
-    if arguments.smoke and not arguments.resume:
-        _discard_smoke_run(config)
 
-    from millrace.engine.distributed.process_group import wait_for_all
+    from millrace.engine.distributed import process_group
     from millrace.engine.run_log.logs import set_up_logging
     from millrace.engine.trainer import train
 
     set_up_logging()
+    process_group.join(config.run.device)
+    if arguments.smoke and not arguments.resume:
+        process_group.lead(lambda: _discard_smoke_run(config))
     train(config, arguments.resume)
-    wait_for_all()
+    process_group.wait_for_all()
     return 0
 
 
@@ -94,14 +95,16 @@ def _discard_smoke_run(config: "Config") -> None:
     Elsewhere than in a folder of smoke's own name (`--set run.output_dir=...`) only if it was the same run.
     """
     from millrace.engine.config.smoke import SUFFIX
+    from millrace.engine.distributed.run_lock import RunLock
 
     folder = Path(config.run.output_dir)
     try:
         same = json.loads((folder / "config.json").read_text()) == config.model_dump(mode="json")
     except (OSError, ValueError):
         same = False
-    if same or config.run.output_dir.endswith(SUFFIX):
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if (same or config.run.output_dir.endswith(SUFFIX)) and (folder / "checkpoints").is_dir():
+        with RunLock(folder):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

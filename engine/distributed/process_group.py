@@ -1,15 +1,25 @@
-"""Process group and devices: the launcher's variables, and small agreements between ranks."""
+"""Process group and devices: joining the job, and small agreements between ranks.
+
+Three groups hold all ranks: torch's default group, the training group, in which DeepSpeed reduces, and on the
+hosts a group over gloo. Each waits TIMEOUT for a rank that does not come.
+"""
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from millrace.engine.util.errors import UserError
+from millrace.engine.distributed.launchers import rank_variables
+from millrace.engine.util.errors import FailedElsewhere, UserError
 
 TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for the other ranks."""
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -32,8 +42,28 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def read_launcher() -> bool:
+    """Set the rank variables that torch reads from those of Slurm or MPI; whether this is a job's rank.
+
+    Raises UserError for several tasks that do not know their ranks.
+    """
+    os.environ.update(rank_variables(os.environ))
+    return "RANK" in os.environ
+
+
+def join(wanted: str) -> torch.device:
+    """Join the job on the device of `run.device`, and return it. Raises UserError."""
+    read_launcher()
+    device = choose_device(wanted)
+    initialize(device)
+    return device
+
+
 def choose_device(wanted: str) -> torch.device:
-    """The device of `run.device`: auto, cpu or cuda."""
+    """The device of `run.device` (auto, cpu or cuda) for this rank: the GPU of its local rank.
+
+    Where the launcher shows each task one GPU alone (CUDA_VISIBLE_DEVICES, `srun --gpus-per-task`), that one.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "run.device is cuda, but torch sees no CUDA device; install a CUDA build of torch and check "
@@ -41,12 +71,23 @@ def choose_device(wanted: str) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    if seen == 1:
+        return torch.device("cuda", 0)
+    if local_rank() >= seen:
+        raise UserError(
+            f"local rank {local_rank()} has no GPU: {ranks_here()} processes on this machine see {seen} of "
+            "them; start one process a GPU"
+        )
     return torch.device("cuda", local_rank())
 
 
 def initialize(device: torch.device) -> None:
-    """Join the job: under a launcher as one of its ranks, without one as a job of one process."""
-    if "RANK" not in os.environ:
+    """Join the job: under a launcher as one of its ranks, without one as a job of one process.
+
+    Raises UserError where the processes cannot reach each other.
+    """
+    if not read_launcher():
         port = _free_port()
         os.environ.update(
             RANK="0",
@@ -70,9 +111,75 @@ def initialize(device: torch.device) -> None:
     if device.type == "cpu":
         # A shared-memory all-reduce that would be compiled at first use, for a minute, to save microseconds.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if _training:
+        return
+    _check_address()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
-    _host_group()
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
+        _host_group()
+        _training.append(_training_group())
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(_unreachable(error)) from error
+    if device.type == "cuda":
+        _require_own_gpus(device)
+
+
+def _training_group() -> dist.ProcessGroup:
+    """The group in which DeepSpeed reduces.
+
+    DeepSpeed 0.19 makes it itself, with torch's default timeout (10 minutes for NCCL), unless it is there.
+    """
+    from deepspeed.utils import groups
+
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = dist.new_group(ranks=list(range(dist.get_world_size())), timeout=TIMEOUT)
+    return groups._WORLD_GROUP
+
+
+def _check_address() -> None:
+    """Refuse a machine whose name gloo would resolve to an address that other machines cannot reach."""
+    if int(os.environ["WORLD_SIZE"]) <= ranks_here() or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.getaddrinfo(name, None)[0][4][0]
+    except OSError:
+        address = "no address"
+    if address.startswith("127.") or address in ("::1", "no address"):
+        raise UserError(
+            f"{name} resolves to {address}, where the job's other machines cannot reach it; set "
+            "GLOO_SOCKET_IFNAME to the network interface between them (ip -br address lists those there are)"
+        )
+
+
+def _unreachable(error: Exception) -> str:
+    """One line for ranks that did not find each other."""
+    reason = str(error).strip().partition("\n")[0]
+    text = (
+        f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot join the job at "
+        f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {reason}; check that the other ranks run"
+    )
+    if int(os.environ["WORLD_SIZE"]) > ranks_here():
+        text += " and that GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the network between the machines"
+    return text
+
+
+def _require_own_gpus(device: torch.device) -> None:
+    """Raise UserError if two ranks have one GPU, which NCCL would say in many lines. Collective."""
+    card = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    cards = gather_objects(card)
+    for number, other in enumerate(cards):
+        first = cards.index(other)
+        if first != number:
+            raise UserError(
+                f"ranks {first} and {number} both have GPU {other[1]} of {other[0]}; start one process a GPU"
+            )
+
+
+def training_group() -> dist.ProcessGroup:
+    """The group of all ranks in which DeepSpeed reduces gradients, on the device that trains."""
+    return _training[0]
 
 
 def _free_port() -> int:
@@ -81,6 +188,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+_training: list[dist.ProcessGroup] = []
 _host: list[dist.ProcessGroup] = []
 
 
@@ -121,6 +229,43 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(total, group=_host_group())
     return total
+
+
+def lead(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; its UserError there ends all of them. Collective.
+
+    Rank 0 raises the error itself, the others FailedElsewhere.
+    """
+    return _shared(action, rank() == 0)
+
+
+def lead_on_each_machine(action: Callable[[], None]) -> None:
+    """Run `action` on the first rank of every machine while the others wait. Collective.
+
+    A UserError of one of them ends all ranks: the first that failed raises it, the others FailedElsewhere.
+    """
+    _shared(action, local_rank() == 0)
+
+
+def _shared(action: Callable[[], T], leads: bool) -> T:
+    """Run `action` on the ranks that lead; every rank gets the lowest one's result or error."""
+    result, error = None, None
+    if leads:
+        try:
+            result = action()
+        except UserError as raised:
+            error = raised
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return result
+    answers = gather_objects((leads, result, None if error is None else str(error)))
+    failed = next((number for number, answer in enumerate(answers) if answer[2] is not None), None)
+    if failed is not None:
+        if failed == rank():
+            raise error
+        raise FailedElsewhere(answers[failed][2])
+    return next(answer[1] for answer in answers if answer[0])
 
 
 def wait_for_all() -> None:
