@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from millrace.engine.distributed.process_group import read_launcher
+    from millrace.engine.distributed.launchers import read_launcher
     from millrace.engine.encoders.latent_cache_writer import write_caches
 
     read_launcher()

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -100,11 +101,12 @@ def main(words: Sequence[str] | None = None) -> int:
         require_path("--reference", arguments.reference)
 
     from millrace.engine.distributed import process_group
+    from millrace.engine.distributed.launchers import read_launcher
     from millrace.engine.evaluation.evaluator import Evaluation
     from millrace.engine.sampling.trained_model import load_model, model_config, open_sampler, pinned_model
     from millrace.engine.util.files import write_atomically
 
-    launched = process_group.read_launcher()
+    launched = read_launcher()
     with pinned_model(arguments):
         device = process_group.choose_device(model_config(arguments).run.device)
         if launched:
@@ -121,11 +123,15 @@ def main(words: Sequence[str] | None = None) -> int:
             if leads:
                 print(line, file=sys.stderr, flush=True)
 
-        sampler = open_sampler(weights, config, arguments.checkpoint, device)
+        sampler = process_group.leaders_first(
+            partial(open_sampler, weights, config, arguments.checkpoint, device)
+        )
         del weights
         process_group.wait_for_all()  # rank 0 holds the pin
     edge = config.model.patch_size * sampler.autoencoder.factor
-    evaluation = Evaluation(config, edge, device, features_key="--features")
+    evaluation = process_group.leaders_first(
+        lambda: Evaluation(config, edge, device, features_key="--features")
+    )
     for line in guidance_warnings(config.sampling, config.routing, config.objective) + evaluation.describe():
         say(line)
     scores = evaluation(sampler, say)

@@ -76,6 +76,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print("\n".join(plan(config, arguments.plan)))
         return 0
 
+    from millrace.engine.distributed.launchers import read_launcher
+
+    read_launcher()  # before torch is imported, so that tasks without ranks are refused at once
+
     from millrace.engine.distributed import process_group
     from millrace.engine.run_log.logs import set_up_logging
     from millrace.engine.trainer import train

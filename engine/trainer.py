@@ -123,14 +123,18 @@ class Trainer:
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
-        frozen = open_frozen(
-            self.config, self.source, self.device, self.open_autoencoder, self.open_text_encoder
+        frozen = process_group.leaders_first(
+            lambda: open_frozen(
+                self.config, self.source, self.device, self.open_autoencoder, self.open_text_encoder
+            )
         )
         messages += self._check_size(frozen.autoencoder.factor)
-        teacher = self.open_teacher(self.config.alignment, self.device, self.data_digest)
+        teacher = process_group.leaders_first(
+            lambda: self.open_teacher(self.config.alignment, self.device, self.data_digest)
+        )
         messages += self._build_model(reader, teacher.dim if teacher else 0)
         messages += self._build_optimizer(reader)
-        self._build_loss(frozen.autoencoder.factor)
+        process_group.leaders_first(lambda: self._build_loss(frozen.autoencoder.factor))
         self._build_batches(frozen, teacher)
         self.repa_e = self._open_repa_e(reader)
 
@@ -314,6 +318,8 @@ class Trainer:
                     self._flush()
                     self.batches.settle()
                     self.run_samples.make(self.step, self.gathered())
+                if self.step == self.stage.last:
+                    break
                 request = requests.poll(now=self.abandoned)
                 if self._stopped(request):
                     return False

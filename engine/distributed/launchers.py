@@ -10,6 +10,7 @@ The first row whose variables are there counts: what is nearest to the process. 
 that are set by hand are kept; MPI on several machines needs MASTER_ADDR.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,15 @@ _FIRST_PORT, _PORTS = 12_000, 18_000
 """Ports below those that Linux hands out by itself (32,768 to 60,999)."""
 
 _REMEDY = "start it with srun, mpirun or torchrun, so that every process knows its rank"
+
+
+def read_launcher() -> bool:
+    """Set the rank variables that torch reads from those of Slurm or MPI; whether this is a job's rank.
+
+    Raises UserError as `rank_variables` does.
+    """
+    os.environ.update(rank_variables(os.environ))
+    return "RANK" in os.environ
 
 
 def rank_variables(given: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from millrace.engine.distributed.launchers import rank_variables
+from millrace.engine.distributed.launchers import read_launcher
 from millrace.engine.util.errors import FailedElsewhere, UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -40,15 +40,6 @@ def local_rank() -> int:
 def ranks_here() -> int:
     """Number of this job's processes on this machine."""
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def read_launcher() -> bool:
-    """Set the rank variables that torch reads from those of Slurm or MPI; whether this is a job's rank.
-
-    Raises UserError for several tasks that do not know their ranks.
-    """
-    os.environ.update(rank_variables(os.environ))
-    return "RANK" in os.environ
 
 
 def join(wanted: str) -> torch.device:
@@ -236,36 +227,45 @@ def lead(action: Callable[[], T]) -> T:
 
     Rank 0 raises the error itself, the others FailedElsewhere.
     """
-    return _shared(action, rank() == 0)
-
-
-def lead_on_each_machine(action: Callable[[], None]) -> None:
-    """Run `action` on the first rank of every machine while the others wait. Collective.
-
-    A UserError of one of them ends all ranks: the first that failed raises it, the others FailedElsewhere.
-    """
-    _shared(action, local_rank() == 0)
-
-
-def _shared(action: Callable[[], T], leads: bool) -> T:
-    """Run `action` on the ranks that lead; every rank gets the lowest one's result or error."""
-    result, error = None, None
-    if leads:
-        try:
-            result = action()
-        except UserError as raised:
-            error = raised
     if world_size() == 1:
-        if error is not None:
-            raise error
-        return result
-    answers = gather_objects((leads, result, None if error is None else str(error)))
-    failed = next((number for number, answer in enumerate(answers) if answer[2] is not None), None)
-    if failed is not None:
-        if failed == rank():
-            raise error
-        raise FailedElsewhere(answers[failed][2])
-    return next(answer[1] for answer in answers if answer[0])
+        return action()
+    result, error = _try(action) if rank() == 0 else (None, None)
+    return _agree(result, error)[0]
+
+
+def leaders_first(action: Callable[[], T]) -> T:
+    """`action` on the first rank of every machine, then on the others. Collective.
+
+    For what may download: a machine fetches a file once, and its other ranks find it in the cache. A
+    UserError of any rank ends all: the first that failed raises it, the others FailedElsewhere.
+    """
+    if world_size() == 1:
+        return action()
+    result: T | None = None
+    for leads in (True, False):
+        error = None
+        if (local_rank() == 0) is leads:
+            result, error = _try(action)
+        _agree(None, error)
+    return result
+
+
+def _try(action: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    try:
+        return action(), None
+    except UserError as error:
+        return None, error
+
+
+def _agree(value: object, error: UserError | None) -> list:
+    """The values of all ranks, unless one has an error. Collective."""
+    answers = gather_objects((value, None if error is None else str(error)))
+    failed = next((number for number, answer in enumerate(answers) if answer[1] is not None), None)
+    if failed is None:
+        return [value for value, _ in answers]
+    if failed == rank():
+        raise error
+    raise FailedElsewhere(answers[failed][1])
 
 
 def wait_for_all() -> None:

@@ -1,0 +1,78 @@
+"""A training run that receives SIGTERM at a chosen moment, on one of its ranks.
+
+How a test starts one stands in test_clusters.py.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+
+from millrace.engine import train as command
+from millrace.engine import trainer as module
+from millrace.engine.cli import run_command
+from millrace.engine.data import SampleStream
+from millrace.engine.distributed import deepspeed_engine, signals, watchdog
+from millrace.engine.evaluation.run_samples import RunSamples
+from millrace.engine.trainer import Trainer
+
+MOMENTS = {
+    "it is built": (Trainer, "_build_model", 1),
+    "it waits for a batch": (Trainer, "next_batch", 9),
+    "it computes": (Trainer, "sample_losses", 9),
+    "gradients are applied": (deepspeed_engine, "apply_gradients", 3),
+    "it draws samples": (RunSamples, "make", 1),
+    "it saves": (module, "save_checkpoint", 1),
+    "a stage ends": (module, "save_checkpoint", 2),
+    "the next stage is built": (Trainer, "_build_model", 2),
+    "the last step": (deepspeed_engine, "apply_gradients", 9),
+}
+"""Where SIGTERM comes: at the n-th call of a function. Steps have 4 micro-batches on one rank, 2 on two."""
+
+
+def run_until(words: list[str], moment: str, asked: int, stuck: int) -> None:
+    """`millrace train` with SIGTERM at `moment` on rank `asked`.
+
+    At the moment "no data comes" rank `stuck` reads from a pipe that stays empty, from step 4 on.
+    """
+    rank, ranks = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1)))
+    signals.DATA_SECONDS, watchdog.LOOK = 1.0, 0.2
+    if moment == "no data comes":
+        _empty_pipe(SampleStream, 8 * 3, rank == stuck, rank == asked)
+    elif rank == asked:
+        owner, name, number = MOMENTS[moment]
+        if name in ("next_batch", "sample_losses"):
+            number = (number - 1) // ranks + 1
+        _at_call(owner, name, number, _sigterm)
+    run_command(lambda: command.main(words))
+
+
+def _sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _at_call(owner: object, name: str, number: int, action: Callable[[], None]) -> None:
+    """Do `action` before the call of this number."""
+    original, calls = getattr(owner, name), []
+
+    def called(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        if len(calls) == number:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+def _empty_pipe(owner: type, first: int, stuck: bool, asked: bool) -> None:
+    """From sample `first` on a stuck rank's loader waits for a pipe, and SIGTERM comes to the one asked."""
+    original, (pipe, _) = owner._start, os.pipe()
+
+    def start(stream: SampleStream, i: int, *rest: object) -> object:
+        if i >= first:
+            if asked:
+                _sigterm()
+            if stuck:
+                os.read(pipe, 1)
+        return original(stream, i, *rest)
+
+    owner._start = start
