@@ -34,7 +34,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Index of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _on_machine[0] if _on_machine else int(os.environ.get("LOCAL_RANK", 0))
 
 
 def ranks_here() -> int:
@@ -91,6 +91,7 @@ def initialize(device: torch.device) -> None:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _tell_deepspeed(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         # DeepSpeed's launcher leaves all cores to every rank, and threads that share a core stall each other.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
@@ -105,8 +106,8 @@ def initialize(device: torch.device) -> None:
     if _training:
         return
     _check_address()
-    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
+        backend = _initialize_torch(device)
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
         _host_group()
         _training.append(_training_group())
@@ -114,6 +115,38 @@ def initialize(device: torch.device) -> None:
         raise UserError(_unreachable(error)) from error
     if device.type == "cuda":
         _require_own_gpus(device)
+
+
+def _tell_deepspeed(device: torch.device) -> None:
+    """Have LOCAL_RANK say the number of the GPU, for which DeepSpeed takes it; `local_rank` stays."""
+    if not _on_machine:
+        _on_machine.append(local_rank())
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name in os.environ:
+            os.environ[name] = str(device.index)
+
+
+def _initialize_torch(device: torch.device) -> str:
+    """Make torch's default group; the name of its backend.
+
+    Not left to DeepSpeed, which takes LOCAL_RANK for the number of the GPU. With torchrun's static rendezvous
+    the store outlives a restart of the workers, so each attempt has keys of its own: with those of the one
+    before, ranks would look for processes that are gone.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        return backend
+    store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=number,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if device.type == "cuda" and size > 1 else None,
+    )
+    return backend
 
 
 def _training_group() -> dist.ProcessGroup:
@@ -180,6 +213,8 @@ def _free_port() -> int:
 
 
 _training: list[dist.ProcessGroup] = []
+_on_machine: list[int] = []
+"""The local rank, once LOCAL_RANK says something else."""
 _host: list[dist.ProcessGroup] = []
 
 

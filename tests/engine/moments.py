@@ -1,10 +1,11 @@
-"""A training run that receives SIGTERM at a chosen moment, on one of its ranks.
+"""A training run that receives SIGTERM at a chosen moment on one of its ranks, or waits for a slow one.
 
 How a test starts one stands in test_clusters.py.
 """
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
 from millrace.engine import train as command
@@ -43,6 +44,14 @@ def run_until(words: list[str], moment: str, asked: int, stuck: int) -> None:
         if name in ("next_batch", "sample_losses"):
             number = (number - 1) // ranks + 1
         _at_call(owner, name, number, _sigterm)
+    run_command(lambda: command.main(words))
+
+
+def run_slowly(words: list[str], slow: int, seconds: float) -> None:
+    """`millrace train` whose rank `slow` waits `seconds` for the data of step 4."""
+    watchdog.LOOK, watchdog.QUIET, watchdog.LIMIT = 0.1, 0.4, 0.8
+    if int(os.environ["RANK"]) == slow:
+        _at_call(Trainer, "next_batch", 3 * 2 + 1, lambda: time.sleep(seconds))
     run_command(lambda: command.main(words))
 
 

@@ -13,7 +13,7 @@ import pytest
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.distributed.run_lock import NAME
 from tests.engine.forks import run_script, wait_for
-from tests.engine.moments import MOMENTS, run_until
+from tests.engine.moments import MOMENTS, run_slowly, run_until
 from tests.engine.test_resume import assert_same_run
 from tests.programs import environment
 
@@ -188,20 +188,32 @@ def test_sigterm_while_no_data_comes(runs, tmp_path, whole, ranks, asked, stuck)
     assert_goes_on(runs, output, ranks, whole)
 
 
+def test_a_straggler_is_named(runs, tmp_path):
+    words = training(runs, tmp_path / "run", {"run": {"steps": 5}})[1]
+    children = runs._start(2, run_slowly, words, 1, 4.0)
+    assert wait_for(children) == [0, 0]
+    said = [line for line in children[0].text("err").splitlines() if "step 4" in line and "loss" not in line]
+    assert len(said) >= 2
+    assert f"rank 1 ({socket.gethostname()}) is in 'data' for " in said[0]
+    assert said[0].endswith("; 1 rank(s) wait")
+    assert said[-1].endswith("step 4: the run goes on")
+    assert not [line for line in children[1].text("err").splitlines() if "wait" in line]
+
+
 FAILING = """
 import sys
 from millrace.engine import trainer
 from millrace.engine.cli import run_command
 from millrace.engine.train import main
 
-step = trainer.Trainer.train_step
+losses = trainer.Trainer.sample_losses
 
-def failing(self):
+def failing(self, batch):
     if self.step == 3:
         raise RuntimeError(f"device-side assert at {id(self):#x}")
-    step(self)
+    return losses(self, batch)
 
-trainer.Trainer.train_step = failing
+trainer.Trainer.sample_losses = failing
 run_command(lambda: main(sys.argv[1:]))
 """
 

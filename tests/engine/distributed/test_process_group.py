@@ -33,6 +33,16 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
     assert process_group.choose_device("auto") == torch.device("cuda", 0)
 
 
+def test_deepspeed_takes_the_local_rank_for_the_gpu(monkeypatch):
+    monkeypatch.setattr(process_group, "_on_machine", [])
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")  # DeepSpeed requires it to be the same
+    process_group._tell_deepspeed(torch.device("cuda", 0))
+    process_group._tell_deepspeed(torch.device("cuda", 0))
+    assert (os.environ["LOCAL_RANK"], os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]) == ("0", "0")
+    assert process_group.local_rank() == 3
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
