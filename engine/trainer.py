@@ -69,10 +69,9 @@ def train(
     """
     make = make or Trainer
     process_group.join(config.run.device)
-    output = Path(config.run.output_dir)
-    requests = StopRequests(output)
+    requests = StopRequests(Path(config.run.output_dir))
     watchdog = Watchdog(requests.while_stalled)
-    with owned_run(output, resume is not None) as failures, requests, watchdog:
+    with owned_run(config, resume is not None) as failures, requests, watchdog:
         try:
             current = make(config, resume)
             while current.train(requests, watchdog):

@@ -200,6 +200,18 @@ def test_a_straggler_is_named(runs, tmp_path):
     assert not [line for line in children[1].text("err").splitlines() if "wait" in line]
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_step_is_given_up_at_every_stage_of_zero(runs, tmp_path, zero):
+    changes = {"deepspeed": {"zero_optimization": {"stage": zero}}}
+    runs.forked([runs.job(tmp_path / "whole", STOPPED, changes)], ranks=2)
+    words = training(runs, tmp_path / "run", STOPPED, ALONE, changes)[1]
+    children = runs._start(2, run_until, words, "no data comes", 1, 1)
+    assert wait_for(children) == [0, 0]
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [3]
+    runs.forked([runs.job(tmp_path / "run", STOPPED, changes, resume="auto")], ranks=2)
+    assert_same_run(runs, tmp_path / "run", tmp_path / "whole")
+
+
 FAILING = """
 import sys
 from millrace.engine import trainer
