@@ -7,12 +7,15 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
 
 from millrace.engine import train as command
 from millrace.engine import trainer as module
 from millrace.engine.cli import run_command
 from millrace.engine.data import SampleStream
-from millrace.engine.distributed import deepspeed_engine, signals, watchdog
+from millrace.engine.distributed import deepspeed_engine, process_group, signals, watchdog
 from millrace.engine.evaluation.run_samples import RunSamples
 from millrace.engine.trainer import Trainer
 
@@ -47,6 +50,23 @@ def run_until(words: list[str], moment: str, asked: int, stuck: int) -> None:
     run_command(lambda: command.main(words))
 
 
+def polls(folder: Path, asked: int, at: int, count: int) -> tuple[list[str | None], int, int]:
+    """What `count` polls in a row say when rank `asked` is asked before number `at`; the all-reduces of all
+    polls, and the gathers of objects."""
+    process_group.initialize(torch.device("cpu"))
+    reductions, gathers = [], []
+    _at_call(signals.dist, "all_reduce", 0, lambda: None, reductions)
+    _at_call(signals, "gather_objects", 0, lambda: None, gathers)
+    found = []
+    with signals.StopRequests(folder) as requests:
+        for number in range(count):
+            if number == at and process_group.rank() == asked:
+                _sigterm()
+            found.append(requests.poll().stop)
+        found.append(requests.poll(now=True).stop)
+    return found, len(reductions), len(gathers)
+
+
 def run_slowly(words: list[str], slow: int, seconds: float) -> None:
     """`millrace train` whose rank `slow` waits `seconds` for the data of step 4."""
     watchdog.LOOK, watchdog.QUIET, watchdog.LIMIT = 0.1, 0.4, 0.8
@@ -59,9 +79,11 @@ def _sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _at_call(owner: object, name: str, number: int, action: Callable[[], None]) -> None:
-    """Do `action` before the call of this number."""
-    original, calls = getattr(owner, name), []
+def _at_call(
+    owner: object, name: str, number: int, action: Callable[[], None], calls: list | None = None
+) -> None:
+    """Do `action` before the call of this number; `calls` grows with each."""
+    original, calls = getattr(owner, name), [] if calls is None else calls
 
     def called(*args: object, **kwargs: object) -> object:
         calls.append(None)

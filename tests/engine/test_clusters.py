@@ -13,7 +13,7 @@ import pytest
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.distributed.run_lock import NAME
 from tests.engine.forks import run_script, wait_for
-from tests.engine.moments import MOMENTS, run_slowly, run_until
+from tests.engine.moments import MOMENTS, polls, run_slowly, run_until
 from tests.engine.test_resume import assert_same_run
 from tests.programs import environment
 
@@ -186,6 +186,14 @@ def test_sigterm_while_no_data_comes(runs, tmp_path, whole, ranks, asked, stuck)
     assert said == ["stopped at step 3 (SIGTERM); continue with --resume auto"]
     assert [found for found, _ in list_checkpoints(output / "checkpoints")] == [3]
     assert_goes_on(runs, output, ranks, whole)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_poll_is_one_integer_and_read_one_step_later(runs, tmp_path, asked):
+    children = runs._start(2, polls, tmp_path, asked, 3, 4)
+    assert wait_for(children) == [0, 0]
+    # Asked before the fourth poll; the fifth reads its own. Words travel once.
+    assert [child.result() for child in children] == [([None, None, None, None, "SIGTERM"], 5, 1)] * 2
 
 
 def test_a_straggler_is_named(runs, tmp_path):
