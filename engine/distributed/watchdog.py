@@ -6,7 +6,9 @@ seconds nothing is sent; then each rank writes where it is to the job's store, a
 
     step 41 has not ended for 130 s: rank 3 (gpu07) is in 'data' for 129 s; 7 ranks wait for it
 
-It says so at a limit, again at twice that, and so on, and once when the run goes on.
+It says so at a limit, again at twice that, and so on, and once when the run goes on. Slow steps are no stall:
+the limit is at least SLOW of the longest step so far, and the first step of a stage, which compiles, has the
+limit of a long phase.
 """
 
 import json
@@ -30,6 +32,8 @@ QUIET = 60.0
 """Seconds in one step after which a rank writes where it is."""
 LIMIT = 120.0
 """Seconds in one step after which rank 0 says who is behind."""
+SLOW = 4
+"""The limit, in longest steps."""
 LONG = 900.0
 """The same where a rank is in a phase that takes minutes in a healthy run; half the collectives' timeout."""
 
@@ -79,6 +83,9 @@ class Watchdog:
         self._stalled, self._say = stalled, say
         now = time.monotonic()
         self._at = Place(0, 0, "start", now, now)
+        self._longest = 0.0
+        self._first = True
+        """Whether no step has ended since the start of the stage."""
         self._seen: dict[int, tuple[str, float]] = {}
         self._ended = threading.Event()
 
@@ -99,7 +106,12 @@ class Watchdog:
     def enter(self, step: int, phase: str) -> None:
         """This rank begins a phase of the step after `step`."""
         now, at = time.monotonic(), self._at
-        fresh = step != at.step or phase in LONG_PHASES or at.phase in LONG_PHASES
+        long = phase in LONG_PHASES or at.phase in LONG_PHASES
+        fresh = step != at.step or long
+        if step != at.step and not long:
+            self._longest = max(self._longest, 0.0 if self._first else now - at.begun)
+            self._first = False
+        self._first |= phase == "start"
         self._at = Place(at.count + 1, step, phase, now, now if fresh else at.begun)
 
     def _watch(self) -> None:
@@ -119,11 +131,16 @@ class Watchdog:
                 self._store.set(_key(rank()), json.dumps(vars(report)))
                 if rank() == 0:
                     reports = self._reports(now)
-                    if now - at.begun >= (limit or _limit(reports)):
+                    if now - at.begun >= (limit or self._limit(reports)):
                         self._say(describe(at.step + 1, now - at.begun, reports, world_size()))
                         said, limit = at, 2 * (now - at.begun)
         except (RuntimeError, OSError) as error:  # the store has gone, with the job
             log.debug("watchdog ends: %s", error)
+
+    def _limit(self, reports: dict[int, Report]) -> float:
+        if self._first or any(report.phase in LONG_PHASES for report in reports.values()):
+            return LONG
+        return max(LIMIT, SLOW * self._longest)
 
     def _reports(self, now: float) -> dict[int, Report]:
         """By rank, where the ranks are that have written within the last looks."""
@@ -142,10 +159,6 @@ def _job_store() -> Store:
 
 def _key(number: int) -> str:
     return f"watchdog/{number}"
-
-
-def _limit(reports: dict[int, Report]) -> float:
-    return LONG if any(report.phase in LONG_PHASES for report in reports.values()) else LIMIT
 
 
 def describe(step: int, seconds: float, reports: dict[int, Report], ranks: int) -> str:

@@ -18,6 +18,7 @@ from millrace.engine.data import SampleStream
 from millrace.engine.distributed import deepspeed_engine, process_group, signals, watchdog
 from millrace.engine.evaluation.run_samples import RunSamples
 from millrace.engine.trainer import Trainer
+from millrace.engine.util.errors import UserError
 
 MOMENTS = {
     "it is built": (Trainer, "_build_model", 1),
@@ -65,6 +66,25 @@ def polls(folder: Path, asked: int, at: int, count: int) -> tuple[list[str | Non
             found.append(requests.poll().stop)
         found.append(requests.poll(now=True).stop)
     return found, len(reductions), len(gathers)
+
+
+def fetch(folder: Path, failing: int | None) -> str:
+    """Fetch a file under `leaders_first`; says who did, or how it failed."""
+    process_group.initialize(torch.device("cpu"))
+    number = process_group.rank()
+
+    def action() -> str:
+        if number == failing:
+            raise UserError("the hub does not answer")
+        found = "cache" if (folder / "file").exists() else "hub"
+        time.sleep(0.2)  # in which ranks that do not wait would look too
+        (folder / "file").touch()
+        return found
+
+    try:
+        return process_group.leaders_first(action)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def run_slowly(words: list[str], slow: int, seconds: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.distributed.run_lock import NAME
 from tests.engine.forks import run_script, wait_for
-from tests.engine.moments import MOMENTS, polls, run_slowly, run_until
+from tests.engine.moments import MOMENTS, fetch, polls, run_slowly, run_until
 from tests.engine.test_resume import assert_same_run
 from tests.programs import environment
 
@@ -194,6 +194,34 @@ def test_a_poll_is_one_integer_and_read_one_step_later(runs, tmp_path, asked):
     assert wait_for(children) == [0, 0]
     # Asked before the fourth poll; the fifth reads its own. Words travel once.
     assert [child.result() for child in children] == [([None, None, None, None, "SIGTERM"], 5, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("failing", "found"),
+    [
+        (None, ["hub", "cache"]),
+        (0, ["UserError: the hub does not answer", "FailedElsewhere: the hub does not answer"]),
+        (1, ["FailedElsewhere: the hub does not answer", "UserError: the hub does not answer"]),
+    ],
+)
+def test_one_rank_of_a_machine_fetches(runs, tmp_path, failing, found):
+    children = runs._start(2, fetch, tmp_path, failing)
+    assert wait_for(children) == [0, 0]
+    assert [child.result() for child in children] == found
+    assert (tmp_path / "file").exists() == (failing != 0)  # nobody tries again what the first could not
+
+
+def test_networks_that_cannot_be_fetched_are_one_line(runs, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    changes = {
+        "conditioning": {"autoencoder": {"kind": "flux1", "path": str(empty)}},
+        "model": {"in_channels": 16},
+    }
+    done = runs.script("train", *training(runs, tmp_path / "run", changes)[1], ranks=2)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert line.startswith(f"error: cannot load '{empty}'")
 
 
 def test_a_straggler_is_named(runs, tmp_path):

@@ -34,7 +34,7 @@ def test_all_ranks_in_one_phase():
 def job(monkeypatch):
     """A watchdog as on rank 0 of two, with a store of its own and small times; lines that it says."""
     store = dist.HashStore()
-    for name, value in {"LOOK": 0.01, "QUIET": 0.03, "LIMIT": 0.06, "LONG": 0.5}.items():
+    for name, value in {"LOOK": 0.02, "QUIET": 0.5, "LIMIT": 1.0, "LONG": 60.0}.items():
         monkeypatch.setattr(watchdog, name, value)
     monkeypatch.setattr(watchdog, "world_size", lambda: 2)
     monkeypatch.setattr(watchdog, "rank", lambda: 0)
@@ -62,17 +62,33 @@ def test_steps_that_end_say_nothing(job):
 
 def test_a_stall_is_said_and_its_end(job):
     found, said, stalls = job
+    found.enter(6, "data")
     found.enter(7, "data")
     wait_for(lambda: said)
-    assert said[0].startswith("step 8 has not ended for 0 s: no sign of rank 1")
+    assert said[0].startswith("step 8 has not ended for 1 s: no sign of rank 1")
     assert stalls
     found.enter(8, "data")
     wait_for(lambda: said[-1] == "step 8: the run goes on")
     assert found.place() == "after step 8"
 
 
-def test_a_long_save_is_no_stall(job):
+@pytest.mark.parametrize("phases", [["data", "save"], ["data", "samples"], ["start", "data", "compute"]])
+def test_a_save_and_a_first_step_take_long(job, phases):
     found, said, _ = job
-    found.enter(7, "save")
-    time.sleep(0.25)
+    found.enter(6, "data")
+    for phase in phases:
+        found.enter(7, phase)
+    time.sleep(1.5)
     assert said == []
+
+
+def test_the_limit_follows_the_steps(job):
+    """Where steps take long, a step that does is none to report."""
+    found, said, _ = job
+    found.enter(6, "data")
+    found.enter(7, "data")
+    time.sleep(0.5)
+    found.enter(8, "data")
+    time.sleep(1.5)
+    assert said == []
+    wait_for(lambda: said)
