@@ -80,7 +80,8 @@ class StopRequests:
     def __enter__(self) -> Self:
         """Listen to signals; they are held back from here on, also after the block: the last save is due."""
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, self._handle)
         signal.signal(signal.SIGALRM, self._alarm)
         return self
 

@@ -55,6 +55,13 @@ def test_before_it_listens_signals_are_as_they_were(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_nohup_keeps_its_meaning(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequests(tmp_path) as requests:
+        send(signal.SIGHUP)
+        assert requests.poll().stop is None
+
+
 def test_the_second_interrupt_of_a_person_is_not_held_back(requests):
     send(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
