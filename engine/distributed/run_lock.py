@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -92,14 +93,21 @@ class RunLock:
 
     `taken_over` is a line about an owner that died without releasing the folder, or None.
 
-    Raises UserError if another process owns it.
+    Raises UserError if another process owns it, or the lock cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / NAME
         self.taken_over: str | None = None
+        self.owner = Owner.of_this_process()
         self._released = threading.Event()
-        self._file = self._acquire()
+        try:
+            self._file = self._acquire()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be locked: {error.strerror}; grant access there, or choose another "
+                "run.output_dir"
+            ) from None
         threading.Thread(target=self._renew, name="run lock", daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -113,7 +121,9 @@ class RunLock:
     def release(self) -> None:
         """Give the folder back."""
         self._released.set()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if Owner.read(self.path.read_text()) == self.owner:  # and nobody took it for dead meanwhile
+                self.path.unlink()
         os.close(self._file)
 
     def _acquire(self) -> int:
@@ -143,7 +153,7 @@ class RunLock:
         if owner is not None:
             self.taken_over = f"{self.path.parent}: taken over from {owner}, which ended without a word"
         os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(asdict(Owner.of_this_process())).encode(), 0)
+        os.pwrite(file, json.dumps(asdict(self.owner)).encode(), 0)
         os.fsync(file)
 
     def _renew(self) -> None:

@@ -104,6 +104,18 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(tmp_path, monkeypatch)
     RunLock(tmp_path).release()
 
 
+def test_who_was_taken_for_dead_leaves_the_new_owners_lock(tmp_path):
+    with RunLock(tmp_path):
+        left_by(tmp_path / NAME, replace(Owner.of_this_process(), host="gpu07"))
+    assert "gpu07" in (tmp_path / NAME).read_text()
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(UserError, match=r"cannot be locked: Is a directory"):
+        RunLock(tmp_path)
+
+
 def test_the_owner_gives_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "RENEWAL", 0.01)
     with RunLock(tmp_path) as lock:
