@@ -297,13 +297,15 @@ class Trainer:
         """Fill the weights of a run that begins."""
         self.model.init_weights(seed)
 
-    def train(self, requests: StopRequests, watchdog: Watchdog) -> bool:
+    def train(self, requests: StopRequests | None = None, watchdog: Watchdog | None = None) -> bool:
         """Train to the end of the stage, or until asked to stop; either way with a checkpoint of the end.
 
-        Returns whether another stage follows.
+        `requests` and `watchdog` are those of all stages; without them no signal is heard. Returns whether
+        another stage follows.
         """
         config = self.config
-        self.stop_requests, self.watchdog = requests, watchdog
+        self.stop_requests = requests = requests or self.stop_requests
+        self.watchdog = watchdog = watchdog or self.watchdog
         # What lives now lives to the end of the stage: the collector need not look through it in every step.
         gc.collect()
         gc.freeze()
