@@ -154,6 +154,7 @@ def test_a_second_ctrl_c_interrupts_at_once(runs, tmp_path):
     process = runs.start(runs.command(tmp_path / "run", ENDLESS, {"data": {"global_batch": 1000}}))
     try:
         wait_until(lambda: steps_logged(tmp_path / "run") > 0, process)
+        time.sleep(0.5)  # the step is logged before its boundary, which would stop the run
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
