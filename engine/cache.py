@@ -60,8 +60,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
     config = without_auto(load_config(arguments.config, arguments.overrides))
 
+    from millrace.engine.distributed.launchers import read_launcher
     from millrace.engine.encoders.latent_cache_writer import write_caches
 
+    read_launcher()
     rank, world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # DeepSpeed's launcher leaves all cores to every process.

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
-from millrace.engine.util.errors import UserError, did_you_mean
+from millrace.engine.util.errors import FailedElsewhere, UserError, did_you_mean
 
 COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan")
 """`millrace NAME` is `main` of the module `millrace.engine.NAME`."""
@@ -142,6 +142,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
     try:
         code = main() or 0
+    except FailedElsewhere:
+        code = 2
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

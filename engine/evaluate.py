@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -100,27 +101,37 @@ def main(words: Sequence[str] | None = None) -> int:
         require_path("--reference", arguments.reference)
 
     from millrace.engine.distributed import process_group
+    from millrace.engine.distributed.launchers import read_launcher
     from millrace.engine.evaluation.evaluator import Evaluation
-    from millrace.engine.sampling.trained_model import load_model, open_sampler
+    from millrace.engine.sampling.trained_model import load_model, model_config, open_sampler, pinned_model
     from millrace.engine.util.files import write_atomically
 
-    weights, config = load_model(arguments)
-    config = _with_arguments(config, arguments)
-    device = process_group.choose_device(config.run.device)
-    if "RANK" in os.environ:
-        process_group.initialize(device)
-    leads = process_group.rank() == 0
-    if leads and arguments.output:
-        _require_writable(arguments.output)
+    launched = read_launcher()
+    with pinned_model(arguments):
+        device = process_group.choose_device(model_config(arguments).run.device)
+        if launched:
+            process_group.initialize(device)
+        # A run that goes on may publish a newer one between two ranks' looks.
+        arguments.checkpoint = process_group.lead(lambda: arguments.checkpoint)
+        weights, config = load_model(arguments)
+        config = _with_arguments(config, arguments)
+        leads = process_group.rank() == 0
+        if leads and arguments.output:
+            _require_writable(arguments.output)
 
-    def say(line: str) -> None:
-        if leads:
-            print(line, file=sys.stderr, flush=True)
+        def say(line: str) -> None:
+            if leads:
+                print(line, file=sys.stderr, flush=True)
 
-    sampler = open_sampler(weights, config, arguments.checkpoint, device)
-    del weights
+        sampler = process_group.leaders_first(
+            partial(open_sampler, weights, config, arguments.checkpoint, device)
+        )
+        del weights
+        process_group.wait_for_all()  # rank 0 holds the pin
     edge = config.model.patch_size * sampler.autoencoder.factor
-    evaluation = Evaluation(config, edge, device, features_key="--features")
+    evaluation = process_group.leaders_first(
+        lambda: Evaluation(config, edge, device, features_key="--features")
+    )
     for line in guidance_warnings(config.sampling, config.routing, config.objective) + evaluation.describe():
         say(line)
     scores = evaluation(sampler, say)
@@ -191,15 +202,12 @@ def _report(
 
     import torch
 
-    from millrace.engine.checkpoint.model_weights import checkpoint_folder
     from millrace.engine.distributed import process_group
     from millrace.engine.model.guidance_branches import describe
-    from millrace.engine.sampling.trained_model import run_of
 
-    run = run_of(arguments.checkpoint)
     cuda = device.type == "cuda"
     return {
-        "checkpoint": str(checkpoint_folder(run) if run else arguments.checkpoint),
+        "checkpoint": str(arguments.checkpoint),
         "weights": arguments.weights,
         "guidance": describe(config),
         **asdict(scores),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from millrace.engine.cli import command_parser, require_path, run_command
 
 if TYPE_CHECKING:
+    from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
     from millrace.engine.checkpoint.weight_formats import from_diffusers, to_diffusers
 
 __all__ = ["from_diffusers", "to_diffusers"]
@@ -60,25 +61,27 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     require_path("--checkpoint", arguments.checkpoint)
 
+    from millrace.engine.checkpoint.model_weights import pinned_checkpoint
+    from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+
+    with pinned_checkpoint(arguments.checkpoint) as folder:
+        _export(arguments, CheckpointReader(folder))
+    return 0
+
+
+def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
     import torch
 
     from millrace.engine.checkpoint import weight_formats
-    from millrace.engine.checkpoint.model_weights import (
-        checkpoint_config,
-        checkpoint_folder,
-        choose_weights,
-        read_weights,
-    )
-    from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+    from millrace.engine.checkpoint.model_weights import checkpoint_config, choose_weights, read_weights
 
-    reader = CheckpointReader(checkpoint_folder(arguments.checkpoint))
     config = checkpoint_config(reader)
     if arguments.autoencoder:
         from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
 
         folder = weight_formats.new_folder(arguments.autoencoder)
         print(f"{folder}: {save_autoencoder(reader.folder, config, folder)}")
-        return 0
+        return
     weights = choose_weights(reader, arguments.weights)
     save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
     dtype = getattr(torch, arguments.dtype)
@@ -87,7 +90,6 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{arguments.output}: {kind} of {reader.folder} in {arguments.dtype}, format {arguments.format}")
     space = config.conditioning.autoencoder.kind
     print(f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind)")
-    return 0
 
 
 if __name__ == "__main__":

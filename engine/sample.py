@@ -71,6 +71,14 @@ def main(words: Sequence[str] | None = None) -> int:
     check_model_arguments(arguments)
     prompts = _prompts(arguments)
 
+    from millrace.engine.sampling.trained_model import pinned_model
+
+    with pinned_model(arguments):
+        _sample(arguments, prompts)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
     from millrace.engine.config import guidance_warnings
     from millrace.engine.distributed.process_group import choose_device
     from millrace.engine.sampling.grids import save_grid
@@ -88,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> int:
         found.save(file)
         per = "position" if config.data.aspect == "square" else "channel"
         print(f"mean target of {found.count} pictures, per {per}, in {file}")
-        return 0
+        return
     sampler = open_sampler(weights, config, arguments.checkpoint, device)
     for warning in guidance_warnings(config.sampling, config.routing, config.objective):
         print(warning, file=sys.stderr)
@@ -108,7 +116,6 @@ def main(words: Sequence[str] | None = None) -> int:
         for i, picture in enumerate(pictures):
             save_grid(picture[None], arguments.output / f"{i:05d}.png")
         print(f"{len(pictures)} pictures in {arguments.output}/")
-    return 0
 
 
 def _size(text: str) -> tuple[int, int]:

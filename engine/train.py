@@ -5,6 +5,8 @@ millrace train --config jit_1024_tread --smoke
 millrace train --config quickstart --set run.steps=20 --print-config
 millrace train --config jit_1024_sprint --plan 8
 deepspeed --num_gpus 8 engine/train.py --config configs/latent_256.json --resume auto
+torchrun --nproc-per-node 8 engine/train.py --config configs/latent_256.json --resume auto
+srun --ntasks-per-node 8 python engine/train.py --config configs/latent_256.json --resume auto
 deepspeed --num_gpus 8 --module millrace.engine.train --config latent_256     (where engine/ is not at hand)
 """
 
@@ -75,16 +77,21 @@ def main(words: Sequence[str] | None = None) -> int:
 
         print("\n".join(plan(config, arguments.plan)))
         return 0
-    if arguments.smoke and not arguments.resume:
-        _discard_smoke_run(config)
 
-    from millrace.engine.distributed.process_group import wait_for_all
+    from millrace.engine.distributed.launchers import read_launcher
+
+    read_launcher()  # before torch is imported, so that tasks without ranks are refused at once
+
+    from millrace.engine.distributed import process_group
     from millrace.engine.run_log.logs import set_up_logging
     from millrace.engine.trainer import train
 
     set_up_logging()
+    process_group.join(config.run.device)
+    if arguments.smoke and not arguments.resume:
+        process_group.lead(lambda: _discard_smoke_run(config))
     train(config, arguments.resume)
-    wait_for_all()
+    process_group.wait_for_all()
     return 0
 
 
@@ -95,6 +102,7 @@ def _discard_smoke_run(config: "Config") -> None:
     """
     from millrace.engine.config.loading import parse_config
     from millrace.engine.config.smoke import SUFFIX
+    from millrace.engine.distributed.run_lock import RunLock
     from millrace.engine.planning.automatic import settled_as
     from millrace.engine.util.errors import UserError
 
@@ -104,8 +112,9 @@ def _discard_smoke_run(config: "Config") -> None:
         same = settled_as(config, recorded) == recorded
     except (OSError, ValueError, UserError):
         same = False
-    if same or config.run.output_dir.endswith(SUFFIX):
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if (same or config.run.output_dir.endswith(SUFFIX)) and (folder / "checkpoints").is_dir():
+        with RunLock(folder):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

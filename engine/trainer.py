@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from millrace.engine.config.stages import resolve_stages, stage_at
 from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import audit, require_masters
-from millrace.engine.distributed.signals import StopRequests
+from millrace.engine.distributed.signals import DataNeverCame, Request, StopRequests
+from millrace.engine.distributed.watchdog import Watchdog
 from millrace.engine.distributed.zero_shards import gather_parameters, local_shards
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder, EncodedBatch
@@ -50,6 +52,7 @@ from millrace.engine.planning.automatic import settle_run
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
+from millrace.engine.run_log.owned_run import owned_run
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
 from millrace.engine.util.data_sheets import peak_flops
@@ -63,15 +66,28 @@ if TYPE_CHECKING:  # an ordinary run imports nothing of repa_e
 def train(
     config: Config, resume: str | None = None, make: Callable[[Config, str | None], "Trainer"] | None = None
 ) -> None:
-    """Train a run through all its stages, or until it is asked to stop; `make` builds a Trainer for each."""
+    """Train a run through all its stages, or until it is asked to stop; `make` builds a Trainer for each.
+
+    From before the first stage to the end of the last the folder has this one owner, and signals are heard.
+    """
     make = make or Trainer
-    current = make(config, resume)
-    while current.train():
-        step, config = str(current.step), current.run_config  # settled, so that nothing is chosen twice
-        del current  # before the next one allocates
-        gc.unfreeze()
-        gc.collect()
-        current = make(config, step)
+    process_group.join(config.run.device)
+    requests = StopRequests(Path(config.run.output_dir))
+    watchdog = Watchdog(requests.while_stalled)
+    with owned_run(config, resume is not None) as failures, requests, watchdog:
+        try:
+            current = make(config, resume)
+            while current.train(requests, watchdog):
+                step, config = str(current.step), current.run_config  # settled: nothing is chosen twice
+                watchdog.enter(current.step, "start")
+                del current  # before the next one allocates
+                gc.unfreeze()
+                gc.collect()
+                current = make(config, step)
+        except Exception as error:
+            failures.note(watchdog.place(), error)
+            raise
+        failures.forget()
 
 
 class Trainer:
@@ -95,8 +111,8 @@ class Trainer:
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.output = Path(config.run.output_dir)
-        self.device = process_group.choose_device(config.run.device)
-        process_group.initialize(self.device)
+        self.device = process_group.join(config.run.device)
+        self.stop_requests, self.watchdog = StopRequests(self.output), Watchdog()
         resolve_stages(config)  # refuses what is not well formed, before a folder is made
         make_output(self.output)
         reader, messages = find_start(self.output, resume)
@@ -110,19 +126,24 @@ class Trainer:
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
-        frozen = open_frozen(
-            self.config, self.source, self.device, self.open_autoencoder, self.open_text_encoder
+        frozen = process_group.leaders_first(
+            lambda: open_frozen(
+                self.config, self.source, self.device, self.open_autoencoder, self.open_text_encoder
+            )
         )
         messages += self._check_size(frozen.autoencoder.factor)
-        teacher = self.open_teacher(self.config.alignment, self.device, self.data_digest)
+        teacher = process_group.leaders_first(
+            lambda: self.open_teacher(self.config.alignment, self.device, self.data_digest)
+        )
         messages += self._build_model(reader, teacher.dim if teacher else 0)
         messages += self._build_optimizer(reader)
-        self._build_loss(frozen.autoencoder.factor)
+        process_group.leaders_first(lambda: self._build_loss(frozen.autoencoder.factor))
         self._build_batches(frozen, teacher)
         self.repa_e = self._open_repa_e(reader)
 
         self.saved_at = self.step if reader is not None else -1
-        self.stop_requests = StopRequests(self.output)
+        self.last_batch: EncodedBatch | None = None
+        self.abandoned = False
         self._open_logs(messages + self._describe(frozen.lines))
         self.run_samples = RunSamples(
             self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log
@@ -289,30 +310,34 @@ class Trainer:
         """Fill the weights of a run that begins."""
         self.model.init_weights(seed)
 
-    def train(self) -> bool:
+    def train(self, requests: StopRequests | None = None, watchdog: Watchdog | None = None) -> bool:
         """Train to the end of the stage, or until asked to stop; either way with a checkpoint of the end.
 
-        Returns whether another stage follows.
+        `requests` and `watchdog` are those of all stages; without them no signal is heard. Returns whether
+        another stage follows.
         """
         config = self.config
+        self.stop_requests = requests = requests or self.stop_requests
+        self.watchdog = watchdog = watchdog or self.watchdog
         # What lives now lives to the end of the stage: the collector need not look through it in every step.
         gc.collect()
         gc.freeze()
         try:
+            if self._stopped(requests.poll(now=True)):  # asked while the stage was built
+                return False
             while self.step < self.stage.last:
                 self.train_step()
-                request = self.stop_requests.poll()
-                ends = bool(request.stop) or self.step == self.stage.last
-                if ends or request.save or self.step % config.checkpoint.every_steps == 0:
+                ended = self.step == self.stage.last
+                request = Request(save=True, stop=None) if ended else requests.poll(now=self.abandoned)
+                if request.save or request.stop or self.step % config.checkpoint.every_steps == 0:
                     self.save()
-                if self.run_samples.due(self.step):  # only now: should it fail, the step is safe on disk
+                if not self.abandoned and self.run_samples.due(self.step):
+                    # Only now: should it fail, the step is safe on disk.
+                    watchdog.enter(self.step, "samples")
                     self._flush()
                     self.batches.settle()
                     self.run_samples.make(self.step, self.gathered())
-                if request.stop:
-                    self.run_log.say(
-                        f"stopped at step {self.step} ({request.stop}); continue with --resume auto"
-                    )
+                if self._stopped(request):
                     return False
             bad = sorted(
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
@@ -320,16 +345,36 @@ class Trainer:
             if bad:
                 self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
             if self.stage.last < config.run.steps:
-                return True
+                return not self._stopped(requests.poll(now=True))
             self.run_log.say(
                 f"finished: {self.step} steps, {self.samples_seen} samples, {self.skipped} steps skipped"
             )
             return False
+        except DataNeverCame:
+            return self._stopped_without_data()
         finally:
             self.sample_log.reject(self.stream.bad)
             self.sample_log.close()
             self.stream.close()
             self.run_log.close()
+
+    def _stopped(self, request: Request) -> bool:
+        """Whether the run was asked to stop; then it is saved, unless nothing was trained."""
+        if not request.stop:
+            return False
+        if self.step > 0:
+            self.save()
+        self.run_log.say(f"stopped at step {self.step} ({request.stop}); continue with --resume auto")
+        return True
+
+    def _stopped_without_data(self) -> bool:
+        """Asked to stop, with a batch that does not come in the middle of a step."""
+        if process_group.world_size() == 1:
+            return not self._stopped(Request(save=True, stop=self.stop_requests.reason))
+        raise UserError(
+            f"stopped ({self.stop_requests.reason}) while rank {process_group.rank()} waited for the data of "
+            f"step {self.step + 1}; the other ranks cannot save without it, continue with --resume auto"
+        )
 
     def train_step(self) -> None:
         """One optimizer step over the global batch."""
@@ -342,12 +387,16 @@ class Trainer:
             flops += self._micro_batch(seen)
             self.engine.step()  # counts a micro-batch; DeepSpeed updates nothing before the last one
         flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
+        self.watchdog.enter(self.step, "update")
         norm, applied = self.optimizer_step.apply()
         if applied and self.working_weights is not None:
             self.working_weights.refresh()
         if self.repa_e is not None:
             self.repa_e.finish(applied, self.step - begun, end - begun)
 
+        if not applied and process_group.any_rank(self.abandoned):
+            self.abandoned = True  # on every rank: the step did not happen
+            return
         self.step += 1
         self.samples_seen += self.config.data.global_batch
         if applied:
@@ -361,18 +410,44 @@ class Trainer:
 
     def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
         """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
-        batch = self.next_batch()
+        batch = self._batch_or_last()
         self.captions_cut += batch.captions_cut
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
+        if self.abandoned:
+            per_sample = per_sample * math.nan  # which every rank skips
         # The mean over samples: a batch of mixed sizes weighs the same however it is cut.
         self.engine.backward(per_sample.mean() * self.optimizer_step.loss_factor)
-        if not last:  # the stage's last would take a micro-batch that nobody trains on
-            self.look_ahead()
+        if not last and not self.abandoned:  # the stage's last would take one that nobody trains on
+            with self._waiting_for_data():
+                self.look_ahead()
         self.loss_buffer.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
+
+    def _batch_or_last(self) -> EncodedBatch:
+        """The next micro-batch; the last one again once the step is abandoned.
+
+        A rank that is asked to stop while its data does not come cannot leave the step: the others wait for
+        its gradients. It takes part with losses of NaN, all skip the step, and all save.
+        """
+        self.watchdog.enter(self.step, "data")
+        if not self.abandoned:
+            with self._waiting_for_data():
+                self.last_batch = self.next_batch()
+        self.watchdog.enter(self.step, "compute")
+        return self.last_batch
+
+    @contextmanager
+    def _waiting_for_data(self) -> Iterator[None]:
+        try:
+            with self.stop_requests.waiting_for_data():
+                yield
+        except DataNeverCame:
+            if process_group.world_size() == 1 or self.last_batch is None or self.repa_e is not None:
+                raise
+            self.abandoned = True
 
     def next_batch(self) -> EncodedBatch:
         """The next micro-batch of this process, encoded and packed."""
@@ -456,6 +531,7 @@ class Trainer:
         self._flush()
         if self.saved_at == self.step:
             return
+        self.watchdog.enter(self.step, "save")
         meta = {
             "step": self.step,
             "samples": self.samples_seen,

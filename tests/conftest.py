@@ -58,7 +58,8 @@ def _process_as_before():
     """A Trainer joins a job, handles signals and freezes the garbage collector; DeepSpeed's stage 3 replaces
     `F.linear` for good. Undo that."""
     environment, linear = dict(os.environ), torch.nn.functional.linear
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+    handlers = {number: signal.getsignal(number) for number in heard}
     yield
     torch.nn.functional.linear = linear
     os.environ.clear()

@@ -103,20 +103,21 @@ def time_steps(
     gc.collect()
     gc.freeze()
     try:
-        for i in range(warmup + steps):
-            if i == warmup:
-                trainer.count_from_here()
-                if trainer.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(trainer.device)
-            wait_for(trainer.device)
-            started = time.perf_counter()
-            trainer.train_step()
-            request = trainer.stop_requests.poll()
-            wait_for(trainer.device)
-            if i >= warmup:
-                seconds.append(time.perf_counter() - started)
-            if request.stop:
-                raise KeyboardInterrupt
+        with trainer.stop_requests as requests:
+            for i in range(warmup + steps):
+                if i == warmup:
+                    trainer.count_from_here()
+                    if trainer.device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats(trainer.device)
+                wait_for(trainer.device)
+                started = time.perf_counter()
+                trainer.train_step()
+                request = requests.poll()
+                wait_for(trainer.device)
+                if i >= warmup:
+                    seconds.append(time.perf_counter() - started)
+                if request.stop:
+                    raise KeyboardInterrupt
         if then is not None:
             then(trainer)
     finally:

@@ -36,6 +36,7 @@ from millrace.engine.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
+from millrace.engine.checkpoint.pins import pinned_folders
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader, Piece, write_shard
 from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
@@ -180,12 +181,13 @@ def _next_folder(root: Path, step: int) -> Path:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Delete what a newer folder of the same step replaced, and all but the `keep` newest up to `step`."""
-    published = _published(root)
+    """Delete what a newer folder of the same step replaced, and all but the `keep` newest up to `step`; what
+    another process reads now, at a later save."""
+    published, pinned = _published(root), pinned_folders(root)
     newest = {other: folder for other, _, folder in published}
     dropped = set(sorted(other for other in newest if other <= step)[:-keep])
     for other, _, folder in published:
-        if folder != newest[other] or other in dropped:
+        if (folder != newest[other] or other in dropped) and folder.name not in pinned:
             doomed = root / f"{_TMP}{folder.name.removeprefix('step-')}-deleted"
             os.rename(folder, doomed)
             sync_folder(root)

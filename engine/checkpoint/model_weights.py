@@ -1,5 +1,7 @@
 """Model weights of a checkpoint: the denoiser's or their EMA, without the optimizer's state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.manifest import MANIFEST
+from millrace.engine.checkpoint.pins import pin, unpin
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
 from millrace.engine.config.loading import parse_config
@@ -31,6 +34,27 @@ def checkpoint_folder(path: str | Path) -> Path:
             f"{path} is neither a checkpoint nor a run with a checkpoint in {path / 'checkpoints'}"
         )
     return published[-1][1]
+
+
+@contextmanager
+def pinned_checkpoint(path: str | Path) -> Iterator[Path]:
+    """`checkpoint_folder` of `path`, resolved once; in this block no run deletes it.
+
+    In a folder where this user may not write it is not pinned. Raises UserError as `checkpoint_folder` does,
+    and for a checkpoint that its run deletes just now.
+    """
+    folder = checkpoint_folder(path)
+    file = pin(folder)
+    while file is not None and not folder.is_dir():  # pruned between the two
+        unpin(file)
+        if folder == Path(path):
+            raise UserError(f"{folder}: its run has just deleted it; take a newer one")
+        folder = checkpoint_folder(path)
+        file = pin(folder)
+    try:
+        yield folder
+    finally:
+        unpin(file)
 
 
 def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Stored:

@@ -45,7 +45,9 @@ class RunSamples:
         self._evaluation: Evaluation | None = None
         if config.evaluation.every_steps:
             edge = config.model.patch_size * prepare.autoencoder.factor
-            self._evaluation = Evaluation(config, edge, prepare.device, source)
+            self._evaluation = process_group.leaders_first(
+                lambda: Evaluation(config, edge, prepare.device, source)
+            )
             for line in self._evaluation.describe():
                 log.say(line)
             self._evaluation.prepare(log.say)

@@ -166,8 +166,8 @@ def accumulation_passes(stage: int, ranks: int, working: bool) -> float:
 
 
 def _gathered_passes(ranks: int) -> float:
-    """Of ZeRO-3 in every micro-batch: weights out of what was gathered (1.5; 3.5 with several processes, where
-    they are copied as well), gradients concatenated and divided (5), the own share out of them (2)."""
+    """Of ZeRO-3 in every micro-batch: weights out of what was gathered (1.5; with several processes, where
+    they are copied as well, 3.5), gradients concatenated and divided (5), the own share out of them (2)."""
     return (3.5 if ranks > 1 else 1.5) + 5.0 + 2.0 / ranks
 
 

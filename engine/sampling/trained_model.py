@@ -2,13 +2,19 @@
 
 import argparse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from millrace.engine.checkpoint.model_weights import checkpoint_folder, checkpoint_state
+from millrace.engine.checkpoint.model_weights import (
+    checkpoint_config,
+    checkpoint_state,
+    pinned_checkpoint,
+)
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers, load_weights
 from millrace.engine.config import Config, Sampling
 from millrace.engine.config.loading import Given, load_config, merge, nested, parse_config
@@ -26,9 +32,30 @@ from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.util.errors import UserError
 
 
+@contextmanager
+def pinned_model(arguments: argparse.Namespace) -> Iterator[None]:
+    """In this block `arguments.checkpoint` is one checkpoint, if it was a run its newest, and it stays: a run
+    that goes on meanwhile does not prune it."""
+    run = run_of(arguments.checkpoint)
+    if run is None:
+        yield
+        return
+    with pinned_checkpoint(run) as arguments.checkpoint:
+        yield
+
+
+def model_config(arguments: argparse.Namespace) -> Config:
+    """The configuration of `load_model`; reads no weights."""
+    if _holds_weights_only(arguments.checkpoint):
+        found = load_config(arguments.config) if arguments.config else Config()
+    else:
+        found = checkpoint_config(CheckpointReader(arguments.checkpoint, verify=False))
+    return _under_arguments(found.model_dump(mode="json"), arguments)
+
+
 def load_model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
     """Weights, and the configuration that they were trained with under the arguments of
-    `add_model_arguments`."""
+    `add_model_arguments`; `arguments.checkpoint` is that of `pinned_model`."""
     if _holds_weights_only(arguments.checkpoint):
         if not arguments.config:
             raise UserError(
@@ -41,7 +68,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config
         # Such weights are of no SPRINT model, whatever the run was that the configuration is for.
         found = {"model": model.model_dump(mode="json"), "routing": routing.model_dump(mode="json")}
         return weights, _under_arguments(wanted.model_dump(mode="json") | found, arguments)
-    weights, config = checkpoint_state(checkpoint_folder(arguments.checkpoint), arguments.weights)
+    weights, config = checkpoint_state(arguments.checkpoint, arguments.weights)
     return weights, _under_arguments(config.model_dump(mode="json"), arguments)
 
 

@@ -8,6 +8,10 @@ class UserError(Exception):
     """Something the user gave cannot be used; the message says what, where, and what to do about it."""
 
 
+class FailedElsewhere(UserError):
+    """Another process of the job failed, and says why; a command that ends by it says nothing."""
+
+
 def did_you_mean(wrong: str, names: Iterable[str], kind: str) -> str:
     """`did you mean 'x'?`, x the nearest of `names`; if none is near `valid KIND: a, b`, all of them."""
     names = list(names)

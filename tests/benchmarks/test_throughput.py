@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,7 +195,8 @@ class Steps:
     def __init__(self, stop_after=None):
         self.device = torch.device("cpu")
         self.done, self.closed, self.counted_from, self.stop_after = 0, [], None, stop_after
-        self.stop_requests = SimpleNamespace(poll=lambda: SimpleNamespace(stop=self.done == self.stop_after))
+        requests = SimpleNamespace(poll=lambda: SimpleNamespace(stop=self.done == self.stop_after))
+        self.stop_requests = nullcontext(requests)
         self.stream = SimpleNamespace(close=lambda: self.closed.append("stream"))
         self.run_log = SimpleNamespace(close=lambda: self.closed.append("log"))
         self.sample_log = SimpleNamespace(close=lambda: self.closed.append("sample log"))

@@ -1,4 +1,4 @@
-"""The messages on docs/troubleshooting.md are ones that the engine can give."""
+"""The messages on docs/troubleshooting.md and docs/clusters.md are ones that the engine can give."""
 
 import ast
 import re
@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "troubleshooting.md"
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("troubleshooting", "clusters")]
 LEAST = 12
 """Characters that a message of the code must have besides what it fills in."""
 
-MESSAGES = re.findall(r"^```output\n(.*)\n```$", PAGE.read_text(), re.MULTILINE)
+MESSAGES = [
+    message
+    for page in PAGES
+    for message in re.findall(r"^```output\n(.*)\n```$", page.read_text(), re.MULTILINE)
+]
 
 
 @cache
@@ -42,8 +46,8 @@ def given_by(message):
     return [pattern for pattern in patterns if re.fullmatch(rf"(\S+: )*{pattern}", message)]
 
 
-def test_the_page_has_messages():
-    assert len(MESSAGES) > 20
+def test_the_pages_have_messages():
+    assert len(MESSAGES) > 25
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message[:50])

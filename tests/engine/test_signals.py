@@ -150,13 +150,13 @@ def test_the_files_save_and_stop(runs, tmp_path):
 def test_a_second_ctrl_c_interrupts_at_once(runs, tmp_path):
     """For a user who does not want to wait for the step and the checkpoint."""
 
-    # A step of 1,000 micro-batches, so that both signals come before its end.
-    process = runs.start(runs.command(tmp_path / "run", ENDLESS, {"data": {"global_batch": 2000}}))
+    # Steps of 500 micro-batches, so that both signals come in one of them.
+    process = runs.start(runs.command(tmp_path / "run", ENDLESS, {"data": {"global_batch": 1000}}))
     try:
-        wait_until((tmp_path / "run" / "log.jsonl").exists, process)
-        time.sleep(0.5)
+        wait_until(lambda: steps_logged(tmp_path / "run") > 0, process)
+        time.sleep(0.5)  # the step is logged before its boundary, which would stop the run
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
     finally:

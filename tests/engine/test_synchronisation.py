@@ -48,6 +48,7 @@ MAY_WAIT = {
     ("kernels/support/packed.py", "sample_slices"): "reads the offsets of CPU tensors",
     ("engine/distributed/process_group.py", "any_rank"): "a tensor of the host, over gloo",
     ("engine/distributed/process_group.py", "sum_over_ranks"): "for statistics of an evaluation",
+    ("engine/distributed/signals.py", "result"): "the poll of a step before, which the device has passed",
     ("engine/encoders/pretrained.py", "weights_digest"): "before the first step",
     ("engine/encoders/small_classifier.py", "save_classifier"): "before the first step",
     ("engine/encoders/teacher.py", "put"): "the first visit of a picture, if features are cached",

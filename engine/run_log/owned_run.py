@@ -1,0 +1,38 @@
+"""Ownership of a run's folder over all its stages, and the record of how it failed."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from millrace.engine.config import Config
+from millrace.engine.distributed import process_group
+from millrace.engine.distributed.run_lock import RunLock
+from millrace.engine.run_log.failures import Failures
+from millrace.engine.run_log.logs import make_output
+from millrace.engine.util.files import sha256_json
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def owned_run(config: Config, resume: bool) -> Iterator[Failures]:
+    """In this block no other process trains in the folder of the run. Collective.
+
+    Raises UserError if one does, if the folder cannot be written, and for `resume` of a run that failed in
+    the same way too often.
+    """
+    output = Path(config.run.output_dir)
+    with ExitStack() as stack:
+        failures = Failures(output, sha256_json(config.model_dump(mode="json")))
+
+        def own() -> None:
+            make_output(output)
+            lock = stack.enter_context(RunLock(output))
+            if lock.taken_over:
+                log.warning(lock.taken_over)
+            if resume:
+                failures.refuse_loop()
+
+        process_group.lead(own)
+        yield failures
