@@ -66,7 +66,8 @@ class RunSamples:
             return
         sampler = self._sampler(whole)
         if grid and process_group.rank() == 0:
-            self._grid(step, sampler)
+            with self.log.channels.tolerate("sample grid"):  # nobody waits for rank 0 here
+                self._grid(step, sampler)
         if evaluation:
             self._evaluate(step, sampler)
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, ImageOps
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.reject_reasons import Reason, Rejected
+from millrace.engine.util.transient import retried
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -98,9 +99,9 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def read_file(path: Path) -> bytes:
-    """All of a file. Raises UnreadablePicture where that fails."""
+    """All of a file, tried again after errors that may pass. Raises UnreadablePicture."""
     try:
-        return path.read_bytes()
+        return retried(path.read_bytes)
     except OSError as error:
         raise UnreadablePicture(str(path), error.strerror or str(error), Reason.UNREADABLE_FILE) from error
 

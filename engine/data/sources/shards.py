@@ -28,6 +28,7 @@ from millrace.engine.data.sources.pictures import (
 )
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
+from millrace.engine.util.transient import retried
 
 OPEN_FILES = 64
 """Tar files that one source keeps open."""
@@ -130,7 +131,7 @@ class ShardsSource:
         if self._verify:
             self._check_shard(shard)
         try:
-            data = self._files.read(self._path(shard), start, end - start)
+            data = retried(lambda: self._files.read(self._path(shard), start, end - start))
         except OSError as error:
             raise UnreadablePicture(self._where(index), error.strerror or str(error)) from None
         if len(data) != end - start:
@@ -214,12 +215,18 @@ class _OpenFiles:
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer at the end of the file. Raises OSError."""
         file = self._get(path)
-        data = os.pread(file.number, size, offset)
-        while data and len(data) < size:  # a signal or a network file system may cut a read short
-            more = os.pread(file.number, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
+        try:
+            data = os.pread(file.number, size, offset)
+            while data and len(data) < size:  # a signal or a network file system may cut a read short
+                more = os.pread(file.number, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError:
+            with self._lock:  # a stale handle stays stale: open the file anew when it is tried again
+                if self._open.get(path) is file:
+                    del self._open[path]
+            raise
         return data
 
     def _get(self, path: Path) -> _Descriptor:
