@@ -32,7 +32,7 @@ class BadElements(NamedTuple):
 
     def __str__(self) -> str:
         counts = ((self.not_finite, "not finite"), (self.negative, "negative"))
-        return ", ".join(f"{count} {what}" for count, what in counts if count)
+        return ", ".join(f"{n} element{'s'[: n > 1]} {what}" for n, what in counts if n)
 
 
 class DamagedState(UserError):
@@ -57,6 +57,13 @@ def bad_elements(name: str, values: Tensor) -> BadElements | None:
     return BadElements(int((~finite).sum()), negative)
 
 
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise UserError if weights have elements that are not finite; `what` they are begins the message."""
+    found = {name: bad for name, tensor in tensors.items() if (bad := bad_elements(name, tensor))}
+    if found:
+        raise UserError(f"{what} are damaged: {describe(found)}; take an earlier checkpoint or other weights")
+
+
 def total(parts: Iterable[Mapping[str, BadElements]]) -> dict[str, BadElements]:
     """Counts by tensor over several parts of a state."""
     found: dict[str, BadElements] = {}
@@ -69,7 +76,7 @@ def total(parts: Iterable[Mapping[str, BadElements]]) -> dict[str, BadElements]:
 
 def describe(bad: Mapping[str, BadElements]) -> str:
     """In one line for people: the first few tensors and how many more there are."""
-    shown = [f"{name} ({counts} elements)" for name, counts in list(bad.items())[:_SHOWN]]
+    shown = [f"{name} ({counts})" for name, counts in list(bad.items())[:_SHOWN]]
     more = f" and {len(bad) - _SHOWN} more tensors" if len(bad) > _SHOWN else ""
     return f"{', '.join(shown)}{more}"
 

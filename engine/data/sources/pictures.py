@@ -77,6 +77,11 @@ def stored_size(source: Source, index: int) -> tuple[int, int] | None:
     return source.stored_size(index) if hasattr(source, "stored_size") else None
 
 
+def keys_of(source: Source) -> list[str]:
+    """Keys of all pictures of a source, in order; one that would read pictures for them has `keys`."""
+    return source.keys() if hasattr(source, "keys") else [source.key(i) for i in range(len(source))]
+
+
 def holds_files(source: Source) -> bool:
     """Whether `source`, or a part of it, is a `Files`."""
     parts = getattr(source, "sources", None)

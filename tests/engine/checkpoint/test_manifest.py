@@ -170,7 +170,7 @@ def test_a_sealed_manifest_that_describes_no_whole_checkpoint_is_refused(tmp_pat
     data = json.dumps(values).encode()
     (tmp_path / "manifest.json").write_bytes(data)
     (tmp_path / "manifest.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  manifest.json\n")
-    with pytest.raises(DamagedCheckpoint, match="manifest.json does not describe a checkpoint") as caught:
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json does not describe a checkpoint") as caught:
         read_manifest(tmp_path)
     assert "\n" not in str(caught.value)
 
