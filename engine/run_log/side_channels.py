@@ -35,9 +35,8 @@ class SideChannels:
         except Exception as error:
             self.failures[channel] += 1
             if self.failures[channel] == 1:
-                self._say(
-                    f"warning: {channel} failed: {_reason(error)}; training goes on, the rest is counted"
-                )
+                line = f"{channel} failed: {_reason(error)}; training goes on, the rest is counted"
+                self._say(f"warning: {line}")
 
     def summary(self) -> list[str]:
         """A line about all failures; none if there were none."""
