@@ -83,7 +83,8 @@ class RunLog:
             values = record | record.get("losses", {}) | tuning
             scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self._scalars(record["step"], scalars, record)
-        self._show(records[-1])
+        with suppress(OSError):  # a terminal that has gone away
+            self._show(records[-1])
 
     def _scalars(self, step: int, scalars: dict[str, Any], whole: dict[str, Any]) -> None:
         """Values of a step for TensorBoard, and for Weights & Biases, which takes nested ones too."""
@@ -152,7 +153,7 @@ class RunLog:
 
 
 def _print(line: str) -> None:
-    """Above a progress bar if there is one; a terminal that has gone away is nobody to tell of it."""
+    """Above a progress bar if there is one; not on a terminal that has gone away."""
     with suppress(OSError):
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
