@@ -304,6 +304,8 @@ class Trainer:
         gc.collect()
         gc.freeze()
         try:
+            if self.step > self.stage.first and any(lacking := self.run_samples.lacking(self.step)):
+                self.run_samples.make(self.step, self.gathered(), lacking)
             while self.step < self.stage.last:
                 self.train_step()
                 request = self.stop_requests.poll()

@@ -341,7 +341,7 @@ def find_start(output: Path, resume: str | None) -> tuple[CheckpointReader | Non
     )
     step = reader.step if reader is not None else 0
     consult = require_progress if resume == "auto" else forget_damage
-    _together(lambda: consult(output, step) if leads else None, gather)
+    messages += _together(lambda: consult(output, step) if leads else [], gather)[0]
     return reader, messages
 
 

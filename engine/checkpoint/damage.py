@@ -87,11 +87,16 @@ def record_damage(output: Path, good: int, step: int, damage: DamagedState) -> N
         file.write(json.dumps({"good": good, "step": step, "problem": describe(damage.bad)}) + "\n")
 
 
-def require_progress(output: Path, step: int) -> None:
-    """Raise UserError if training from the checkpoint of `step` has ended in a damaged state twice."""
+def require_progress(output: Path, step: int) -> list[str]:
+    """A line for the user if training from the checkpoint of `step` has ended in a damaged state; UserError
+    if it has twice."""
     found = [entry for entry in _entries(output) if entry["good"] == step]
     if len(found) < 2:
-        return
+        return [
+            f"going back to step {step}: at step {entry['step']} the training state was damaged: "
+            f"{entry['problem']}; if it happens again, --resume auto gives up"
+            for entry in found
+        ]
     times = ", ".join(f"at step {entry['step']}: {entry['problem']}" for entry in found[-2:])
     raise UserError(
         f"{output}: going back to step {step} did not help, the training state was damaged again ({times}); "
@@ -100,13 +105,14 @@ def require_progress(output: Path, step: int) -> None:
     )
 
 
-def forget_damage(output: Path, step: int) -> None:
+def forget_damage(output: Path, step: int) -> list[str]:
     """Strike what the record says of training from `step`: someone decided to go on there."""
     entries = _entries(output)
     kept = [entry for entry in entries if entry["good"] != step]
     if len(kept) < len(entries):
         with suppress(OSError):  # then `auto` asks once more
             write_atomically(output / RECORD, "".join(json.dumps(entry) + "\n" for entry in kept))
+    return []
 
 
 def _entries(output: Path) -> list[dict]:

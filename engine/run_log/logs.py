@@ -121,6 +121,12 @@ class RunLog:
             with self.channels.tolerate("Weights & Biases"):
                 self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether log.jsonl has the evaluation of a step; False on ranks other than 0."""
+        return self._leads and any(
+            record["step"] == step and "evaluation" in record for record in self._file.read()
+        )
+
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write what an evaluation found: a line {"step", "evaluation": values} of log.jsonl, and scalars."""
         if not self._leads:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,6 +76,12 @@ class RecordFile:
         if sync:
             os.fsync(self._file.fileno())
 
+    def read(self) -> list[dict[str, Any]]:
+        """The records of the file, up to a line that was cut off; none if it cannot be read."""
+        with suppress(OSError):
+            return records_of(self._path)
+        return []
+
     def close(self) -> None:
         """Nothing is written afterwards."""
         if self._file is not None:
@@ -85,13 +91,16 @@ class RecordFile:
 def drop_after(path: Path, step: int) -> None:
     """Make a file of records end at `step`, and begin it if it is not there. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+    kept = [record for record in records_of(path) if record["step"] <= step] if path.exists() else []
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """Records of a file up to a line that was cut off. Raises OSError."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found

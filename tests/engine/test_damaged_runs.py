@@ -76,7 +76,9 @@ def test_once_is_enough_to_go_back_and_finish(runs, tmp_path, capsys):
     first = runs.here(tmp_path / "run", CHANGES, poisoned=("exp_avg", 5, 0))
     assert "the training state is damaged: " in first.error
     assert runs.here(tmp_path / "run", CHANGES, resume="auto").error is None
-    assert "resumed at step 4" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "resumed at step 4" in said
+    assert "going back to step 4: at step 6 the training state was damaged: " in said
     assert runs.here(tmp_path / "whole", CHANGES).error is None
     runs.assert_same_bits(tmp_path / "run", tmp_path / "whole")
     (entry,) = map(json.loads, (tmp_path / "run" / RECORD).read_text().splitlines())

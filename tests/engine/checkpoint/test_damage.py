@@ -117,9 +117,13 @@ def test_damage_across_the_parts_that_are_read_at_a_time(tmp_path, monkeypatch):
 
 def test_auto_gives_up_when_going_back_has_not_helped_twice(tmp_path):
     damage = DamagedState({"master/w": BadElements(1, 0)})
-    for steps in (0, 1):
-        require_progress(tmp_path, 20)
-        record_damage(tmp_path, 20, 25 + steps, damage)
+    assert require_progress(tmp_path, 20) == []
+    record_damage(tmp_path, 20, 25, damage)
+    (said,) = require_progress(tmp_path, 20)
+    assert said.startswith(
+        "going back to step 20: at step 25 the training state was damaged: master/w (1 element"
+    )
+    record_damage(tmp_path, 20, 26, damage)
     with pytest.raises(UserError, match="going back to step 20 did not help") as caught:
         require_progress(tmp_path, 20)
     assert "at step 25: master/w (1 element not finite), at step 26: master/w" in str(caught.value)
