@@ -352,10 +352,10 @@ class Trainer:
             self.engine.step()  # counts a micro-batch; DeepSpeed updates nothing before the last one
         flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
         norm, applied = deepspeed_engine.apply_gradients(self.engine, self.model, self.optimizer, self.config)
+        if not applied:  # before anything counts the step: it is taken again when there are data
+            self._stop_without_data(process_group.gather_objects(self.lasting.failure))
         if self.repa_e is not None:
             self.repa_e.finish(applied, self.step - begun, end - begun)
-        if not applied:
-            self._stop_without_data(process_group.gather_objects(self.lasting.failure))
 
         self.step += 1
         self.samples_seen += self.config.data.global_batch
