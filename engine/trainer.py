@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -304,6 +304,7 @@ class Trainer:
         gc.collect()
         gc.freeze()
         try:
+            # A run that was stopped or killed between a save and its samples left them to this one.
             if self.step > self.stage.first and any(lacking := self.run_samples.lacking(self.step)):
                 self.run_samples.make(self.step, self.gathered(), lacking)
             while self.step < self.stage.last:
@@ -473,7 +474,7 @@ class Trainer:
             self.save(final=True)
             raise UserError(f"stopped after step {self.step}, which is saved: {reasons[0]}")
 
-    def _stop_damaged(self, damage: DamagedState) -> None:
+    def _stop_damaged(self, damage: DamagedState) -> NoReturn:
         """End the run without a checkpoint: what there is to say of a damaged state, and where to go back."""
         if process_group.rank() == 0:
             with self.run_log.channels.tolerate(RECORD):
