@@ -153,11 +153,13 @@ class SampleStream:
         Collective.
         """
         told, self._untold = process_group.gather_objects(self._untold), []
-        for part, size, key, problem in itertools.chain(*told):
-            known = self._bad_in[part]
-            known.add(key)
-            if len(known) / size > self._config.max_bad_share:
-                return _too_many(problem, len(known), size, part, self._config.max_bad_share)
+        found = list(itertools.chain(*told))
+        for part, _, key, _ in found:
+            self._bad_in[part].add(key)
+        for part, size, _, problem in found:  # only when all are counted, so that every process says the same
+            count = len(self._bad_in[part])
+            if count / size > self._config.max_bad_share:
+                return _too_many(problem, count, size, part, self._config.max_bad_share)
         return None
 
     def close(self) -> None:
