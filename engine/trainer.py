@@ -9,22 +9,31 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from millrace.engine.checkpoint import train_state
-from millrace.engine.checkpoint.checkpoints import CheckpointReader, find_start, save_checkpoint
+from millrace.engine.checkpoint.checkpoints import (
+    CheckpointNotWritten,
+    CheckpointReader,
+    find_start,
+    save_checkpoint,
+)
+from millrace.engine.checkpoint.damage import RECORD, DamagedState, record_damage, total
+from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.weight_formats import start_from
 from millrace.engine.config import Config
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import resolve_stages, stage_at
 from millrace.engine.data import SampleStream, fingerprint, open_source
+from millrace.engine.data.lasting_stream import LastingStream
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import audit, require_masters
+from millrace.engine.distributed.release import collect_memory, release_engine
 from millrace.engine.distributed.signals import DataNeverCame, Request, StopRequests
 from millrace.engine.distributed.watchdog import Watchdog
 from millrace.engine.distributed.zero_shards import gather_parameters, local_shards
@@ -80,10 +89,11 @@ def train(
             while current.train(requests, watchdog):
                 step, config = str(current.step), current.run_config  # settled: nothing is chosen twice
                 watchdog.enter(current.step, "start")
-                del current  # before the next one allocates
-                gc.unfreeze()
-                gc.collect()
+                current.release()
+                del current  # before the next one measures what is free, and allocates
+                collect_memory()
                 current = make(config, step)
+            current.release()
         except Exception as error:
             failures.note(watchdog.place(), error)
             raise
@@ -142,8 +152,7 @@ class Trainer:
         self.repa_e = self._open_repa_e(reader)
 
         self.saved_at = self.step if reader is not None else -1
-        self.last_batch: EncodedBatch | None = None
-        self.abandoned = False
+        self.sound_at, self.failed_saves = self.step, 0
         self._open_logs(messages + self._describe(frozen.lines))
         self.run_samples = RunSamples(
             self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log
@@ -166,6 +175,8 @@ class Trainer:
         if reader is None:
             return []
         saved, messages = reader.meta, []
+        if reader.written_by != (ours := stamp()["millrace"]):
+            messages.append(f"the checkpoint was written by millrace {reader.written_by}, this is {ours}")
         self.samples_seen, self.skipped, self.updates = saved["samples"], saved["skipped"], saved["updates"]
         if saved["data"] != self.data_digest and self.step > self.stage.data_step:
             messages.append("warning: the data set is not the checkpoint's; from here on its order differs")
@@ -267,6 +278,7 @@ class Trainer:
             caches=frozen.caches,
             device=self.device,
         )
+        self.lasting = LastingStream(self.stream)
 
     def _open_repa_e(self, reader: CheckpointReader | None) -> "RepaE | None":
         """What tunes the autoencoder, where the run does."""
@@ -285,9 +297,12 @@ class Trainer:
         """The files of the run's folder; then the lines that people read at the start."""
         self.records: list[dict[str, Any]] = []
         self.run_log = RunLog(self.config, self.output, self.step)
-        self.sample_log = SampleLog(self.output, self.step, self.config.logging.sample_keys)
+        channels = self.run_log.channels
+        self.sample_log = SampleLog(self.output, self.step, self.config.logging.sample_keys, channels)
         if process_group.rank() == 0:
-            write_atomically(self.output / "config.json", self.run_config.model_dump_json(indent=2) + "\n")
+            with channels.tolerate("config.json"):
+                text = self.run_config.model_dump_json(indent=2) + "\n"
+                write_atomically(self.output / "config.json", text)
         for line in messages:
             self.run_log.say(line)
 
@@ -318,27 +333,30 @@ class Trainer:
         """
         config = self.config
         self.stop_requests = requests = requests or self.stop_requests
-        self.watchdog = watchdog = watchdog or self.watchdog
+        self.watchdog = watchdog or self.watchdog
+        self.lasting.waiting = requests.waiting_for_data
         # What lives now lives to the end of the stage: the collector need not look through it in every step.
         gc.collect()
         gc.freeze()
         try:
             if self._stopped(requests.poll(now=True)):  # asked while the stage was built
                 return False
+            # A run that was stopped or killed between a save and its samples left them to this one.
+            if self.step > self.stage.first and any(lacking := self.run_samples.lacking(self.step)):
+                self._make_samples(lacking)
             while self.step < self.stage.last:
-                self.train_step()
+                if not self.train_step():  # the data did not come, and a rank was asked to stop
+                    return not self._stopped(requests.poll(now=True))
                 ended = self.step == self.stage.last
-                request = Request(save=True, stop=None) if ended else requests.poll(now=self.abandoned)
+                request = Request(save=True, stop=None) if ended else requests.poll()
                 if request.save or request.stop or self.step % config.checkpoint.every_steps == 0:
-                    self.save()
-                if not self.abandoned and self.run_samples.due(self.step):
-                    # Only now: should it fail, the step is safe on disk.
-                    watchdog.enter(self.step, "samples")
-                    self._flush()
-                    self.batches.settle()
-                    self.run_samples.make(self.step, self.gathered())
+                    self.save(final=bool(request.stop) or ended)
                 if self._stopped(request):
                     return False
+                # After the save: what goes wrong with samples costs no steps.
+                if self.run_samples.due(self.step):
+                    self._make_samples()
+            self.save(final=True)
             bad = sorted(
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
             )
@@ -363,12 +381,12 @@ class Trainer:
         if not request.stop:
             return False
         if self.step > 0:
-            self.save()
+            self.save(final=True)
         self.run_log.say(f"stopped at step {self.step} ({request.stop}); continue with --resume auto")
         return True
 
     def _stopped_without_data(self) -> bool:
-        """Asked to stop, with a batch that does not come in the middle of a step."""
+        """Asked to stop while the first micro-batch of the stage does not come."""
         if process_group.world_size() == 1:
             return not self._stopped(Request(save=True, stop=self.stop_requests.reason))
         raise UserError(
@@ -376,8 +394,18 @@ class Trainer:
             f"step {self.step + 1}; the other ranks cannot save without it, continue with --resume auto"
         )
 
-    def train_step(self) -> None:
-        """One optimizer step over the global batch."""
+    def _make_samples(self, what: tuple[bool, bool] | None = None) -> None:
+        """Grid and evaluation that are due, or those of `what`. Collective."""
+        self.watchdog.enter(self.step, "samples")
+        self._flush()
+        self.batches.settle()
+        self.run_samples.make(self.step, self.gathered(), what)
+
+    def train_step(self) -> bool:
+        """One optimizer step over the global batch.
+
+        Returns whether it was taken: not where a rank was asked to stop while its data did not come.
+        """
         started = time.perf_counter()
         begun, end = self.stage.schedule_step, self.stage.schedule_end
         rates = set_learning_rates(self.optimizer, self.step - begun, self.config.schedule, end - begun)
@@ -389,14 +417,14 @@ class Trainer:
         flops += self._micro_batch(seen, last=self.step + 1 == self.stage.last)
         self.watchdog.enter(self.step, "update")
         norm, applied = self.optimizer_step.apply()
+        # Before anything counts the step: it is taken again when there are data.
+        if not applied and self._data_ended():
+            return False
         if applied and self.working_weights is not None:
             self.working_weights.refresh()
         if self.repa_e is not None:
             self.repa_e.finish(applied, self.step - begun, end - begun)
 
-        if not applied and process_group.any_rank(self.abandoned):
-            self.abandoned = True  # on every rank: the step did not happen
-            return
         self.step += 1
         self.samples_seen += self.config.data.global_batch
         if applied:
@@ -407,58 +435,39 @@ class Trainer:
         self._record(rates, norm, applied, time.perf_counter() - started, flops)
         if not applied:
             self._report_bad(seen)
+        if self.step % self.config.logging.every_steps == 0:
+            self._stop_for([self.stream.too_many_bad()])
+        return True
 
     def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
         """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
-        batch = self._batch_or_last()
+        self.watchdog.enter(self.step, "data")
+        batch = self.next_batch()
+        self.watchdog.enter(self.step, "compute")
+        if self.lasting.ended:  # spoilt, so that all ranks skip the step
+            batch = replace(batch, clean=torch.full_like(batch.clean, math.nan))
         self.captions_cut += batch.captions_cut
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
-        if self.abandoned:
-            per_sample = per_sample * math.nan  # which every rank skips
         # The mean over samples: a batch of mixed sizes weighs the same however it is cut.
         self.engine.backward(per_sample.mean() * self.optimizer_step.loss_factor)
-        if not last and not self.abandoned:  # the stage's last would take one that nobody trains on
-            with self._waiting_for_data():
-                self.look_ahead()
+        if not last:  # the stage's last would take a micro-batch that nobody trains on
+            self.look_ahead()
         self.loss_buffer.add(terms, t)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
 
-    def _batch_or_last(self) -> EncodedBatch:
-        """The next micro-batch; the last one again once the step is abandoned.
-
-        A rank that is asked to stop while its data does not come cannot leave the step: the others wait for
-        its gradients. It takes part with losses of NaN, all skip the step, and all save.
-        """
-        self.watchdog.enter(self.step, "data")
-        if not self.abandoned:
-            with self._waiting_for_data():
-                self.last_batch = self.next_batch()
-        self.watchdog.enter(self.step, "compute")
-        return self.last_batch
-
-    @contextmanager
-    def _waiting_for_data(self) -> Iterator[None]:
-        try:
-            with self.stop_requests.waiting_for_data():
-                yield
-        except DataNeverCame:
-            if process_group.world_size() == 1 or self.last_batch is None or self.repa_e is not None:
-                raise
-            self.abandoned = True
-
     def next_batch(self) -> EncodedBatch:
         """The next micro-batch of this process, encoded and packed."""
         if self.repa_e is not None:
-            return self.repa_e.next_batch(self.stream, self.step)
-        return self.batches.next_batch(self.stream)
+            return self.repa_e.next_batch(self.lasting, self.step)
+        return self.batches.next_batch(self.lasting)
 
     def look_ahead(self) -> None:
         """Have the micro-batch after this one encoded while the device is busy with this one."""
         if self.repa_e is None:  # which makes the next latents only after this step's update
-            self.batches.look_ahead(self.stream)
+            self.batches.look_ahead(self.lasting)
 
     def sample_losses(self, batch: EncodedBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Terms of the loss (B,) of the batch's samples by name, and their times (B,)."""
@@ -508,6 +517,9 @@ class Trainer:
         """Name the samples of a skipped step, and give up after too many in a row."""
         self.skipped += 1
         self.bad_in_row += 1
+        state = process_group.gather_objects(train_state.bad_state(self.shards, self.optimizer, self.ema))
+        if found := total(state):
+            self._stop_damaged(DamagedState(found))
         bad = [
             key
             for keys, losses in seen
@@ -520,14 +532,46 @@ class Trainer:
             f"step {self.step} skipped, weights unchanged; samples with a loss that is not finite: {among}"
         )
         if self.bad_in_row >= self.config.run.max_bad_steps:
-            self.save()
+            self.save(final=True)
             raise UserError(
                 f"stopped: {self.bad_in_row} steps in a row up to step {self.step} had no finite loss or "
                 f"gradient (run.max_bad_steps); the last samples: {among}"
             )
 
-    def save(self) -> None:
-        """Publish a checkpoint of the current state, unless this step has one."""
+    def _data_ended(self) -> bool:
+        """Whether the data of any rank have ended: UserError where they failed, True where it was asked to
+        stop while it waited for them. Collective."""
+        ends = process_group.gather_objects((self.lasting.failure, self.lasting.asked))
+        self._stop_for([failure for failure, _ in ends])
+        return any(asked for _, asked in ends)
+
+    def _stop_for(self, failures: list[str | None]) -> None:
+        """End the run, with a checkpoint, if any rank's data have failed; `failures` are the same on all."""
+        if reasons := [reason for reason in failures if reason]:
+            self.save(final=True)
+            raise UserError(f"stopped after step {self.step}, which is saved: {reasons[0]}")
+
+    def _stop_damaged(self, damage: DamagedState) -> NoReturn:
+        """End the run without a checkpoint: what there is to say of a damaged state, and where to go back."""
+        if process_group.rank() == 0:
+            with self.run_log.channels.tolerate(RECORD):
+                record_damage(self.output, max(self.saved_at, 0), self.step, damage)
+        back = (
+            "start again"
+            if self.saved_at < 0
+            else f"continue with --resume auto, which goes back to step {self.saved_at}"
+        )
+        raise UserError(
+            f"{damage}; it was sound at step {self.sound_at} and is not at step {self.step}, so it is not "
+            f"saved: {back}. Suspect the device or a kernel if no loss was near overflow"
+        ) from damage
+
+    def save(self, final: bool = False) -> None:
+        """Publish a checkpoint of the current state, unless this step has one.
+
+        Where it cannot be written, the run goes on to the next step that is due, once; not if it is the
+        `final` one of this process.
+        """
         self._flush()
         if self.saved_at == self.step:
             return
@@ -543,18 +587,35 @@ class Trainer:
             "config": self.run_config.model_dump(mode="json"),
         }
         pieces = train_state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers())
-        folder = save_checkpoint(
-            self.output / "checkpoints",
-            self.step,
-            itertools.chain(pieces, self.repa_e.state_pieces() if self.repa_e is not None else ()),
-            meta,
-            keep=self.config.checkpoint.keep,
-            rank=process_group.rank(),
-            world_size=process_group.world_size(),
-            all_ok=process_group.all_ranks,
-        )
-        self.saved_at = self.step
+        try:
+            folder = save_checkpoint(
+                self.output / "checkpoints",
+                self.step,
+                itertools.chain(pieces, self.repa_e.state_pieces() if self.repa_e is not None else ()),
+                meta,
+                keep=self.config.checkpoint.keep,
+                bad=train_state.bad_state(self.shards, self.optimizer, self.ema, copies=True),
+                rank=process_group.rank(),
+                world_size=process_group.world_size(),
+                gather=process_group.gather_objects,
+            )
+        except DamagedState as damage:
+            self._stop_damaged(damage)
+        except CheckpointNotWritten as failure:
+            self.failed_saves += 1
+            if final or self.failed_saves > 1:
+                raise
+            self.run_log.say(
+                f"warning: {failure}; tried again at the next step that is due, for the last time"
+            )
+            return
+        self.saved_at = self.sound_at = self.step
+        self.failed_saves = 0
         self.run_log.say(f"saved {folder}")
+
+    def release(self) -> None:
+        """Let go of the engine, whose hooks would keep weights and masters in memory."""
+        release_engine(self.engine, self.zero_stage)
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights and buffers of the denoiser, those that `sampling.weights` names. Collective."""

@@ -6,7 +6,7 @@
         step-00000200.1/        step 200 saved again; it replaced step-00000200
 
     reserve ──▶ every rank writes and syncs its shard ──▶ rank 0: manifest, sync, rename, sync ──▶ prune
-              agree                                     agree                                        agree
+              agree                        agree: written, and sound                                 agree
 
 The rename is the commit. A run killed at any moment leaves a `.tmp-step-` folder, which nothing ever reads,
 and all that was published before. Deleting goes the same way back: rename to `.tmp-step-`, then remove.
@@ -19,13 +19,21 @@ What a folder holds is described in `manifest.py`, how tensors are cut and read 
 """
 
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from millrace.engine.checkpoint.damage import (
+    BadElements,
+    DamagedState,
+    forget_damage,
+    require_progress,
+    total,
+)
 from millrace.engine.checkpoint.manifest import (
     META,
     DamagedCheckpoint,
@@ -36,27 +44,31 @@ from millrace.engine.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
+from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.pins import pinned_folders
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader, Piece, write_shard
 from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sync_folder
 
+log = logging.getLogger(__name__)
+
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _TMP = ".tmp-step-"
+_NONE_BAD: Mapping[str, BadElements] = {}
 
 T = TypeVar("T")
-AllOk = Callable[[bool], bool]
-"""Agreement of all ranks: called by every rank the same number of times, it returns on every rank whether all
-passed True. It is the only thing ranks exchange here, e.g. a MIN all-reduce of one integer."""
+Gather = Callable[[Any], list[Any]]
+"""Values of all ranks, in rank order, such as `process_group.gather_objects`: called by every rank the same
+number of times, it returns the same on every rank. Ranks exchange nothing else here; values are small."""
 
 
-class _FailedElsewhere(UserError):
-    """This rank did its part, another did not."""
+class CheckpointNotWritten(UserError):
+    """The disk refused a checkpoint, on every rank alike: nothing is published, and it may be tried again."""
 
 
-def _alone(ok: bool) -> bool:
-    return ok
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
 
 def save_checkpoint(
@@ -66,63 +78,61 @@ def save_checkpoint(
     meta: dict[str, Any],
     *,
     keep: int,
+    bad: Mapping[str, BadElements] = _NONE_BAD,
     rank: int = 0,
     world_size: int = 1,
-    all_ok: AllOk = _alone,
+    gather: Gather = _alone,
 ) -> Path:
     """Publish the state after `step` in `root` (on a file system that all ranks share); returns its folder.
 
     Every rank calls it with the `pieces` that it holds; over all ranks they cover each tensor exactly once.
     `meta` is anything JSON can hold; rank 0's is stored. Then of the checkpoints up to `step` the newest
-    `keep` stay. Later ones, left by a run that was resumed behind them, are not touched.
+    `keep` stay. Later ones, left by a run that was resumed behind them, are not touched. An old one that
+    cannot be deleted is a warning, and tried again at the next save.
 
-    A rank that fails still takes part in the next agreement, so nobody waits for it: every rank raises,
-    nothing is published, the earlier checkpoints are untouched, and what was written is removed. Raises
-    UserError for a full disk, missing permission and the like, and on the ranks that did not fail
-    themselves; RuntimeError if the pieces leave a gap or overlap. The one failure after publishing, an old
-    checkpoint that cannot be deleted, is a UserError that says so. `all_ok` is called up to three times.
+    A rank that fails still takes part in the next agreement, so nobody waits for it: every rank raises the
+    same, nothing is published, the earlier checkpoints are untouched, and what was written is removed. Raises
+    CheckpointNotWritten for a full disk, missing permission and the like; DamagedState for bad elements in
+    the pieces of any rank, or in `bad`, which a rank has found elsewhere; RuntimeError if the pieces leave a
+    gap or overlap. `gather` is called up to three times.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, but at least the checkpoint just written stays")
     root = Path(root)
-    staging = root / f"{_TMP}{step:08d}"
     leads = rank == 0
+    staging: Path | None = None
 
-    def reserve() -> Path:
-        if leads:
-            root.mkdir(parents=True, exist_ok=True)
-            for leftover in root.glob(f"{_TMP}*"):
-                shutil.rmtree(leftover)
-            staging.mkdir()
-        return _next_folder(root, step)
+    def reserve() -> tuple[Path, Path] | None:
+        if not leads:
+            return None
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{_TMP}*"):
+            _delete(leftover)
+        return _new_staging(root, step), _next_folder(root, step)
 
-    def write() -> None:
+    def write() -> Mapping[str, BadElements]:
         shard = staging / shard_name(rank, world_size)
         index = write_shard(shard, pieces, rank)
         write_file(_index_path(shard), index.to_json().encode())
+        return total([index.bad, bad])
 
     def publish() -> None:
         if leads:
             _seal(staging, step, world_size, meta)
             os.rename(staging, folder)
             sync_folder(root)
-            try:
-                _prune(root, step, keep)
-            except OSError as error:
-                raise UserError(
-                    f"{folder} is published, but an older checkpoint cannot be deleted: {error.strerror} "
-                    f"({error.filename}); grant permission or delete it"
-                ) from error
+            _prune(root, step, keep)
 
     try:
-        folder = _together(reserve, all_ok)
-        _together(write, all_ok)
-        _together(publish, all_ok)
+        staging, folder = _together(reserve, gather)[0]
+        if found := total(_together(write, gather)):
+            raise DamagedState(found)
+        _together(publish, gather)
     except Exception as error:
-        if leads:
+        if leads and staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
-            raise UserError(
+            raise CheckpointNotWritten(
                 f"{root}: checkpoint of step {step} failed: {error.strerror or error}"
                 f"{f' ({error.filename})' if error.filename else ''}; earlier checkpoints are untouched, "
                 "free space or grant access there, or choose another run.output_dir"
@@ -131,22 +141,65 @@ def save_checkpoint(
     return folder
 
 
-def _together(action: Callable[[], T], all_ok: AllOk) -> T:
-    """Run `action` on this rank; raise on every rank if it raised on any."""
-    error = None
+def _together(action: Callable[[], T], gather: Gather) -> list[T]:
+    """Run `action` on every rank: its small results, by rank. What one rank raises, every rank raises; of
+    several the first."""
+    result = failure = None
     try:
         result = action()
-    except Exception as raised:
-        error = raised
-    if all_ok(error is None):
-        return result
-    raise error or _FailedElsewhere("checkpoint failed on another rank, whose message says why")
+    except Exception as error:
+        failure = error
+    answers = gather((result, _sendable(failure)))
+    failures = [found for _, found in answers if found is not None]
+    if not failures:
+        return [found for found, _ in answers]
+    if failure is not None and len(failures) == 1:
+        raise failure
+    raise failures[0] from failure
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The same, of a class that survives pickling."""
+    if error is None or type(error) in (UserError, DamagedCheckpoint, RuntimeError):
+        return error
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or str(error), error.filename)
+    return (UserError if isinstance(error, UserError) else RuntimeError)(f"{type(error).__name__}: {error}")
+
+
+def _new_staging(root: Path, step: int) -> Path:
+    """A new folder to write in, beside a leftover of the same step that cannot be deleted."""
+    number = 0
+    while True:
+        staging = root / f"{_TMP}{step:08d}{f'.{number}' if number else ''}"
+        try:
+            staging.mkdir()
+            return staging
+        except FileExistsError:
+            number += 1
+
+
+def _delete(doomed: Path) -> None:
+    """Remove a folder; a warning where that fails."""
+    try:
+        shutil.rmtree(doomed)
+    except OSError as error:
+        _warn_undeleted(doomed, error)
+
+
+def _warn_undeleted(folder: Path, error: OSError) -> None:
+    log.warning(
+        "warning: %s cannot be deleted: %s (%s); tried again at the next save",
+        folder,
+        error.strerror or error,
+        error.filename,
+    )
 
 
 def _seal(staging: Path, step: int, world_size: int, meta: dict[str, Any]) -> None:
     """Turn the shards of all ranks into a complete checkpoint, on disk to the last byte."""
     files, indices = {}, []
-    files[META] = write_file(staging / META, json.dumps(meta, indent=2).encode())
+    files[META] = write_file(staging / META, json.dumps(stamp() | meta, indent=2).encode())
     for rank in range(world_size):
         shard = staging / shard_name(rank, world_size)
         path = _index_path(shard)
@@ -189,9 +242,13 @@ def _prune(root: Path, step: int, keep: int) -> None:
     for other, _, folder in published:
         if (folder != newest[other] or other in dropped) and folder.name not in pinned:
             doomed = root / f"{_TMP}{folder.name.removeprefix('step-')}-deleted"
-            os.rename(folder, doomed)
-            sync_folder(root)
-            shutil.rmtree(doomed)
+            try:
+                os.rename(folder, doomed)
+                sync_folder(root)
+            except OSError as error:  # in use, or the remains of an earlier attempt are in the way
+                _warn_undeleted(folder, error)
+                continue
+            _delete(doomed)
 
 
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -223,26 +280,33 @@ def resume_checkpoint(
     *,
     rank: int = 0,
     world_size: int = 1,
-    all_ok: AllOk = _alone,
+    gather: Gather = _alone,
 ) -> tuple[CheckpointReader | None, list[str]]:
     """A verified checkpoint to continue from, and lines that the caller shows the user.
 
-    "auto" takes the newest of `root`; one that is damaged is named in the messages and the one before it is
-    tried. Without any checkpoint the reader is None. If all are damaged UserError is raised: starting again
-    from step 0 is for the user to decide. A step or a path is taken as asked for: damage raises.
+    "auto" takes the newest of `root`; one that is damaged, in its files or in the state that they hold, is
+    named in the messages and the one before it is tried. Without any checkpoint the reader is None. If all
+    are damaged UserError is raised: starting again from step 0 is for the user to decide. A step or a path
+    is taken as asked for: damage raises.
 
-    Every rank calls it and gets the same answer; each verifies its share of the files. `all_ok` is called
-    once for each checkpoint tried.
+    Every rank calls it and gets the same answer: rank 0 lists the folder, because a network file system may
+    show others an older listing, and each rank verifies its share of the files.
     """
-    published = list_checkpoints(root)
-    if which != "auto":
-        reader = _open_together(find_checkpoint(root, which), rank, world_size, all_ok)
+
+    def find() -> tuple[list[tuple[int, Path]], Path | None] | None:
+        if rank:
+            return None
+        return list_checkpoints(root), None if which == "auto" else find_checkpoint(root, which)
+
+    published, wanted = _together(find, gather)[0]
+    if wanted is not None:
+        reader = _open_together(wanted, rank, world_size, gather)
         return reader, _warn_of_later(root, reader, published)
 
     messages = []
     for _, folder in reversed(published):
         try:
-            return _open_together(folder, rank, world_size, all_ok), messages
+            return _open_together(folder, rank, world_size, gather), messages
         except DamagedCheckpoint as damage:
             messages.append(f"not resuming from {folder.name}: {damage.file} {damage.problem}")
     if published:
@@ -259,23 +323,28 @@ def find_start(output: Path, resume: str | None) -> tuple[CheckpointReader | Non
     Args:
         resume: None for a new run, "auto", a step, or a folder.
 
-    Raises UserError where a new run would mix with an old one, or nothing can be resumed.
+    Raises UserError where a new run would mix with an old one, nothing can be resumed, or "auto" has gone
+    back to this checkpoint before and the training state was damaged again.
     """
-    folder = output / "checkpoints"
+    folder, leads, gather = output / "checkpoints", process_group.rank() == 0, process_group.gather_objects
     if resume is None:
-        if list_checkpoints(folder):
+        if _together(lambda: bool(leads and list_checkpoints(folder)), gather)[0]:
             raise UserError(
                 f"{output} already holds a run; continue it with --resume auto, or choose another "
                 "run.output_dir"
             )
         return None, []
-    return resume_checkpoint(
+    reader, messages = resume_checkpoint(
         folder,
         resume,
         rank=process_group.rank(),
         world_size=process_group.world_size(),
-        all_ok=process_group.all_ranks,
+        gather=gather,
     )
+    step = reader.step if reader is not None else 0
+    consult = require_progress if resume == "auto" else forget_damage
+    messages += _together(lambda: consult(output, step) if leads else [], gather)[0]
+    return reader, messages
 
 
 def _warn_of_later(root: Path, reader: CheckpointReader, published: list[tuple[int, Path]]) -> list[str]:
@@ -288,17 +357,14 @@ def _warn_of_later(root: Path, reader: CheckpointReader, published: list[tuple[i
     ]
 
 
-def _open_together(folder: Path, rank: int, world_size: int, all_ok: AllOk) -> CheckpointReader:
-    """Open and verify, each rank a share. Raises DamagedCheckpoint on every rank if any rank found damage."""
+def _open_together(folder: Path, rank: int, world_size: int, gather: Gather) -> CheckpointReader:
+    """Open and verify, each rank a share. What one rank finds, all raise."""
+    opened = []
 
-    def open_share() -> CheckpointReader:
+    def open_share() -> None:
         reader = CheckpointReader(folder, verify=False)
-        reader.verify(rank, world_size)
-        return reader
+        reader.verify(rank, world_size, sound=True)
+        opened.append(reader)
 
-    try:
-        return _together(open_share, all_ok)
-    except _FailedElsewhere:
-        # Reading every file is slow, but rare, and lets this rank name the damage too.
-        CheckpointReader(folder, verify=True)
-        raise DamagedCheckpoint(folder, "a file", "cannot be read by another rank") from None
+    _together(open_share, gather)
+    return opened[0]

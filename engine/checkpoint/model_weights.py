@@ -8,11 +8,12 @@ from typing import Literal
 from torch import Tensor
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
+from millrace.engine.checkpoint.damage import require_finite
 from millrace.engine.checkpoint.manifest import MANIFEST
 from millrace.engine.checkpoint.pins import pin, unpin
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
-from millrace.engine.config.loading import parse_config
+from millrace.engine.config.stored import stored_config
 from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.util.errors import UserError
 
@@ -72,16 +73,18 @@ def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Store
 def read_weights(reader: CheckpointReader, weights: Stored) -> dict[str, Tensor]:
     """Parameters and buffers on the CPU by their names in the Denoiser, in the dtype they are stored in.
 
-    Without those of heads that only training has.
+    Without those of heads that only training has. Raises UserError for weights that are not finite.
     """
     prefixes = (_PREFIX[weights], "buffer/")
     names = {name: name.partition("/")[2] for name in reader.names() if name.startswith(prefixes)}
-    return {ours: reader.tensor(name) for name, ours in names.items() if not ours.startswith(HEADS)}
+    found = {ours: reader.tensor(name) for name, ours in names.items() if not ours.startswith(HEADS)}
+    require_finite(found, f"{reader.folder}: its weights {weights!r}")
+    return found
 
 
 def checkpoint_config(reader: CheckpointReader) -> Config:
-    """The resolved configuration of the run that wrote the checkpoint."""
-    return parse_config(reader.meta["config"], str(reader.folder))
+    """The resolved configuration of the run that wrote the checkpoint, as far as this version knows it."""
+    return stored_config(reader.meta["config"], str(reader.folder))
 
 
 def checkpoint_state(path: str | Path, weights: Weights = "auto") -> tuple[dict[str, Tensor], Config]:

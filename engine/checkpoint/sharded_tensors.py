@@ -11,15 +11,17 @@ The safetensors library cannot write these files: it moves every CUDA tensor to 
 hash or fsync what it writes.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from millrace.engine.checkpoint.damage import BadElements, bad_elements, describe, total
 from millrace.engine.checkpoint.manifest import (
     META,
     DamagedCheckpoint,
@@ -27,14 +29,21 @@ from millrace.engine.checkpoint.manifest import (
     PieceRecord,
     ShardIndex,
     TensorRecord,
+    check_digest,
+    check_size,
     declare,
     read_manifest,
+    read_small,
     shard_name,
     verify_file,
 )
+from millrace.engine.checkpoint.meta_format import current_meta
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import HashingFile, atomic_file
 from millrace.engine.util.safetensors_file import dtype_code, dtype_of, tensor_bytes, write_safetensors
+
+_CHUNK = 2**24
+"""Bytes that are checked at a time; a multiple of every element's size."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class Piece:
 def write_shard(path: Path, pieces: Iterable[Piece], shard: int) -> ShardIndex:
     """Write the pieces of one rank to `path` (fsync included), copying to the host one piece at a time.
 
-    Raises RuntimeError for a piece that does not fit its tensor, OSError if the disk refuses.
+    What it returns says, too, which elements are bad: they are counted as they pass, and written all the
+    same. Raises RuntimeError for a piece that does not fit its tensor, OSError if the disk refuses.
     """
     tensors: dict[str, TensorRecord] = {}
     filled: list[tuple[TensorRecord, Piece]] = []
@@ -68,12 +78,19 @@ def write_shard(path: Path, pieces: Iterable[Piece], shard: int) -> ShardIndex:
         if piece.data.numel():
             filled.append((record, piece))
 
+    names = {_key(piece): piece.name for _, piece in filled}
+    bad: list[dict[str, BadElements]] = []
+
+    def look(key: str, values: Tensor) -> None:
+        if found := bad_elements(names[key], values):
+            bad.append({names[key]: found})
+
     with atomic_file(path) as opened:
         file = HashingFile(opened)
-        offsets = write_safetensors(file, {_key(piece): piece.data for _, piece in filled})
+        offsets = write_safetensors(file, {_key(piece): piece.data for _, piece in filled}, look=look)
     for record, piece in filled:
         record.pieces.append(PieceRecord(shard, piece.start, piece.data.numel(), offsets[_key(piece)]))
-    return ShardIndex(FileRecord(file.bytes, file.sha256()), tensors)
+    return ShardIndex(FileRecord(file.bytes, file.sha256()), tensors, total(bad))
 
 
 def _key(piece: Piece) -> str:
@@ -96,7 +113,9 @@ class CheckpointReader:
     """
 
     meta: dict[str, Any]
-    """What the writer gave as `meta`, as JSON returns it (tuples are lists)."""
+    """What the writer gave as `meta`, as JSON returns it (tuples are lists), brought to the newest format."""
+    written_by: str
+    """Version of Millrace."""
     step: int
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
@@ -104,17 +123,79 @@ class CheckpointReader:
         self._manifest = read_manifest(self.folder)
         self.step, self.world_size = self._manifest.step, self._manifest.world_size
         verify_file(self.folder, META, self._manifest.files[META])
-        self.meta = json.loads((self.folder / META).read_text())
+        try:
+            values = json.loads(read_small(self.folder, META))
+        except (ValueError, RecursionError) as error:
+            raise DamagedCheckpoint(self.folder, META, f"is not JSON: {error}") from None
+        self.meta, self.written_by = current_meta(values, self.folder)
         if verify:
             self.verify()
 
-    def verify(self, share: int = 0, of: int = 1) -> None:
+    def verify(self, share: int = 0, of: int = 1, sound: bool = False) -> None:
         """Check size and sha256 of every `of`-th file, from file number `share` on; the default is all files.
 
-        With `verify(rank, world_size)` on every rank each file is read by one of them.
+        With `verify(rank, world_size)` on every rank each file is read by one of them. `sound` also refuses
+        bad elements (`damage.py`) in any tensor.
         """
         for name, record in list(self._manifest.files.items())[share::of]:
-            verify_file(self.folder, name, record)
+            if name == META:
+                verify_file(self.folder, name, record)
+            else:
+                self._verify_shard(name, record, sound)
+
+    def _verify_shard(self, name: str, record: FileRecord, sound: bool) -> None:
+        """Read a shard once, for its sha256 and for its elements."""
+        check_size(self.folder, name, record)
+        bad: list[dict[str, BadElements]] = []
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, record.bytes)))
+
+        def pass_on(file: BinaryIO, size: int) -> Iterator[memoryview]:
+            while size:
+                part = buffer[: min(size, len(buffer))]
+                if file.readinto(part) < len(part):
+                    raise DamagedCheckpoint(self.folder, name, f"ends {size} bytes too early")
+                digest.update(part)
+                size -= len(part)
+                yield part
+
+        in_header = None
+        try:
+            with open(self.folder / name, "rb") as file:
+                (head,) = pass_on(file, 8)
+                begin, at = 8 + int.from_bytes(head, "little"), 8
+                for offset, size, tensor in self._held_by(name):
+                    for _ in pass_on(file, offset - at):
+                        pass
+                    for part in pass_on(file, size):
+                        values = torch.frombuffer(part, dtype=self.dtype(tensor))
+                        if found := bad_elements(tensor, values):
+                            bad.append({tensor: found})
+                    if offset < begin:
+                        in_header = tensor
+                    at = offset + size
+                for _ in pass_on(file, record.bytes - at):
+                    pass
+        except OSError as error:
+            raise DamagedCheckpoint(self.folder, name, f"cannot be read: {error.strerror}") from None
+        check_digest(self.folder, name, record, digest.hexdigest())
+        if in_header:
+            raise DamagedCheckpoint(self.folder, name, f"has its header where {in_header} should be")
+        if bad and sound:
+            raise DamagedCheckpoint(
+                self.folder, name, f"holds a damaged training state: {describe(total(bad))}"
+            )
+
+    def _held_by(self, file: str) -> list[tuple[int, int, str]]:
+        """(first byte, bytes, tensor) of each piece in a shard, in the order of the bytes."""
+        held = []
+        for name, record in self._manifest.tensors.items():
+            width = dtype_of(record.dtype).itemsize
+            held += [
+                (piece.offset, piece.count * width, name)
+                for piece in record.pieces
+                if shard_name(piece.shard, self._manifest.world_size) == file
+            ]
+        return sorted(held)
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece
+from millrace.engine.checkpoint.damage import BadElements, bad_elements, total
 from millrace.engine.distributed.process_group import rank
 from millrace.engine.distributed.zero_shards import Shard, masters
 from millrace.engine.optim.ema import EmaWeights
@@ -43,18 +44,37 @@ def state_pieces(
     for shard in shards:
         if not shard.writes or not shard.count:
             continue
-        yield _piece("master", shard, shard.master)
-        state = optimizer.state.get(shard.master, {})
-        for kind in optimizer.state_names(shard.name):
-            if kind in state:
-                yield _piece(kind, shard, state[kind])
+        yield from _pieces(shard, optimizer, ema)
         if shard.start == 0 and updates.get(id(shard.master), latest) != latest:
             yield Piece(f"updates/{shard.name}", (), 0, torch.tensor([updates[id(shard.master)]]))
-        for name in ema.names if ema is not None else ():
-            yield _piece(name, shard, ema.of(shard.master, name))
     if rank() == 0:
         for name, buffer in buffers:
             yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
+
+
+def _pieces(shard: Shard, optimizer: TrainingOptimizer, ema: EmaWeights | None) -> Iterator[Piece]:
+    """Weights, optimizer state and averages of a shard."""
+    yield _piece("master", shard, shard.master)
+    state = optimizer.state.get(shard.master, {})
+    for kind in optimizer.state_names(shard.name):
+        if kind in state:
+            yield _piece(kind, shard, state[kind])
+    for name in ema.names if ema is not None else ():
+        yield _piece(name, shard, ema.of(shard.master, name))
+
+
+def bad_state(
+    shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None, copies: bool = False
+) -> dict[str, BadElements]:
+    """Bad elements of all that this rank holds, looked for where it lies; with `copies` only of what another
+    rank writes to the checkpoint."""
+    found = []
+    for shard in shards:
+        if shard.count and not (copies and shard.writes):
+            for piece in _pieces(shard, optimizer, ema):
+                if bad := bad_elements(piece.name, piece.data):
+                    found.append({piece.name: bad})
+    return total(found)
 
 
 def _piece(kind: str, shard: Shard, like_master: Tensor) -> Piece:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from millrace.engine.checkpoint.damage import require_finite
 from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.config import Model, Routing
 from millrace.engine.model.conversion import (
@@ -124,6 +125,7 @@ def start_from(denoiser: Denoiser, path: str | Path) -> list[str]:
     blocks or in another order, and if the weights alone have resolution tokens.
     """
     weights, _, found = load_weights(path, denoiser.config)
+    require_finite(weights, f"{path}: its weights")
     wanted, depth = denoiser.routing, denoiser.config.depth
     own = {name: tensor for name, tensor in denoiser.state_dict().items() if name.startswith(FUSION)}
     theirs = [name for name in weights if name.startswith(FUSION)]

@@ -161,8 +161,8 @@ class Data(Section):
     prefetch: int = Field(2, ge=1)
     """Micro-batches prepared ahead."""
     max_bad_share: float = Field(0.0, ge=0, lt=1)
-    """Share of unreadable pictures that is tolerated (each counted and named); above it the run stops. In a
-    mixture it holds for each part."""
+    """Share of unreadable pictures that is tolerated (each counted and named, over all processes); above it
+    the run saves and stops. In a mixture it holds for each part."""
 
     @property
     def follows_steps(self) -> bool:

@@ -79,13 +79,13 @@ def parse_config(values: dict[str, Any], origin: str, given: Sequence[Given] = (
     """
     problems: list[Any] = []
     try:
-        return _validate(merge(values, nested(given)))
+        return validate(merge(values, nested(given)))
     except ValidationError as error:
         problems = error.errors()
     of_values = []
     if given:
         try:
-            _validate(values)
+            validate(values)
         except ValidationError as error:
             of_values = [(problem["loc"], problem["msg"]) for problem in error.errors()]
     lines = []
@@ -98,7 +98,7 @@ def parse_config(values: dict[str, Any], origin: str, given: Sequence[Given] = (
 def check_given(given: Sequence[Given]) -> None:
     """Raise UserError for settings that are wrong in every configuration: unknown keys, values of no use."""
     try:
-        _validate(nested(given))
+        validate(nested(given))
     except ValidationError as error:
         own = [problem for problem in error.errors() if problem["type"] != "value_error"]
         if own:
@@ -107,7 +107,8 @@ def check_given(given: Sequence[Given]) -> None:
             ) from None
 
 
-def _validate(values: dict[str, Any]) -> Config:
+def validate(values: dict[str, Any]) -> Config:
+    """The configuration of plain values. Raises pydantic's ValidationError."""
     # As JSON: strict validation (no "5" or true for a number) takes lists for tuples only there.
     return Config.model_validate_json(json.dumps(values), strict=True)
 

@@ -36,7 +36,8 @@ class Run(Section):
     """Start from these weights instead of random ones: a diffusers folder, a Photoroom/PRX state-dict
     file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
     max_bad_steps: int = Field(10, ge=1)
-    """Stop after this many steps in a row were skipped because a loss or gradient was not finite."""
+    """Stop after this many steps in a row were skipped because a loss or gradient was not finite; at the
+    first of them if the weights or the optimizer's state are not finite themselves."""
 
 
 class Checkpoint(Section):
@@ -58,6 +59,6 @@ class Logging(Section):
     tensorboard: bool = True
     """Write events to `tensorboard/` in the run's folder."""
     wandb: bool = False
-    """Weights & Biases, if installed."""
+    """Weights & Biases, if installed; a resumed run goes on with its own run there."""
     project: str = "millrace"
     """Project name for Weights & Biases."""

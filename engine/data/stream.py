@@ -7,8 +7,9 @@ Sample i is the same for any number of processes, micro-batch size, number of th
 because each choice about it is drawn from (seed, i, purpose). The only state of the stream is a counter.
 """
 
+import itertools
 import logging
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from millrace.engine.data.order import Pool
 from millrace.engine.data.sample_choices import Choices
 from millrace.engine.data.sources.mixture import order_of
 from millrace.engine.data.sources.pictures import Source, UnreadablePicture
-from millrace.engine.distributed.process_group import cores_here
+from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class SampleStream:
             raise ValueError(f"first_sample is {first_sample}, before the origin at sample {origin[0]}")
         check_resolution(config, patch)
         _check_division(config, world_size)
-        config = config.model_copy(update={"workers": min(config.workers, cores_here())})
+        config = config.model_copy(update={"workers": min(config.workers, process_group.cores_here())})
         self.bad: dict[str, str] = {}
         self._source, self._caches = source, caches
         self._config = config
@@ -105,7 +106,8 @@ class SampleStream:
         if self._order.sizes:
             _check_cut(first_sample - origin[0], config.micro_batch)
         self._choices = Choices(config, seed, patch, caption_drop, origin)
-        self._bad_in: Counter[str] = Counter()
+        self._bad_in: defaultdict[str, set[str]] = defaultdict(set)
+        self._untold: list[tuple[str, int, str, str]] = []
         decoded = caches is None or not caches.complete("latents")
         self._decoder = open_decoder(source, config, device) if decoded else PythonDecoder(source, 0)
         self.loader = self._decoder.description
@@ -144,6 +146,22 @@ class SampleStream:
         """How many samples before number `sample` of the run each part of the mixture gave since the origin,
         over all processes; empty without a mixture."""
         return self._order.given(sample - self._origin_sample)
+
+    def too_many_bad(self) -> str | None:
+        """Exchange the unreadable pictures that processes have met; those of all count from now on.
+
+        Returns why to stop where there are more than data.max_bad_share of a part, the same on every process.
+        Collective.
+        """
+        told, self._untold = process_group.gather_objects(self._untold), []
+        found = list(itertools.chain(*told))
+        for part, _, key, _ in found:
+            self._bad_in[part].add(key)
+        for part, size, _, problem in found:  # only when all are counted, so that every process says the same
+            count = len(self._bad_in[part])
+            if count / size > self._config.max_bad_share:
+                return _too_many(problem, count, size, part, self._config.max_bad_share)
+        return None
 
     def close(self) -> None:
         """Stop decoding ahead. Returns at once; decodes in progress end by themselves."""
@@ -224,8 +242,16 @@ class SampleStream:
                 if key not in self.bad:
                     self.bad[key] = problem.reason
                     log.warning("%s; the next readable picture takes its place", problem)
-                    self._bad_in[sample.pool.name] += 1
-                    self._check_bad(self._bad_in[sample.pool.name], sample.pool, problem)
+                    self._bad_in[sample.pool.name].add(key)
+                    self._untold.append(
+                        (
+                            sample.pool.name,
+                            sample.pool.part_size,
+                            key,
+                            f"{problem.where}: cannot be read: {problem.reason}",
+                        )
+                    )
+                    self._check_bad(len(self._bad_in[sample.pool.name]), sample.pool, problem)
         return Batch(
             images=[sample.pixels for sample in samples],
             captions=[sample.caption for sample in samples],
@@ -252,11 +278,16 @@ class SampleStream:
     def _check_bad(self, count: int, pool: Pool, latest: UnreadablePicture) -> None:
         limit = self._config.max_bad_share
         if count / pool.part_size > limit:
-            pictures = f"pictures of part {pool.name!r}" if pool.name else "pictures"
-            raise UserError(
-                f"{latest.where}: cannot be read: {latest.reason}; repair or remove it "
-                f"({count} of {pool.part_size} {pictures} unreadable so far, data.max_bad_share is {limit:g})"
-            )
+            problem = f"{latest.where}: cannot be read: {latest.reason}"
+            raise UserError(_too_many(problem, count, pool.part_size, pool.name, limit))
+
+
+def _too_many(problem: str, count: int, size: int, part: str, limit: float) -> str:
+    pictures = f"pictures of part {part!r}" if part else "pictures"
+    return (
+        f"{problem}; repair or remove it ({count} of {size} {pictures} unreadable so far, data.max_bad_share "
+        f"is {limit:g})"
+    )
 
 
 def _check_cut(before: int, micro: int) -> None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from millrace.engine.config import Config
 from millrace.engine.config.evaluation import TITLES
 from millrace.engine.data import Source
+from millrace.engine.data.sources.pictures import UnreadablePicture
 from millrace.engine.distributed import process_group
 from millrace.engine.evaluation import reference_statistics
 from millrace.engine.evaluation.features import FeatureNetwork, open_network
@@ -266,11 +267,12 @@ def _shares(count: int, what: str) -> Iterator[range]:
 
 
 def _agreed(work: Callable[[], Any]) -> Any:
-    """The result of `work`; an error of one process is raised on all, so that none waits for it."""
+    """The result of `work`; an error of one process that is no defect of the program, such as a full disk or
+    no memory left, is raised as UserError on all, so that none waits for it."""
     result, problem = None, None
     try:
         result = work()
-    except UserError as error:
+    except (UserError, UnreadablePicture, OSError, torch.OutOfMemoryError) as error:
         problem = str(error)
     problems = [found for found in process_group.gather_objects(problem) if found]
     if problems:

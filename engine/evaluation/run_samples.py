@@ -56,17 +56,31 @@ class RunSamples:
         """Whether anything is to be made after this many steps; the run's last step counts too."""
         return any(self._due(step))
 
-    def make(self, step: int, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Make what is due, of whole weights by name, and free them. Collective: rank 0 draws a grid, all
-        share an evaluation. A rank that does neither keeps none of the weights."""
+    def lacking(self, step: int) -> tuple[bool, bool]:
+        """Whether a grid and an evaluation that were due at `step` are not there: the run ended between its
+        save and them. Collective."""
         grid, evaluation = self._due(step)
+        found = (
+            grid and not self._path(step).exists(),
+            evaluation and not self.log.has_evaluation(step),
+        )
+        return process_group.gather_objects(found)[0]
+
+    def make(
+        self, step: int, weights: Iterator[tuple[str, Tensor]], what: tuple[bool, bool] | None = None
+    ) -> None:
+        """Make what is due, or of grid and evaluation `what` is given, of whole weights by name, and free
+        them. Collective: rank 0 draws a grid, all share an evaluation. A rank that does neither keeps none of
+        the weights."""
+        grid, evaluation = self._due(step) if what is None else what
         if not evaluation and process_group.rank() > 0:
             for _ in weights:  # gathers from all ranks, so each must come to its end
                 pass
             return
         sampler = self._sampler(weights)
         if grid and process_group.rank() == 0:
-            self._grid(step, sampler)
+            with self.log.channels.tolerate("sample grid"):  # nobody waits for rank 0 here
+                self._grid(step, sampler)
         if evaluation:
             self._evaluate(step, sampler)
 
@@ -88,8 +102,11 @@ class RunSamples:
             getattr(torch, config.precision.compute),
         )
 
+    def _path(self, step: int) -> Path:
+        return self.output / "samples" / f"step-{step:08d}.png"
+
     def _grid(self, step: int, sampler: Sampler) -> None:
-        path = self.output / "samples" / f"step-{step:08d}.png"
+        path = self._path(step)
         draw_grid(sampler, self.config, self.source, path)
         self.log.grid(path, step)
 

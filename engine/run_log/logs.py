@@ -1,13 +1,14 @@
 """Run log: the progress line, log.jsonl, TensorBoard, and Weights & Biases on request."""
 
 import errno
-import json
 import logging
 import math
 import os
+import secrets
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from tqdm import tqdm
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.process_group import rank
+from millrace.engine.run_log.side_channels import RecordFile, SideChannels
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+WANDB_ID = "wandb_id"
+"""File in the run's folder."""
 
 
 class RunLog:
     """Writes a run's records; does nothing on ranks other than 0.
+
+    What cannot be written is a warning (`side_channels.py`): a log never ends the run that it is of.
 
     Args:
         output_dir: receives log.jsonl and `tensorboard/`.
@@ -29,57 +38,63 @@ class RunLog:
 
     def __init__(self, config: Config, output_dir: Path, step: int) -> None:
         self._leads = rank() == 0
+        self.channels = SideChannels(self.say if self._leads else log.warning)
+        self._bar = self._board = self._wandb = None
         if not self._leads:
             return
         self._started, self._first, self._steps = time.monotonic(), step, config.run.steps
-        self._file = open_until(output_dir / "log.jsonl", step)
-        self._board = self._open_board(config, output_dir, step)
-        self._wandb = self._open_wandb(config, output_dir)
-        self._bar = None
+        self._file = RecordFile(output_dir / "log.jsonl", step)
+        with self.channels.tolerate("log.jsonl"):
+            self._file.write()
+        if config.logging.tensorboard:
+            with self.channels.tolerate("TensorBoard"):
+                self._board = _open_board(output_dir, step)
+        if config.logging.wandb:
+            self._wandb = self._open_wandb(config, output_dir, step)
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=config.run.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1
             )
 
-    @staticmethod
-    def _open_board(config: Config, output_dir: Path, step: int) -> Any:
-        if not config.logging.tensorboard:
-            return None
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
-
-    @staticmethod
-    def _open_wandb(config: Config, output_dir: Path) -> Any:
-        if not config.logging.wandb:
-            return None
+    def _open_wandb(self, config: Config, output_dir: Path, step: int) -> Any:
         try:
             import wandb
         except ImportError:
             raise UserError("logging.wandb needs Weights & Biases: pip install wandb") from None
-        return wandb.init(
-            project=config.logging.project,
-            dir=str(output_dir),
-            name=output_dir.name,
-            config=config.model_dump(),
-        )
+        with self.channels.tolerate("Weights & Biases"):
+            return wandb.init(
+                project=config.logging.project,
+                dir=str(output_dir),
+                name=output_dir.name,
+                config=config.model_dump(),
+                id=_wandb_id(output_dir, step),
+                resume="allow",
+            )
+        return None
 
     def records(self, records: list[dict[str, Any]]) -> None:
         """Write one record a step to the files and show the last one."""
         if not self._leads or not records:
             return
+        with self.channels.tolerate("log.jsonl"):
+            self._file.write(*(_plain(record) for record in records), sync=True)
         for record in records:
-            self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
             tuning = {f"autoencoder/{name}": loss for name, loss in record.get("autoencoder", {}).items()}
-            for key, value in (record | record.get("losses", {}) | tuning).items():
-                if self._board is not None and isinstance(value, int | float) and key != "step":
-                    self._board.add_scalar(key, value, record["step"])
-            if self._wandb is not None:
-                self._wandb.log(record, step=record["step"])
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._show(records[-1])
+            values = record | record.get("losses", {}) | tuning
+            scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+            self._scalars(record["step"], scalars, record)
+        with suppress(OSError):  # a terminal that has gone away
+            self._show(records[-1])
+
+    def _scalars(self, step: int, scalars: dict[str, Any], whole: dict[str, Any]) -> None:
+        """Values of a step for TensorBoard, and for Weights & Biases, which takes nested ones too."""
+        if self._board is not None:
+            with self.channels.tolerate("TensorBoard"):
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            with self.channels.tolerate("Weights & Biases"):
+                self._wandb.log(whole, step=step)
 
     def _show(self, record: dict[str, Any]) -> None:
         step, shown = record["step"], _headline(record)
@@ -89,52 +104,88 @@ class RunLog:
             return
         rate = (step - self._first) / max(time.monotonic() - self._started, 1e-9)
         left = (self._steps - step) / rate if rate else math.inf
-        print(f"step {step}/{self._steps}  {shown}  {_clock(left)} left", file=sys.stderr, flush=True)
+        _print(f"step {step}/{self._steps}  {shown}  {_clock(left)} left")
 
     def grid(self, path: Path, step: int) -> None:
         """Show a sample grid in TensorBoard and Weights & Biases."""
-        if not self._leads:
-            return
         if self._board is not None:
             import numpy as np
             from PIL import Image
 
-            self._board.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+            with self.channels.tolerate("TensorBoard"):
+                picture = np.asarray(Image.open(path))
+                self._board.add_image("samples", picture, step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+            with self.channels.tolerate("Weights & Biases"):
+                self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether log.jsonl has the evaluation of a step; False on ranks other than 0."""
+        return self._leads and any(
+            record["step"] == step and "evaluation" in record for record in self._file.read()
+        )
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write what an evaluation found: a line {"step", "evaluation": values} of log.jsonl, and scalars."""
         if not self._leads:
             return
-        self._file.write(json.dumps({"step": step, "evaluation": _plain(values)}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self.channels.tolerate("log.jsonl"):
+            self._file.write({"step": step, "evaluation": _plain(values)}, sync=True)
         scalars = {f"evaluation/{name}": value for name, value in values.items()}
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+        self._scalars(step, scalars, scalars)
 
     def say(self, message: str) -> None:
         """Show a line to the user, above the progress bar if there is one."""
         if self._leads:
-            tqdm.write(message, file=sys.stderr)
-            sys.stderr.flush()
+            _print(message)
 
     def close(self) -> None:
-        """Flush and close everything."""
-        if not self._leads:
-            return
-        self._file.close()
-        for sink in (self._board, self._bar):
+        """Flush and close everything, and say what has failed."""
+        for channel, sink in (("TensorBoard", self._board), ("progress bar", self._bar)):
             if sink is not None:
-                sink.close()
+                with self.channels.tolerate(channel):
+                    sink.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self.channels.tolerate("Weights & Biases"):
+                self._wandb.finish()
+        if self._leads:
+            with self.channels.tolerate("log.jsonl"):
+                self._file.write(sync=True)
+            self._file.close()
+        for line in self.channels.summary():
+            self.say(line)
+
+
+def _print(line: str) -> None:
+    """Above a progress bar if there is one; not on a terminal that has gone away."""
+    with suppress(OSError):
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _open_board(output_dir: Path, step: int) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb_id(output_dir: Path, step: int) -> str:
+    """The id under which Weights & Biases knows the run.
+
+    It is kept in the run's folder: resuming and later stages go on with the same one, a run that begins gets
+    another.
+    """
+    path = output_dir / WANDB_ID
+    with suppress(OSError):
+        if step and (found := path.read_text().strip()):
+            return found
+    new = secrets.token_hex(8)
+    with suppress(OSError):  # the next start will be a run of its own
+        write_atomically(path, new + "\n")
+    return new
 
 
 def make_output(path: Path) -> None:
@@ -147,22 +198,6 @@ def make_output(path: Path) -> None:
         raise UserError(
             f"{path}: cannot be written: {error.strerror}; choose another run.output_dir"
         ) from None
-
-
-def open_until(path: Path, step: int) -> Any:
-    """A file of records for appending, without those after `step` and a last line that was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
-    return path.open("a")
 
 
 def _plain(value: Any) -> Any:

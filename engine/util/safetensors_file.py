@@ -11,7 +11,7 @@ this folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
@@ -59,13 +59,17 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_safetensors(
-    file: BinaryIO | HashingFile, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    file: BinaryIO | HashingFile,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    look: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, int]:
     """Write a whole file from its start to its end, copying to the host one tensor at a time.
 
     Args:
         tensors: by name, of any shape, on any device.
         metadata: texts for the header.
+        look: called with the name and the host's copy of each tensor before it is written.
 
     Returns the place of each tensor's first byte in the file. Raises ValueError for a dtype that is not
     stored, OSError if the disk refuses.
@@ -78,8 +82,11 @@ def write_safetensors(
         end += tensor.nbytes
     header = _header(entries, metadata)
     file.write(header)
-    for _, tensor in ordered:
-        file.write(tensor_bytes(tensor.detach().cpu().contiguous()))
+    for name, tensor in ordered:
+        host = tensor.detach().cpu().contiguous()
+        if look is not None:
+            look(name, host)
+        file.write(tensor_bytes(host))
     return {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
 
 

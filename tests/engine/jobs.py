@@ -36,6 +36,8 @@ class Job:
     """Steps (0-based) in which the last rank's first sample holds a NaN."""
     spoiled_gradients: tuple[int, ...] = ()
     """Steps in which the loss is finite and its gradient is not."""
+    poisoned: tuple[str, int, int] | None = None
+    """(kind of state, steps done, rank): there one element becomes NaN, or negative in a second moment."""
     killed: tuple[str, float] | None = None
     """(name of an earlier job, share): kill -9 after this share of that job's events."""
 
@@ -114,6 +116,17 @@ class InstrumentedTrainer(Trainer):
         super().train_step()
         vars(self.optimizer).pop("step", None)  # the class's own from now on
         self.result.unchanged[step] = self.fingerprint() == before
+        if self.job.poisoned:
+            self.poison(*self.job.poisoned)
+
+    @torch.no_grad()
+    def poison(self, kind: str, step: int, rank: int) -> None:
+        if (step, rank) != (self.step, process_group.rank()):
+            return
+        shard = next(shard for shard in self.shards if shard.count and shard.name.endswith(".weight"))
+        held = {"master": shard.master, "ema": self.ema.of(shard.master)}
+        tensor = held[kind] if kind in held else self.optimizer.state[shard.master][kind]
+        shard.of(tensor)[0] = -1.0 if kind == "exp_avg_sq" else math.nan
 
     def counted_step(self):
         with FlopCounterMode(display=False) as counter:

@@ -1,6 +1,7 @@
 """Runs that tune their autoencoder: they resume to the bit, agree at any number of processes and ZeRO
 stage, skip all or nothing; and what they leave can be sampled from and used by other runs."""
 
+import itertools
 import shutil
 import sys
 
@@ -241,3 +242,25 @@ def test_the_checkpoint_of_another_discriminator_is_refused(runs, tuned, whole, 
     error = runs.here(copied, tuned, wider, resume="auto").error
     assert "not of this configuration" in error
     assert "\n" not in error
+
+
+def test_data_that_run_out_cost_no_step(runs, tuned, whole, tmp_path, monkeypatch):
+    """In the second micro-batch of step 3; then they are there again."""
+    from millrace.engine.data.lasting_stream import LastingStream
+
+    def missing():
+        raise UserError("photos/7.png: cannot be read")
+        yield
+
+    class Ending(LastingStream):
+        def __init__(self, stream):
+            super().__init__(itertools.chain(itertools.islice(stream, 5), missing()))
+
+    rarely = {"checkpoint": {"every_steps": 100}}
+    with monkeypatch.context() as patch:
+        patch.setattr("millrace.engine.trainer.LastingStream", Ending)
+        error = runs.here(tmp_path / "run", tuned, rarely).error
+    assert error == "stopped after step 2, which is saved: photos/7.png: cannot be read"
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+    assert runs.here(tmp_path / "run", tuned, rarely, resume="auto").error is None
+    runs.assert_same_bits(tmp_path / "run", whole)

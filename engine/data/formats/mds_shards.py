@@ -17,6 +17,7 @@ import numpy as np
 
 from millrace.engine.config.data import Columns
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.transient import retried
 
 IMAGE = ("image", "jpg", "jpeg", "img")
 LONG = ("caption_long", "long_caption", "long", "caption", "captions", "prompt", "text")
@@ -60,7 +61,7 @@ class Shard:
     def read(self, row: int) -> list[bytes]:
         """All columns of sample `row`. Raises DamagedSample."""
         try:
-            data = self.reader.get_sample_data(row)
+            data = retried(lambda: self.reader.get_sample_data(row))
             sizes = self.reader.column_sizes
             at = 4 * sum(not size for size in sizes)
             stored = iter(np.frombuffer(data[:at], np.uint32).tolist())

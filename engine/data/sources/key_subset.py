@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from millrace.engine.data.sources.pictures import Captions, Source, encoded, stored_size
+from millrace.engine.data.sources.pictures import Captions, Source, encoded, keys_of, stored_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 
@@ -57,7 +57,7 @@ def keep_listed(source: Source, path: str | Path) -> KeptSource:
     Raises UserError for a file that cannot be read or lists nothing, a key that the source does not have, and
     a key that comes twice; the message names file, line and key.
     """
-    places = {source.key(i): i for i in range(len(source))}
+    places = {key: i for i, key in enumerate(keys_of(source))}
     lines: dict[str, int] = {}
     for number, line in enumerate(_read(Path(path)).splitlines(), 1):
         key = line.strip()

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, ImageOps
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.reject_reasons import Reason, Rejected
+from millrace.engine.util.transient import retried
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -76,6 +77,11 @@ def stored_size(source: Source, index: int) -> tuple[int, int] | None:
     return source.stored_size(index) if hasattr(source, "stored_size") else None
 
 
+def keys_of(source: Source) -> list[str]:
+    """Keys of all pictures of a source, in order; one that would read pictures for them has `keys`."""
+    return source.keys() if hasattr(source, "keys") else [source.key(i) for i in range(len(source))]
+
+
 def holds_files(source: Source) -> bool:
     """Whether `source`, or a part of it, is a `Files`."""
     parts = getattr(source, "sources", None)
@@ -98,9 +104,9 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def read_file(path: Path) -> bytes:
-    """All of a file. Raises UnreadablePicture where that fails."""
+    """All of a file, tried again after errors that may pass. Raises UnreadablePicture."""
     try:
-        return path.read_bytes()
+        return retried(path.read_bytes)
     except OSError as error:
         raise UnreadablePicture(str(path), error.strerror or str(error), Reason.UNREADABLE_FILE) from error
 

@@ -28,6 +28,7 @@ from millrace.engine.data.sources.pictures import (
 )
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
+from millrace.engine.util.transient import retried
 
 OPEN_FILES = 64
 """Tar files that one source keeps open."""
@@ -98,6 +99,22 @@ class ShardsSource:
         except UnreadablePicture:
             return self._name(index)
 
+    def keys(self) -> list[str]:
+        """Keys of all samples, read without their pictures: a few hundred bytes each."""
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            shards = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
+            parts = threads.map(lambda shard: [self._key_alone(i) for i in range(*shard)], shards)
+            return [key for part in parts for key in part]
+
+    def _key_alone(self, index: int) -> str:
+        """As `key`, of a record whose checksum is not computed because its picture is not read."""
+        shard, row = self.place(index)[0], self._rows[index]
+        offset, size = int(row["json_offset"]), int(row["json_bytes"])
+        try:
+            return str(json.loads(retried(lambda: self._files.read(self._path(shard), offset, size)))["key"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return self._name(index)
+
     def captions(self, index: int) -> Captions:
         """Raises UnreadablePicture where the record is damaged."""
         return self.record(index).captions
@@ -130,7 +147,7 @@ class ShardsSource:
         if self._verify:
             self._check_shard(shard)
         try:
-            data = self._files.read(self._path(shard), start, end - start)
+            data = retried(lambda: self._files.read(self._path(shard), start, end - start))
         except OSError as error:
             raise UnreadablePicture(self._where(index), error.strerror or str(error)) from None
         if len(data) != end - start:
@@ -214,12 +231,18 @@ class _OpenFiles:
     def read(self, path: Path, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer at the end of the file. Raises OSError."""
         file = self._get(path)
-        data = os.pread(file.number, size, offset)
-        while data and len(data) < size:  # a signal or a network file system may cut a read short
-            more = os.pread(file.number, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
+        try:
+            data = os.pread(file.number, size, offset)
+            while data and len(data) < size:  # a signal or a network file system may cut a read short
+                more = os.pread(file.number, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError:
+            with self._lock:  # a stale handle stays stale: open the file anew when it is tried again
+                if self._open.get(path) is file:
+                    del self._open[path]
+            raise
         return data
 
     def _get(self, path: Path) -> _Descriptor:

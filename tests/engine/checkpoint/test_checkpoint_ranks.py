@@ -1,13 +1,16 @@
 """Several ranks, as threads: they save together, fail together and resume from the same checkpoint."""
 
 import errno
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from millrace.engine.checkpoint.checkpoints import resume_checkpoint, save_checkpoint
+from millrace.engine.checkpoint import checkpoints
+from millrace.engine.checkpoint.checkpoints import CheckpointNotWritten, resume_checkpoint, save_checkpoint
+from millrace.engine.checkpoint.damage import BadElements, DamagedState
 from millrace.engine.checkpoint.manifest import DamagedCheckpoint
 from millrace.engine.checkpoint.sharded_tensors import Piece
 from millrace.engine.util.errors import UserError
@@ -31,24 +34,25 @@ class Ranks:
     """An agreement that not all ranks reach within 10 s breaks the barrier, which no test expects."""
 
     def __init__(self, world_size):
-        self.world_size, self.votes, self.verdicts = world_size, [], []
+        self.world_size, self.rank = world_size, threading.local()
+        self.votes, self.agreements = [None] * world_size, []
         self.barrier = threading.Barrier(world_size, action=self.count, timeout=10)
 
     def count(self):
-        self.verdicts.append(all(self.votes))
-        self.votes.clear()
+        self.agreements.append(pickle.loads(pickle.dumps(self.votes)))  # as it travels between processes
 
-    def all_ok(self, ok):
-        self.votes.append(ok)
+    def gather(self, value):
+        self.votes[self.rank.number] = value
         self.barrier.wait()
-        return self.verdicts[-1]
+        return self.agreements[-1]
 
     def run(self, call):
-        """What `call(rank, rank=..., world_size=..., all_ok=...)` returned or raised, by rank."""
+        """What `call(rank, rank=..., world_size=..., gather=...)` returned or raised, by rank."""
 
         def one(rank):
+            self.rank.number = rank
             try:
-                return call(rank, rank=rank, world_size=self.world_size, all_ok=self.all_ok)
+                return call(rank, rank=rank, world_size=self.world_size, gather=self.gather)
             except (UserError, RuntimeError) as error:
                 return error
 
@@ -92,18 +96,17 @@ def test_all_ranks_know_the_folder_of_a_step_saved_again(tmp_path):
 def test_one_failing_rank_stops_all_and_publishes_nothing(tmp_path, failing):
     ranks = Ranks(3)
     ranks.save(tmp_path, 100)
-    ranks.verdicts.clear()
+    ranks.agreements.clear()
 
     def fails_half_way(rank):
         yield from pieces(200, rank, 3)
         if rank == failing:
             raise OSError(errno.EIO, "Input/output error", "/dev/device")
 
-    for rank, error in enumerate(ranks.save(tmp_path, 200, fails_half_way)):
-        assert isinstance(error, UserError)
-        said = "Input/output error (/dev/device)" if rank == failing else "failed on another rank"
-        assert said in str(error)
-    assert ranks.verdicts == [True, False]
+    for error in ranks.save(tmp_path, 200, fails_half_way):
+        assert isinstance(error, CheckpointNotWritten)  # which every rank may try again
+        assert "Input/output error (/dev/device)" in str(error)
+    assert len(ranks.agreements) == 2
     assert names(tmp_path) == ["step-00000100"]
 
     assert ranks.save(tmp_path, 200) == [tmp_path / "step-00000200"] * 3
@@ -123,11 +126,10 @@ def test_gap_and_overlap_between_ranks_are_never_published(tmp_path, ranges, sai
         return [Piece("w", (12,), low, torch.zeros(high - low))]
 
     ranks = Ranks(2)
-    first, second = ranks.save(tmp_path, 100, cut)
-    assert ranks.verdicts == [True, True, False]
-    assert type(first) is RuntimeError
-    assert str(first) == said
-    assert "failed on another rank" in str(second)
+    for error in ranks.save(tmp_path, 100, cut):
+        assert type(error) is RuntimeError
+        assert str(error) == said
+    assert len(ranks.agreements) == 3
     assert names(tmp_path) == []
 
 
@@ -153,12 +155,45 @@ def test_a_file_that_only_one_rank_cannot_read_is_damage_on_all(tmp_path, monkey
     folder = ranks.save(tmp_path, 100)[0]
     verify = "millrace.engine.checkpoint.sharded_tensors.CheckpointReader.verify"
 
-    def fails_on_rank_1(reader, share=0, of=1):
+    def fails_on_rank_1(reader, share=0, of=1, sound=False):
         if share == 1:
             raise DamagedCheckpoint(folder, "meta.json", "cannot be read: Stale file handle")
 
     monkeypatch.setattr(verify, fails_on_rank_1)
-    first, second = ranks.resume(tmp_path, 100)
-    assert isinstance(first, DamagedCheckpoint)
-    assert "cannot be read by another rank" in str(first)
-    assert "Stale file handle" in str(second)
+    for error in ranks.resume(tmp_path, 100):
+        assert isinstance(error, DamagedCheckpoint)
+        assert "meta.json cannot be read: Stale file handle" in str(error)
+
+
+def test_ranks_go_by_the_listing_of_the_first(tmp_path, monkeypatch):
+    """A network file system may show another node the folder as it was seconds ago."""
+    ranks = Ranks(2)
+    ranks.save(tmp_path, 100)
+    listed = checkpoints.list_checkpoints
+
+    def stale(root):
+        return listed(root) if ranks.rank.number == 0 else []
+
+    monkeypatch.setattr(checkpoints, "list_checkpoints", stale)
+    for which in ("auto", 100):
+        for reader, messages in ranks.resume(tmp_path, which):
+            assert messages == []
+            assert_holds(reader, 100)
+
+
+@pytest.mark.parametrize("writer", [0, 1])
+def test_a_damaged_state_on_one_rank_is_published_by_none(tmp_path, writer):
+    ranks = Ranks(2)
+    ranks.save(tmp_path, 100)
+
+    def spoilt(rank):
+        for piece in pieces(200, rank, 2):
+            data = piece.data.float()
+            if rank == writer:
+                data[1] = float("nan")
+            yield Piece(piece.name, piece.shape, piece.start, data)
+
+    for error in ranks.save(tmp_path, 200, spoilt):
+        assert isinstance(error, DamagedState)
+        assert error.bad == {"w": BadElements(1, 0)}
+    assert names(tmp_path) == ["step-00000100"]

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 
 import pytest
@@ -13,6 +14,7 @@ from millrace.engine.checkpoint.manifest import (
     TensorRecord,
     merge,
     read_manifest,
+    shard_name,
     verify_file,
     write_file,
     write_manifest,
@@ -81,7 +83,12 @@ def test_write_file_hashes_what_it_wrote(tmp_path):
 
 def written(folder):
     record = TensorRecord((2, 3), "BF16", [PieceRecord(1, 0, 6, 88)])
-    manifest = Manifest(100, 2, {"meta.json": FileRecord(2, "ab")}, {'odd "name"\n': record})
+    files = {
+        "meta.json": FileRecord(2, "ab"),
+        shard_name(0, 2): FileRecord(8, ""),
+        shard_name(1, 2): FileRecord(100, ""),
+    }
+    manifest = Manifest(100, 2, files, {'odd "name"\n': record})
     write_manifest(folder, manifest)
     return manifest
 
@@ -123,3 +130,62 @@ def test_verify_file_says_expected_and_found(tmp_path):
     (tmp_path / "x").write_bytes(b"ab")
     with pytest.raises(DamagedCheckpoint, match="x has 2 bytes, expected 3"):
         verify_file(tmp_path, "x", record)
+
+
+FOREIGN = {
+    "a gap": lambda m: m["tensors"]["w"]["pieces"].pop(),
+    "an overlap of elements": lambda m: m["tensors"]["w"]["pieces"].append([0, 0, 2, 8]),
+    "a piece too long": lambda m: m["tensors"]["w"]["pieces"][1].__setitem__(2, 7),
+    "a larger tensor": lambda m: m["tensors"]["w"].update(shape=[2, 4]),
+    "a huge shape": lambda m: m["tensors"]["w"].update(shape=[2**40, 2**40]),
+    "a negative shape": lambda m: m["tensors"]["w"].update(shape=[-2, -3]),
+    "an unknown dtype": lambda m: m["tensors"]["w"].update(dtype="F13"),
+    "no dtype": lambda m: m["tensors"]["w"].pop("dtype"),
+    "bytes shared by two pieces": lambda m: m["tensors"]["w"]["pieces"][1].__setitem__(3, 16),
+    "bytes before the data": lambda m: m["tensors"]["w"]["pieces"][0].__setitem__(3, 0),
+    "bytes after the file": lambda m: m["files"][shard_name(0, 1)].update(bytes=31),
+    "a shard that is not there": lambda m: m["tensors"]["w"]["pieces"][0].__setitem__(0, 1),
+    "a fraction": lambda m: m["tensors"]["w"]["pieces"][0].__setitem__(2, 2.0),
+    "a shard left out": lambda m: m["files"].pop(shard_name(0, 1)),
+    "another file": lambda m: m["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": ""}}),
+    "another file instead": lambda m: m["files"].update({"../x": m["files"].pop(shard_name(0, 1))}),
+    "more processes": lambda m: m.update(world_size=2),
+    "very many processes": lambda m: m.update(world_size=10**12),
+    "no files": lambda m: m.pop("files"),
+    "a list of files": lambda m: m.update(files=[]),
+    "no step": lambda m: m.pop("step"),
+}
+"""Changes to a manifest after which it describes no whole checkpoint."""
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_a_sealed_manifest_that_describes_no_whole_checkpoint_is_refused(tmp_path, change):
+    """None that `write_manifest` makes: of a checkpoint that somebody else made, or made up."""
+    record = TensorRecord((2, 3), "F32", [PieceRecord(0, 0, 4, 8), PieceRecord(0, 4, 2, 24)])
+    files = {"meta.json": FileRecord(2, "ab"), shard_name(0, 1): FileRecord(32, "cd")}
+    write_manifest(tmp_path, Manifest(100, 1, files, {"w": record}))
+    values = json.loads((tmp_path / "manifest.json").read_text())
+    assert read_manifest(tmp_path).tensors["w"] == record
+    change(values)
+    data = json.dumps(values).encode()
+    (tmp_path / "manifest.json").write_bytes(data)
+    (tmp_path / "manifest.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  manifest.json\n")
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json does not describe a checkpoint") as caught:
+        read_manifest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_manifest_without_an_end_is_not_read(tmp_path, name):
+    written(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DamagedCheckpoint, match=f"{name} cannot be read: not a regular file"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    written(tmp_path)
+    monkeypatch.setattr(module, "LARGEST", 100)
+    with pytest.raises(DamagedCheckpoint, match=r"manifest.json is larger than 100 bytes"):
+        read_manifest(tmp_path)

@@ -91,3 +91,17 @@ def test_damage_is_found_before_weights_are_used(tmp_path):
     shard.write_bytes(data)
     with pytest.raises(UserError, match="is damaged"):
         checkpoint_state(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_named_and_others_still_read(tmp_path, monkeypatch):
+    """Of a checkpoint that an earlier version published."""
+    tensors = {"master/a": torch.ones(3), "ema/a": torch.tensor([1.0, float("nan"), 1.0])}
+    tensors["exp_avg/a"] = torch.full((3,), float("inf"))
+    pieces = [Piece(name, (3,), 0, tensor) for name, tensor in tensors.items()]
+    monkeypatch.setattr("millrace.engine.checkpoint.checkpoints.total", lambda parts: {})
+    meta = {"config": CONFIG.model_dump(mode="json")}
+    folder = save_checkpoint(tmp_path / "checkpoints", 1, pieces, meta, keep=1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"its weights 'ema' are damaged: a \(1 element not finite\)"):
+        checkpoint_state(folder)
+    assert checkpoint_state(folder, "model")[0]["a"].tolist() == [1.0, 1.0, 1.0]

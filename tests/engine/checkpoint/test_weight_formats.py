@@ -361,3 +361,14 @@ def test_command_runs_as_a_script_from_any_folder(tmp_path):
     assert refused.stderr.startswith("error: ")
     assert "no EMA weights" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_run_does_not_start_from_weights_that_are_not_finite(tmp_path):
+    denoiser = _random_denoiser(LATENT)
+    with torch.no_grad():
+        denoiser.img_in.weight[0, 0] = float("nan")
+    weight_formats.save_prx(denoiser.state_dict(), LATENT, tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"out: its weights are damaged: img_in\.weight \(1 element not finite\)"
+    ):
+        weight_formats.start_from(_random_denoiser(LATENT), tmp_path / "out")

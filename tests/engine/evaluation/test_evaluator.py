@@ -190,3 +190,15 @@ def test_record_is_json(config):
 def test_refused_settings(config, metrics):
     with pytest.raises(UserError, match="name one or more, each once"):
         config({"evaluation": {"metrics": metrics}})
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("no memory")]
+)
+def test_an_error_of_one_process_is_one_of_all_and_training_goes_on(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(module.process_group, "gather_objects", lambda mine: [None, mine])
+    with pytest.raises(UserError, match=r"No space left|no memory"):
+        module._agreed(fail)

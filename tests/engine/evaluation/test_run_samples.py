@@ -104,6 +104,39 @@ def test_a_resumed_run_has_each_evaluation_once(runs, tmp_path, evaluation):
     assert_same_weights(runs, run, whole)
 
 
+def test_what_a_killed_run_had_not_made_is_made_by_the_next(runs, tmp_path, evaluation, monkeypatch):
+    """It died between a save and the samples of the same step; so does one that is asked to stop there."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changes = (
+        CHANGES,
+        evaluation,
+        {"checkpoint": {"every_steps": 2}, "sampling": {"every_steps": 2, "count": 2}},
+    )
+    assert runs.here(whole, *changes).error is None
+
+    class Killed(BaseException):
+        pass
+
+    def die(samples, step, *_):
+        raise Killed
+
+    monkeypatch.setattr("millrace.engine.evaluation.run_samples.RunSamples._evaluate", die)
+    with pytest.raises(Killed):
+        runs.here(run, *changes)
+    monkeypatch.undo()
+    grid = run / "samples" / "step-00000002.png"
+    drawn = grid.stat().st_mtime_ns
+    assert runs.here(run, *changes, resume="auto").error is None
+    assert grid.stat().st_mtime_ns == drawn  # which was there
+    assert [line["step"] for line in lines(run)[1]] == [2, 4, 5]
+    for old, new in zip(lines(whole)[1], lines(run)[1], strict=True):
+        assert all(old["evaluation"][name] == new["evaluation"][name] for name in ("fid", "cmmd"))
+    assert sorted(p.name for p in (run / "samples").iterdir()) == sorted(
+        p.name for p in (whole / "samples").iterdir()
+    )
+    assert_same_weights(runs, run, whole)
+
+
 def test_two_processes_and_zero(runs, tmp_path, evaluation):
     """Weights as without evaluation, at stage 3; metrics of two processes as of one, up to their weights."""
     zero = {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}}

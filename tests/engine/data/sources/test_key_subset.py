@@ -4,6 +4,7 @@ from millrace.engine.config import Data
 from millrace.engine.data import fingerprint, open_source
 from millrace.engine.data.sources.digits import DigitsSource, most_typical
 from millrace.engine.data.sources.key_subset import keep_listed, write_keys
+from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
 
 
@@ -66,3 +67,32 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt: not UTF-8 at byte 2; save the list"):
         keep_listed(DigitsSource(), tmp_path / "latin.txt")
+
+
+def test_keys_of_shards_are_read_without_their_pictures(tmp_path, write_shards, monkeypatch):
+    write_shards(tmp_path / "shards", {(64, 64): 9})
+    source = ShardsSource(tmp_path / "shards")
+    keys, read, bytes_read = source.keys(), source._files.read, []
+
+    def counting(path, offset, size):
+        bytes_read.append(size)
+        return read(path, offset, size)
+
+    monkeypatch.setattr(source._files, "read", counting)
+    listed = tmp_path / "keys.txt"
+    write_keys(listed, [keys[7], keys[2]])
+    kept = keep_listed(source, listed)
+    assert sum(bytes_read) < 9 * 120  # a record; a picture has more than 3,000
+    assert [kept.key(i) for i in range(2)] == [source.key(2), source.key(7)] == [keys[2], keys[7]]
+
+
+def test_a_record_that_cannot_be_read_has_its_place_as_its_key(tmp_path, write_shards):
+    manifest = write_shards(tmp_path / "shards", {(16, 16): 3}, per_shard=3)
+    tar = tmp_path / "shards" / manifest.shards[0].file
+    source = ShardsSource(tmp_path / "shards")
+    row = source._rows[1]
+    data = bytearray(tar.read_bytes())
+    data[int(row["json_offset"])] ^= 0xFF
+    tar.write_bytes(data)
+    assert source.keys() == [source.key(i) for i in range(3)]
+    assert source.keys()[1].endswith("00000.tar#1")
