@@ -356,6 +356,8 @@ class Trainer:
                 # After the save: what goes wrong with samples costs no steps.
                 if self.run_samples.due(self.step):
                     self._make_samples()
+                    if not ended and self._stopped(requests.poll(now=True)):  # they may have taken long
+                        return False
             self.save(final=True)
             bad = sorted(
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}

@@ -10,6 +10,7 @@ from millrace.benchmarks.report import (
     suite_report,
     throughput_report,
     traffic_report,
+    weight_traffic_report,
 )
 from millrace.benchmarks.report.recording import Result
 
@@ -31,6 +32,7 @@ def page(results: list[Result]) -> str:
         scaling_report.section,
         routing_report.section,
         traffic_report.section,
+        weight_traffic_report.section,
         resources_report.section,
         dataloader_report.section,
     )

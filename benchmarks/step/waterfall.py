@@ -39,7 +39,9 @@ from millrace.benchmarks.step.step_timeline import (
 )
 from millrace.benchmarks.step.throughput_inputs import Live
 from millrace.engine.config import Config
-from millrace.engine.distributed import deepspeed_engine, process_group
+from millrace.engine.distributed import process_group
+from millrace.engine.distributed.zero_settings import zero_stage
+from millrace.engine.planning.step_time import REFRESH
 from millrace.kernels.support.registration import HAS_TRITON
 
 Row = dict[str, Any]
@@ -127,11 +129,14 @@ def roofline(
     times: Counter[str] = Counter()
     for entry in traffic.record(counted, "ours", lengths).entries:
         times[_category_of_entry(entry)] += micro_batches * _least(entry, copy, products)
+    stage = zero_stage(config)
     if config.precision.compute == "bfloat16":
-        times["other operators"] += micro_batches * 12 * parameters / copy
+        # Working copies are made once and gradients widened; at stage 3 the weights are cast each time.
+        again = 12 * micro_batches if stage == 3 else REFRESH * (1 + micro_batches)
+        times["other operators"] += again * parameters / copy
     times["data and conditioning"] += micro_batches * len(lengths) * frozen_flops / products
     least |= dict(times)
-    shards = process_group.world_size() if deepspeed_engine.zero_stage(config) else 1
+    shards = process_group.world_size() if stage else 1
     least["optimizer"] = 32 * parameters / shards / copy if config.optimizer.kind == "adamw" else None
     least["communication"] = 0.0 if process_group.world_size() == 1 else None
     return least

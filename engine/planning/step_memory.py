@@ -6,16 +6,16 @@ DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py
 | stage | always held                 | forward, backward         | reduction               | update  |
 |-------|-----------------------------|---------------------------|-------------------------|---------|
 | 0     | Psi + state                 | activations, gradients    | Psi + flat bucket       | Psi     |
-| 1     | Psi + master/N + state/N    | activations, gradients, b | Psi in b + flat bucket  | 2 Psi/N |
-| 2     | the same                    | activations, b            | b + flat bucket + Psi/N | 2 Psi/N |
+| 1     | Psi + master/N + state/N    | activations, gradients, b | Psi in b + Psi/N        | 2 Psi/N |
+| 2     | the same                    | activations, b            | b + 2 Psi/N             | 2 Psi/N |
 | 3     | 3 Psi/N + state/N + b       | activations, live weights | flat bucket             |         |
 
 At stages 0 to 2 a run in BF16 also holds working copies of Psi/2. At stage 3 weights, their masters and the
 gradients are Psi/N each. The peak is that of the worst phase.
 `state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
-several processes at once; alone it needs none. Where a run draws samples, that is a phase between two steps,
-with one whole FP32 copy of the weights, gathered and sampled from: Psi; at stage 0 the weights or averages
-themselves are sampled from, where they are FP32.
+several processes at once; alone it needs none, nor do stages 1 and 2 without `reduce_scatter`. Where a run
+draws samples, that is a phase between two steps, with one whole FP32 copy of the weights, gathered and
+sampled from: Psi; at stage 0 the weights or averages themselves are sampled from, where they are FP32.
 """
 
 from collections.abc import Mapping
@@ -157,7 +157,7 @@ def memory_of(
     share = whole / ranks
     zero = zero_section(config, stage, ranks, shape.parameters)
     bucket = stored * int(zero["reduce_bucket_size"])
-    flat = min(bucket, whole) if ranks > 1 else 0.0
+    flat = min(bucket, whole) if ranks > 1 and zero["reduce_scatter"] else 0.0
     entry = optimizer_entry(config.optimizer.kind)
     alone = fused and entry.fused_passes is not None
     update = 0.0 if alone else entry.temporaries * (stored * shape.largest if stage == 0 else share)

@@ -15,8 +15,9 @@ from millrace.engine import train as command
 from millrace.engine import trainer as module
 from millrace.engine.cli import run_command
 from millrace.engine.data import SampleStream
-from millrace.engine.distributed import deepspeed_engine, process_group, signals, watchdog
+from millrace.engine.distributed import process_group, signals, watchdog
 from millrace.engine.evaluation.run_samples import RunSamples
+from millrace.engine.optim.optimizer_step import OptimizerStep
 from millrace.engine.trainer import Trainer
 from millrace.engine.util.errors import UserError
 
@@ -24,12 +25,12 @@ MOMENTS = {
     "it is built": (Trainer, "_build_model", 1),
     "it waits for a batch": (Trainer, "next_batch", 9),
     "it computes": (Trainer, "sample_losses", 9),
-    "gradients are applied": (deepspeed_engine, "apply_gradients", 3),
+    "gradients are applied": (OptimizerStep, "apply", 3),
     "it draws samples": (RunSamples, "make", 1),
     "it saves": (module, "save_checkpoint", 1),
     "a stage ends": (module, "save_checkpoint", 2),
     "the next stage is built": (Trainer, "_build_model", 2),
-    "the last step": (deepspeed_engine, "apply_gradients", 9),
+    "the last step": (OptimizerStep, "apply", 9),
 }
 """Where SIGTERM comes: at the n-th call of a function. Steps have 4 micro-batches on one rank, 2 on two."""
 
