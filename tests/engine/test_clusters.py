@@ -154,7 +154,7 @@ AT = {
     "it waits for a batch": (3, 4),
     "it computes": (3, 4),
     "gradients are applied": (3, 4),
-    "it draws samples": (2, 3),
+    "it draws samples": (2, 2),
     "it saves": (5, 5),
     "a stage ends": (5, 5),
     "the next stage is built": (5, 5),
