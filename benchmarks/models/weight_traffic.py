@@ -21,7 +21,7 @@ from millrace.benchmarks.report import recording
 from millrace.benchmarks.report import weight_traffic_report as report
 from millrace.engine.cli import command_parser, number, run_command
 from millrace.engine.config.loading import merge, parse_config
-from millrace.engine.planning.search import OVERLAP_BUCKET
+from millrace.engine.distributed.zero_settings import OVERLAP_BUCKET
 from millrace.engine.planning.step_memory import shape_of
 
 SMALL: Row = {
