@@ -115,17 +115,23 @@ def fold(partial: Tensor, sums: Tensor, used: tuple[int, int] | None = None) -> 
 def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]:
     """What row kernels are compiled for ahead of time: 32 images, whole and with some of their tokens routed.
 
-    Between them every number of rows of a program (`row_launch`) at the width of PRX-1.2B, and the FP32 model
-    that is made for a CPU. Name, rows (T, C), a sample's vectors (B, C) as a slice of the modulation's GEMM,
-    offsets, statistics (T,), longest sample.
+    Between them every number of rows of a program (`row_launch`) at the width of PRX-1.2B; 256 images, which
+    leave no sample a second program; and the FP32 model that is made for a CPU. Name, rows (T, C), a sample's
+    vectors (B, C) as a slice of the modulation's GEMM, offsets, statistics (T,), longest sample.
     """
-    shapes = {(1792, torch.bfloat16): (32, 64, 128, 256, 1024), (3584, torch.bfloat16): (256, 1024)}
-    for (width, dtype), lengths in (shapes | {(160, torch.float32): (64,)}).items():
+    shapes = {
+        (1792, torch.bfloat16, 32): (32, 64, 128, 256, 1024),
+        (1792, torch.bfloat16, 256): (256,),
+        (3584, torch.bfloat16, 32): (256, 1024),
+        (160, torch.float32, 32): (64,),
+    }
+    for (width, dtype, samples), lengths in shapes.items():
         for tokens in lengths:
-            vectors = meta(32, 16 * 6 * width, dtype=dtype)[:, width : 2 * width]
-            statistics = meta(32 * tokens, dtype=torch.float32)
-            x, offsets = meta(32 * tokens, width, dtype=dtype), meta(33, dtype=torch.int32)
-            yield f"C={width} N={tokens} {dtype}", x, vectors, offsets, statistics, tokens
+            vectors = meta(samples, 16 * 6 * width, dtype=dtype)[:, width : 2 * width]
+            statistics = meta(samples * tokens, dtype=torch.float32)
+            x = meta(samples * tokens, width, dtype=dtype)
+            offsets = meta(samples + 1, dtype=torch.int32)
+            yield f"B={samples} C={width} N={tokens} {dtype}", x, vectors, offsets, statistics, tokens
 
 
 def configurations() -> Iterator[Launch]:
