@@ -53,17 +53,17 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     require_path("--dataset", arguments.dataset)
 
+    from millrace.engine.config.loading import load_config
+    from millrace.engine.distributed.launchers import read_launcher
+
+    config = load_config(arguments.config, arguments.overrides)
+    read_launcher()
+
     import torch
 
-    from millrace.engine.config.loading import load_config
+    from millrace.engine.encoders.latent_cache_writer import write_caches
     from millrace.engine.planning.automatic import without_auto
 
-    config = without_auto(load_config(arguments.config, arguments.overrides))
-
-    from millrace.engine.distributed.launchers import read_launcher
-    from millrace.engine.encoders.latent_cache_writer import write_caches
-
-    read_launcher()
     rank, world_size = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # DeepSpeed's launcher leaves all cores to every process.
@@ -71,7 +71,7 @@ def main(words: Sequence[str] | None = None) -> int:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     write_caches(
         arguments.dataset,
-        config,
+        without_auto(config),
         arguments.kinds,
         rank,
         world_size,

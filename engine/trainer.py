@@ -44,7 +44,7 @@ from millrace.engine.encoders.prefetch import BatchPrefetcher
 from millrace.engine.encoders.teacher import Teacher, teacher_of
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.run_samples import RunSamples
-from millrace.engine.losses.contrastive import MeanTarget
+from millrace.engine.losses.contrastive import MeanTarget, require_partners
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.losses.loss_term import LossInputs
 from millrace.engine.losses.total import build_loss
@@ -132,6 +132,7 @@ class Trainer:
         for stage in self.stages:  # what only a later stage would meet is refused now
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
+            require_partners(stage.config)
         sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
         self._choose_stage(reader)
         self.source = sources[self.config.data]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from millrace.engine.config import Config
 from millrace.engine.model.layout import Grid, patchify
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
@@ -28,6 +29,15 @@ from millrace.engine.util.randomness import Purpose
 from millrace.kernels.support.philox import sample_keys, uniform
 
 _NAME = "mean_target"
+
+
+def require_partners(config: Config) -> None:
+    """Raise UserError where contrastive flow matching has no other sample to push away from."""
+    if config.objective.contrastive_weight > 0 and config.data.micro_batch == 1:
+        raise UserError(
+            "objective.contrastive_weight pushes each sample away from another of its micro-batch, and "
+            "data.micro_batch is 1, so it would do nothing; set data.micro_batch to 2 or more"
+        )
 
 
 def random_negatives(seed: int, sample_index: Tensor, eligible: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""End of an optimizer step on DeepSpeed, at any ZeRO stage: one gradient norm, one wait, one pass over state.
+"""End of an optimizer step at any ZeRO stage: gradient clipping, skipped steps, and the host's one wait.
 
 DeepSpeed 0.19 makes the host wait for the device several times in a step (throughput timer, overflow check,
 norm, the end of an overlapped reduction), reads the gradients once more to clip them, and writes them once

@@ -35,7 +35,9 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
     fused = device.type == "cuda"
     memory = memory_of(config, stage, ranks, traced, shape_of(config), later.bytes, fused)
     if fused:
-        have, where = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+        # What the allocator keeps for the next tensors counts as free: the driver does not know of it.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        have, where = torch.cuda.mem_get_info(device)[0] + kept, torch.cuda.get_device_name(device)
     else:
         have, where = psutil.virtual_memory().available / ranks_here(), "this machine (per process)"
     if memory.peak <= have:

@@ -154,7 +154,9 @@ class Planner:
             sizes.add(data.micro_batch)
         # A micro-batch of buckets has one size of pictures.
         whole = data.bucket_run if data.aspect == "bucket" else 0
-        return sorted((size for size in sizes if whole % size == 0), reverse=True)
+        # Contrastive flow matching needs a second sample.
+        least = 2 if self.config.objective.contrastive_weight > 0 and each > 1 else 1
+        return sorted((size for size in sizes if whole % size == 0 and size >= least), reverse=True)
 
     def allowed(self, stage: int, policy: str) -> bool:
         """Whether the engine takes the combination (`deepspeed_engine.deepspeed_config`)."""

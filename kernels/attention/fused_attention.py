@@ -145,7 +145,9 @@ def _backward_eager(
         # A sample's queries, keys and values are not read again: their memory takes the gradients.
         for x, index, gradient in zip((q, k, v), (rows, joint, joint), gradients, strict=True):
             x[index] = gradient[0].transpose(0, 1)
-    return prologue.backward_eager(q, k, v, *inputs, padded=False, eps=eps)
+    grad_qkv, grad_text_kv, weights = prologue.backward_eager(q, k, v, *inputs, padded=False, eps=eps)
+    norms = (q_weight, k_weight, text_k_weight)
+    return grad_qkv, grad_text_kv, *(g.to(w.dtype) for g, w in zip(weights, norms, strict=True))
 
 
 class Tiles(NamedTuple):

@@ -16,6 +16,7 @@ from millrace.benchmarks.quality import ablations_table as table
 from millrace.benchmarks.report import logbook_page as page
 from millrace.benchmarks.report.recording import read_results
 from millrace.engine.config.loading import parse_config
+from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -259,7 +260,7 @@ def test_averages_forget_their_start():
 def test_the_held_out_loss_of_a_model_that_says_nothing():
     """A velocity of zero leaves |n - x0|^2 per element."""
     config = small("latent_256")
-    denoiser = one_run.Denoiser(config.model, config.routing)
+    denoiser = Denoiser(config.model, config.routing)
     denoiser.init_weights(0)
     weights = {name: torch.zeros_like(w) for name, w in denoiser.state_dict().items()}
     source, pictures = one_run.held_out(config)

@@ -54,7 +54,8 @@ class Child:
 
     def text(self, stream: str) -> str:
         """What it wrote to `out` or `err`."""
-        return (self._folder / stream).read_text()
+        path = self._folder / stream
+        return path.read_text() if path.exists() else ""  # it may have been ended before it began
 
     def result(self) -> Any:
         """What its function returned."""

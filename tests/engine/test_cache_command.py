@@ -9,6 +9,7 @@ import torch
 
 from millrace.engine import cache
 from millrace.engine import prepare as prepare_command
+from millrace.engine.config import Config
 from millrace.engine.data.formats.shard_index import read_manifest
 from millrace.engine.encoders.autoencoder import autoencoder_entry
 from millrace.engine.encoders.text_encoder import text_encoder_entry
@@ -118,9 +119,10 @@ def test_threads_are_shared_between_processes_of_a_machine(monkeypatch, tmp_path
     monkeypatch.setattr(
         latent_cache_writer, "write_caches", lambda *_, **__: seen.append(torch.get_num_threads())
     )
-    monkeypatch.setattr(loading, "load_config", lambda *_: None)
+    monkeypatch.setattr(loading, "load_config", lambda *_: Config())
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "64"), ("LOCAL_SIZE", "64")):
+    job = {"RANK": "0", "WORLD_SIZE": "64", "LOCAL_RANK": "0", "LOCAL_SIZE": "64"}
+    for name, value in (job | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     try:
         assert cache.main(["text", "--dataset", str(tmp_path), "--config", "y"]) == 0

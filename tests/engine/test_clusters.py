@@ -155,7 +155,7 @@ AT = {
     "it computes": (3, 4),
     "gradients are applied": (3, 4),
     "it draws samples": (2, 2),
-    "it saves": (5, 5),
+    "it saves": (4, 4),
     "a stage ends": (5, 5),
     "the next stage is built": (5, 5),
     "the last step": (9, 9),

@@ -45,7 +45,7 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_configuration_has_a_plan(path, quick, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), "--plan"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), "--plan", "8"])
     assert train.main() == 0
     heads = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()}
     assert {"model", "routing", "devices", "as configured", "memory", "speed", "settings"} <= heads

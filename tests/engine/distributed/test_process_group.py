@@ -36,7 +36,8 @@ def test_pytorch_has_the_cores_of_a_process(device, monkeypatch):
     monkeypatch.setattr(process_group, "_host_group", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", "0"), ("LOCAL_SIZE", "8")):
+    job = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_SIZE": "8"}
+    for name, value in (job | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     process_group.initialize(torch.device(device))
     assert threads == []  # OMP_NUM_THREADS is set

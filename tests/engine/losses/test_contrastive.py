@@ -8,7 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from millrace.engine.config import Config, Model, Objective, Routing
-from millrace.engine.losses.contrastive import MeanTarget, mean_target, random_negatives
+from millrace.engine.losses.contrastive import (
+    MeanTarget,
+    mean_target,
+    random_negatives,
+    require_partners,
+)
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import LayoutCache, patchify
@@ -245,3 +250,12 @@ def test_files_that_are_no_mean_target_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be written"):
         MeanTarget(torch.zeros(1, 1, 1), 1).save(tmp_path / "damaged" / "mean")
+
+
+def test_a_micro_batch_of_one_sample_is_refused(runs, tmp_path):
+    pushed = {"objective": {"contrastive_weight": 0.05}}
+    require_partners(runs.config(tmp_path, pushed, {"data": {"micro_batch": 2}}))
+    require_partners(runs.config(tmp_path, {"data": {"micro_batch": 1}}))
+    alone = runs.here(tmp_path / "run", pushed, {"data": {"micro_batch": 1}})
+    assert alone.error.startswith("objective.contrastive_weight pushes each sample away from another")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -19,6 +19,7 @@ from millrace.engine.model import fp8 as module
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.fp8 import Fp8Linear, use_fp8
 from millrace.engine.model.routing import RoutedSpan, Sprint, Tread
+from millrace.engine.model.working_weights import WorkingLinear, WorkingWeights
 from millrace.engine.util.errors import UserError
 from millrace.kernels import Route, fp8_linear
 
@@ -303,9 +304,11 @@ def test_gradients_of_fp8_layers_are_reduced_as_those_of_others():
     for name in deepspeed_engine._LINEAR:
         package, _, attribute = name.rpartition(".")
         found.add(getattr(importlib.import_module(package), attribute))
-    assert found == {nn.Linear, Fp8Linear}
-    kinds = {type(part) for part in denoiser_of(backend="torch").modules() if isinstance(part, nn.Linear)}
-    assert kinds == found
+    assert found == {nn.Linear, Fp8Linear, WorkingLinear}
+    denoiser = denoiser_of(backend="torch")
+    kinds = {type(part) for part in denoiser.modules() if isinstance(part, nn.Linear)}
+    WorkingWeights(denoiser, torch.bfloat16)
+    assert kinds | {type(part) for part in denoiser.modules() if isinstance(part, nn.Linear)} == found
 
 
 def test_auto_is_torch():

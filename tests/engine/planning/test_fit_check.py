@@ -118,6 +118,20 @@ def test_refusal_names_the_parts(runs, tmp_path, monkeypatch):
         check_fits(config, 0, 2, 1, CPU)
 
 
+def test_what_the_allocator_keeps_counts_as_free(runs, tmp_path, monkeypatch):
+    """As at the begin of a later stage, whose predecessor's memory the allocator has not given back."""
+    config, cuda = small(runs, tmp_path), torch.device("cuda")
+    certain = int(memory_of(config, 0, 1, Traced(0, 0, 0, 0), shape_of(config)).certain)  # whatever is traced
+    numbers = {"mem_get_info": (certain - 1, 0), "memory_reserved": 8, "memory_allocated": 8}
+    for name in numbers:
+        monkeypatch.setattr(torch.cuda, name, lambda _device, name=name: numbers[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
+    with pytest.raises(UserError, match="a card has"):
+        check_fits(config, 0, 1, 1, cuda)
+    numbers["memory_reserved"] += 1
+    check_fits(config, 0, 1, 1, cuda)
+
+
 @pytest.mark.parametrize("backend", ["reference", "flash_attn", "xformers"])
 def test_a_backend_that_cannot_be_traced_here_is_no_obstacle(runs, tmp_path, backend):
     assert check_fits(small(runs, tmp_path, {"model": {"attention_backend": backend}}), 0, 1, 1, CPU) is None

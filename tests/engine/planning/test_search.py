@@ -94,3 +94,8 @@ def test_what_the_engine_refuses_is_no_option(planner):
     assert "selective" not in {option.policy for option in compiled.options()}
     low = planner(2, 80e9, {"precision": {"master": "bfloat16", "compute": "bfloat16"}})
     assert {option.stage for option in low.options()} == {0}
+
+
+def test_contrastive_flow_matching_has_a_partner(planner):
+    assert planner().micro_batches() == [8, 4, 2, 1]
+    assert planner(2, 80e9, {"objective": {"contrastive_weight": 0.05}}).micro_batches() == [8, 4, 2]

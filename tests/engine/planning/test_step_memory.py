@@ -64,7 +64,7 @@ def test_reduction_and_update_without_activations(config, psi):
     bucket, _ = buckets(config, 1, 1)
     assert found(config, 0, 2, NOTHING).phases["reduction"] == 2 * psi  # gradients and their flat copy
     assert found(config, 0, 1, NOTHING).phases["reduction"] == psi  # alone nothing is reduced
-    assert found(config, 1, 2, NOTHING).phases["reduction"] == 2 * bucket + psi
+    assert found(config, 1, 2, NOTHING).phases["reduction"] == 2 * bucket + psi / 2
     assert found(config, 1, 1, NOTHING).phases["reduction"] == bucket + psi  # no flat copy, but what is owned
     assert found(config, 2, 2, NOTHING).phases["update"] == psi
     assert found(config, 2, 2, NOTHING, fused=False).phases["update"] == psi / 2 + 2 * psi / 2
