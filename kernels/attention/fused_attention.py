@@ -147,7 +147,7 @@ def _backward_eager(
             x[index] = gradient[0].transpose(0, 1)
     grad_qkv, grad_text_kv, weights = prologue.backward_eager(q, k, v, *inputs, padded=False, eps=eps)
     norms = (q_weight, k_weight, text_k_weight)
-    return grad_qkv, grad_text_kv, *(g.to(w.dtype) for g, w in zip(weights, norms, strict=True))
+    return grad_qkv, grad_text_kv, *(g.to(w.dtype, copy=True) for g, w in zip(weights, norms, strict=True))
 
 
 class Tiles(NamedTuple):
