@@ -114,7 +114,8 @@ def test_every_operator_with_kernels_launches_them(device, monkeypatch):
         pytest.skip("kernels run on CUDA, and on the CPU under TRITON_INTERPRET=1")
     with _CountLaunches(monkeypatch) as counted:
         run_every_operation(device)
-    wanted = operators_with_kernels()
+    # Liger's kernels are another package's, with tests of their own here (test_geglu.py).
+    wanted = {name for name in operators_with_kernels() if "liger" not in name}
     assert len(wanted) > 20
     assert {name for name, launches in counted.of_operator.items() if launches} == wanted
 
