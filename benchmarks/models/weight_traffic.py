@@ -44,9 +44,7 @@ def job(stage: int, processes: int, accumulation: int, folder: Path) -> Row:
     """What a worker is to do for one point."""
     zero: Row = {"stage": stage}
     if stage and processes > 1:
-        elements = shape_of(
-            parse_config(SMALL | {"data": SMALL["data"] | {"global_batch": 1}}, "weights")
-        ).parameters
+        elements = shape_of(parse_config(merge(SMALL, {"data": {"global_batch": 1}}), "weights")).parameters
         zero |= {"overlap_comm": True, "reduce_bucket_size": round(elements * OVERLAP_BUCKET / report.PRX)}
     changes: Row = {
         "run": {"output_dir": str(folder)},

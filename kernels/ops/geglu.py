@@ -182,18 +182,6 @@ _backward = register(
 )
 
 
-class _GeGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return _forward(gate_up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
-        return _backward(grad_y, *ctx.saved_tensors)
-
-
 def _refuse_liger(gate_up: Tensor, *_others: Tensor) -> Tensor:
     raise ValueError(f"backend 'liger' takes no {gate_up.dtype} on {gate_up.device}")
 
@@ -225,16 +213,19 @@ _liger_backward = register(
 )
 
 
-class _LigerGeGLU(torch.autograd.Function):
+class _GeGLU(torch.autograd.Function):
+    """By our operators, or by liger-kernel's."""
+
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, liger: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _liger_forward(gate_up)
+        ctx.liger = liger
+        return (_liger_forward if liger else _forward)(gate_up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
-        return _liger_backward(grad_y, *ctx.saved_tensors)
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
+        return (_liger_backward if ctx.liger else _backward)(grad_y, *ctx.saved_tensors), None
 
 
 def geglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
@@ -262,7 +253,7 @@ def geglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
         obstacle = liger_obstacle(gate_up.device)
         if obstacle is not None:
             raise ValueError(f"backend 'liger' cannot run: {obstacle}")
-    return (_LigerGeGLU if backend == "liger" else _GeGLU).apply(gate_up)
+    return _GeGLU.apply(gate_up, backend == "liger")
 
 
 def liger_obstacle(device: torch.device) -> str | None:
