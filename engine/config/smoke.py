@@ -6,7 +6,7 @@ Not run: `torch.compile`, which takes longer than the rest, and transformer_engi
 products are done by torch's.
 """
 
-import os
+import fcntl
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -199,12 +199,13 @@ def _tiny_networks(config: Config) -> dict[str, Any]:
 
 
 def made_once(folder: Path, make: Callable[[Path], Path]) -> str:
-    """`folder`, filled by `make` unless it is there already; several processes may come here at once."""
-    if not folder.exists():
-        mine = folder.with_name(f"{folder.name}.{os.getpid()}")
-        make(mine)
-        try:
-            mine.rename(folder)
-        except OSError:
-            shutil.rmtree(mine)  # another process was first, with the same weights
+    """`folder`, filled by `make` unless it is there already; of several processes that come here at once, one
+    makes it and the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished).rename(folder)
     return str(folder)

@@ -86,8 +86,8 @@ def _configured(planner: Planner, best: Option) -> list[str]:
     """The configuration as it is, `auto` as a run resolves it, where it makes a run on so many devices."""
     try:
         options = list(planner.automatic())
-    except UserError:
-        return []
+    except UserError as error:
+        return [f"as configured: {error}"]
     fitting = [option for option in options if option.fits]
     option = planner.best(fitting)[0] if fitting else min(options, key=lambda o: o.memory.peak)
     if option == best and automatic(planner.config):
