@@ -62,7 +62,7 @@ from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.owned_run import owned_run
-from millrace.engine.run_log.sample_log import SampleLog
+from millrace.engine.run_log.sample_log import REJECTS, SampleLog
 from millrace.engine.run_log.startup import introduction
 from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
@@ -70,6 +70,9 @@ from millrace.engine.util.files import write_atomically
 
 if TYPE_CHECKING:  # an ordinary run imports nothing of repa_e
     from millrace.engine.repa_e.tuner import RepaE
+
+_BAD_SHOWN = 20
+"""Keys of unreadable pictures that the last line of a run names."""
 
 
 def train(
@@ -364,7 +367,9 @@ class Trainer:
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
             )
             if bad:
-                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
+                shown = ", ".join(bad[:_BAD_SHOWN])
+                more = f", and {len(bad) - _BAD_SHOWN} more in {REJECTS}" if len(bad) > _BAD_SHOWN else ""
+                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({shown}{more})")
             if self.stage.last < config.run.steps:
                 return not self._stopped(requests.poll(now=True))
             self.run_log.say(
