@@ -26,11 +26,12 @@ from millrace.engine.checkpoint.checkpoints import (
 from millrace.engine.checkpoint.damage import RECORD, DamagedState, record_damage, total
 from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.weight_formats import start_from
-from millrace.engine.config import Config
+from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import resolve_stages, stage_at
-from millrace.engine.data import SampleStream, fingerprint, open_source
+from millrace.engine.data import SampleStream, Source, fingerprint, open_source
 from millrace.engine.data.lasting_stream import LastingStream
+from millrace.engine.data.sources.open_source import Opened
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import audit, require_masters
 from millrace.engine.distributed.release import collect_memory, release_engine
@@ -136,7 +137,7 @@ class Trainer:
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
             require_partners(stage.config)
-        sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
+        sources = process_group.leaders_first(self._open_sources)  # the others map what a leader has indexed
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
@@ -161,6 +162,11 @@ class Trainer:
         self.run_samples = RunSamples(
             self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log
         )
+
+    def _open_sources(self) -> dict[Data, Source]:
+        """The source of each stage; all are opened now, so that a later one fails before the run begins."""
+        opened: Opened = {}
+        return {data: self.open_source(data, opened) for data in {stage.config.data for stage in self.stages}}
 
     def _choose_stage(self, reader: CheckpointReader | None) -> None:
         """Take the stage that the checkpoint's step lies in; from here on `config` is the stage's."""

@@ -4,6 +4,7 @@
 a few open files.
 """
 
+import errno
 import json
 import os
 import threading
@@ -11,14 +12,16 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakSet
 
 import numpy as np
 from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.formats.shard_index import Manifest, Shard, read_index, read_manifest
+from millrace.engine.data.formats.joined_index import check_sizes, open_index
+from millrace.engine.data.formats.shard_index import Manifest, read_manifest
 from millrace.engine.data.sources.pictures import (
     Captions,
     OpenSource,
@@ -26,14 +29,16 @@ from millrace.engine.data.sources.pictures import (
     UnreadablePicture,
     decode_picture,
 )
+from millrace.engine.distributed import process_group
+from millrace.engine.util.descriptors import raise_limit
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
 from millrace.engine.util.transient import retried
 
-OPEN_FILES = 64
-"""Tar files that one source keeps open."""
+OPEN_SHARE = 0.5
+"""Of the files that a process may have open, those that all its sources keep."""
 _OPENING_THREADS = 16
-"""Indexes read at a time; where files are far away, waiting for them is all that opening does."""
+"""Shards whose records are read at a time."""
 
 
 class Record(NamedTuple):
@@ -63,17 +68,16 @@ class ShardsSource:
         """Folder of the data set."""
         self.manifest: Manifest = read_manifest(root)
         shards = self.manifest.shards
-        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            self._rows = np.concatenate(list(threads.map(self._open_index, shards)))
+        if process_group.local_rank() == 0:  # once a machine: the others would ask for the same
+            check_sizes(self._root, self.manifest)
+        self._rows, self.bucket_of = open_index(self._root, self.manifest)
+        """`bucket_of` is (N,) int32: index into `buckets` of every sample."""
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self.buckets: tuple[tuple[int, int], ...] = self.manifest.buckets
         """(h, w) in pixels, sorted."""
-        numbers = [self.buckets.index(shard.bucket) for shard in shards]
-        self.bucket_of: np.ndarray = np.repeat(np.array(numbers, np.int32), np.diff(self._starts))
-        """(N,) int32: index into `buckets` of every sample."""
         self.digest: str = self.manifest.digest
         """Which samples these are and their order, by the checksums of the manifest."""
-        self._files = _OpenFiles(OPEN_FILES)
+        self._files = _OpenFiles()
         self._last = threading.local()
         self._verified: dict[int, threading.Lock | None] = {i: threading.Lock() for i in range(len(shards))}
 
@@ -163,21 +167,6 @@ class ShardsSource:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UnreadablePicture(self._where(index), "its JSON is not that of a sample") from None
 
-    def _open_index(self, shard: Shard) -> np.ndarray:
-        path = self._root / shard.file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read: {error.strerror}; restore it or run millrace prepare again"
-            ) from None
-        if size != shard.bytes:
-            raise UserError(
-                f"{path}: has {size} bytes, the manifest says {shard.bytes}; "
-                "restore it or run millrace prepare again"
-            )
-        return read_index(self._root, shard)
-
     def _check_shard(self, number: int) -> None:
         """Compare the checksum of a tar, once; other threads that want the shard wait for it."""
         lock = self._verified[number]
@@ -221,10 +210,16 @@ class _Descriptor:
 
 
 class _OpenFiles:
-    """The last few files that were read. A file that leaves stays open as long as a thread reads from it."""
+    """The files that were read last. A file that leaves stays open as long as a thread reads from it.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    Those of all sources share what the process may have open.
+    """
+
+    _all: ClassVar[WeakSet[Self]] = WeakSet()
+
+    def __init__(self) -> None:
+        self._all.add(self)
+        self._budget = int(raise_limit() * OPEN_SHARE)
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
 
@@ -251,11 +246,19 @@ class _OpenFiles:
             if file is not None:
                 self._open.move_to_end(path)
                 return file
-        file = _Descriptor(path)  # outside the lock: opening may wait for a network
+        try:
+            file = _Descriptor(path)  # outside the lock: opening may wait for a network
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:  # others have taken what was left
+                self._budget = max(1, len(self._open) // 2)
+                self._open.clear()
+            file = _Descriptor(path)
         with self._lock:
             self._open[path] = file
             self._open.move_to_end(path)
-            while len(self._open) > self._limit:
+            while len(self._open) > max(1, self._budget // len(self._all)):
                 self._open.popitem(last=False)
         return file
 
