@@ -32,8 +32,8 @@ def folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "millrace"
 
 
-def cached_file(name: str, size: int, make: Callable[[BinaryIO], None]) -> Path:
-    """Path of the file `name` of `size` bytes, which `make` writes where it is not there yet.
+def cached_file(name: str, size: int | None, make: Callable[[BinaryIO], object]) -> Path:
+    """Path of the file `name`, which `make` writes where it is not there yet, or has not `size` bytes.
 
     Of the processes that want it at the same time one makes it and the others wait. Raises OSError where the
     folder cannot be written, and what `make` raises.
@@ -50,10 +50,10 @@ def cached_file(name: str, size: int, make: Callable[[BinaryIO], None]) -> Path:
     return path
 
 
-def _is_there(path: Path, size: int) -> bool:
+def _is_there(path: Path, size: int | None) -> bool:
     """Whether a file is there and whole, which counts as opening it."""
     try:
-        if path.stat().st_size != size:
+        if path.stat().st_size != size and size is not None:
             return False
     except FileNotFoundError:
         return False

@@ -30,7 +30,11 @@ def _description(source: Source, prefix: str) -> Iterator[bytes]:
     elif hasattr(source, "digest"):
         yield json.dumps([prefix, source.digest]).encode()
     elif isinstance(source, KeptSource) and hasattr(source.whole, "digest"):
-        yield json.dumps([prefix, source.whole.digest, *source.kept]).encode()
+        yield json.dumps([prefix, source.whole.digest])[:-1].encode()  # a list that goes on with the places
+        for first in range(0, len(source), _PLACES_AT_A_TIME):
+            places = source.kept[first : first + _PLACES_AT_A_TIME].tolist()
+            yield "".join(f", {place}" for place in places).encode()
+        yield b"]"
     else:
         for i in range(len(source)):
             yield json.dumps([prefix + source.key(i), *source.captions(i)]).encode()
@@ -38,6 +42,7 @@ def _description(source: Source, prefix: str) -> Iterator[bytes]:
 
 Opened = dict[tuple[Hashable, ...], Source]
 """Sources by the settings that they were opened with."""
+_PLACES_AT_A_TIME = 1 << 16
 _OF_STREAM = {
     *("mixture", "aspect", "bucket_run", "crop", "crop_scale", "flip", "upscale", "long_caption"),
     *("global_batch", "micro_batch", "loader", "cached", "workers", "prefetch", "max_bad_share"),

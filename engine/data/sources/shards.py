@@ -6,10 +6,12 @@ a few open files.
 
 import errno
 import json
+import logging
 import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -21,7 +23,7 @@ from PIL import Image
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.formats.joined_index import check_sizes, open_index
-from millrace.engine.data.formats.shard_index import Manifest, read_manifest
+from millrace.engine.data.formats.shard_index import Manifest, digests_of, read_keys, read_manifest
 from millrace.engine.data.sources.pictures import (
     Captions,
     OpenSource,
@@ -34,6 +36,8 @@ from millrace.engine.util.descriptors import raise_limit
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
 from millrace.engine.util.transient import retried
+
+log = logging.getLogger(__name__)
 
 OPEN_SHARE = 0.5
 """Of the files that a process may have open, those that all its sources keep."""
@@ -103,14 +107,7 @@ class ShardsSource:
         except UnreadablePicture:
             return self._name(index)
 
-    def keys(self) -> list[str]:
-        """Keys of all samples, read without their pictures: a few hundred bytes each."""
-        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            shards = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
-            parts = threads.map(lambda shard: [self._key_alone(i) for i in range(*shard)], shards)
-            return [key for part in parts for key in part]
-
-    def _key_alone(self, index: int) -> str:
+    def key_alone(self, index: int) -> str:
         """As `key`, of a record whose checksum is not computed because its picture is not read."""
         shard, row = self.place(index)[0], self._rows[index]
         offset, size = int(row["json_offset"]), int(row["json_bytes"])
@@ -118,6 +115,29 @@ class ShardsSource:
             return str(json.loads(retried(lambda: self._files.read(self._path(shard), offset, size)))["key"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return self._name(index)
+
+    def key_digests(self) -> Iterator[np.ndarray]:
+        """(n, 2) uint64, `key_digest` of the keys of each shard, in order; where a shard was made without
+        them, from its records."""
+        count = sum(shard.samples for shard in self.manifest.shards if shard.keys_sha256 is None)
+        if count:
+            log.info(
+                "%s: keys of %d samples are read from its tars; a data set that is prepared now has them in "
+                "an index",
+                self._root,
+                count,
+            )
+        numbers = range(len(self.manifest.shards))
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            for first in numbers[::_OPENING_THREADS]:  # as many at a time, so that memory is bounded
+                yield from threads.map(self._digests_of, numbers[first : first + _OPENING_THREADS])
+
+    def _digests_of(self, number: int) -> np.ndarray:
+        shard = self.manifest.shards[number]
+        if shard.keys_sha256 is not None:
+            return read_keys(self._root, shard)
+        places = range(*self._starts[number : number + 2].tolist())
+        return digests_of(self.key_alone(place) for place in places)
 
     def captions(self, index: int) -> Captions:
         """Raises UnreadablePicture where the record is damaged."""

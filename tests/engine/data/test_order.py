@@ -279,12 +279,12 @@ def test_a_source_without_buckets_is_refused():
     with pytest.raises(UserError, match=r"^data\.source builtin is not sorted into buckets; prepare shards"):
         order_of(source, settings(), 0, 0)
     with pytest.raises(UserError, match=r"^data\.source builtin is not sorted"):
-        order_of(KeptSource(source, [0, 1]), settings(), 0, 0)
+        order_of(KeptSource(source, np.array([0, 1])), settings(), 0, 0)
 
 
 def test_a_list_of_keys_keeps_the_buckets():
     source = Bucketed()
-    kept = KeptSource(source, list(range(0, N, 2)))
+    kept = KeptSource(source, np.arange(0, N, 2))
     order = order_of(kept, settings(), 3, 0)
     for place in range(80):
         picture, pool = order.picture(place)
