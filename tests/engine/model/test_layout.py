@@ -64,7 +64,7 @@ def test_recurring_batches_share_their_tensors():
     cache = LayoutCache((4, 4), 100.0)
     first = _layout(cache, [(3, 2), (3, 2)])
     other = _layout(cache, [(3, 3)])
-    again = _layout(cache, [(2, 3), (3, 2)])
+    again = _layout(cache, [(3, 2), (3, 2)])
     assert again.cu_seqlens is first.cu_seqlens
     assert again.positions is first.positions
     assert again.cos is first.cos is other.cos
