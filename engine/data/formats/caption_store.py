@@ -7,7 +7,7 @@
         three <i8: n, begin of the offsets, begin of the notes
 
 Of a large folder one process of a machine reads the caption files, and all map the result, also in later
-runs: its name holds the names of all files, and size and times of change of the caption files. The others only
+runs: its name holds the names of all files, size and times of change of the caption files. The others only
 list the folder. Memory holds the pages that are looked at, once a machine.
 """
 
