@@ -47,6 +47,9 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
     keep: int = Field(3, ge=1)
     """How many of the newest checkpoints stay."""
+    blocking: bool = False
+    """Let training wait until a checkpoint is written. Otherwise it waits for a copy of the state in host
+    memory, from which another thread writes; a machine without room for the copies waits all the same."""
 
 
 class Logging(Section):
