@@ -83,7 +83,7 @@ OF_THE_FIRST = {
 def die_in(job: Job, phase: str, dying: int) -> None:
     """Train until rank `dying` comes to a phase of its second save, and is killed with -9 there."""
     if process_rank() == dying:
-        _at_call(*PHASES[phase], lambda: os.kill(os.getpid(), signal.SIGKILL))
+        _at_call(*(MOMENTS | PHASES)[phase], lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(job)
 
 
