@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 
 class ActivationCheckpointing(Section):
@@ -21,7 +21,7 @@ class ActivationCheckpointing(Section):
 class Run(Section):
     """The run as a whole: where, how long, on what."""
 
-    output_dir: str = "runs/default"
+    output_dir: PathText = "runs/default"
     """Folder that receives checkpoints, log.jsonl, TensorBoard events and sample grids."""
     steps: int = Field(100_000, ge=1)
     """Optimizer steps of the whole run."""
@@ -32,7 +32,7 @@ class Run(Section):
     compile: bool = False
     """`torch.compile` each block (all blocks share one compiled graph)."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Start from these weights instead of random ones: a diffusers folder, a Photoroom/PRX state-dict
     file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
     max_bad_steps: int = Field(10, ge=1)
