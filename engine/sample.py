@@ -89,7 +89,7 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
         training_mean_target,
     )
 
-    weights, config = load_model(arguments)
+    weights, config, origin = load_model(arguments)
     device = choose_device(config.run.device)
     if (file := arguments.compute_mean_target) is not None:
         found = training_mean_target(config, arguments.checkpoint, device)
@@ -108,6 +108,8 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
     else:
         size = arguments.size or (config.data.resolution, config.data.resolution)
         pictures = sampler(prompts, size, config.sampling, arguments.seed)
+    height, width = pictures.shape[2:]
+    print(f"{origin}: {height} x {width} pixels")
     print(describe_cost(sampler, config, pictures))
     if arguments.grid:
         save_grid(pictures, arguments.grid)

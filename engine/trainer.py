@@ -65,6 +65,7 @@ from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.owned_run import owned_run
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.startup import introduction
+from millrace.engine.sampling.grids import grid_prompts
 from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
@@ -157,8 +158,10 @@ class Trainer:
         self.sound_at, self.failed_saves = self.step, 0
         messages += self._open_saves()
         self._open_logs(messages + self._describe(frozen.lines))
+        # Of the run's first data, so that grids of all stages show the same.
+        prompts = grid_prompts(self.config.sampling, sources[self.stages[0].config.data])
         self.run_samples = RunSamples(
-            self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log
+            self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log, prompts
         )
 
     def _choose_stage(self, reader: CheckpointReader | None) -> None:
@@ -174,7 +177,7 @@ class Trainer:
         """Counters of the run so far; lines about what differs from the checkpoint."""
         self.data_digest = fingerprint(self.source)
         self.samples_seen, self.skipped, self.updates = 0, 0, 0
-        self.captions_cut, self.bad_in_row = 0, 0
+        self.bad_in_row, self.told_of_cuts = 0, False
         if reader is None:
             return []
         saved, messages = reader.meta, []
@@ -466,14 +469,13 @@ class Trainer:
         self.watchdog.enter(self.step, "compute")
         if self.lasting.ended:  # spoilt, so that all ranks skip the step
             batch = replace(batch, clean=torch.full_like(batch.clean, math.nan))
-        self.captions_cut += batch.captions_cut
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
         # The mean over samples: a batch of mixed sizes weighs the same however it is cut.
         self.engine.backward(per_sample.mean() * self.optimizer_step.loss_factor)
         if not last:  # the stage's last would take a micro-batch that nobody trains on
             self.look_ahead()
-        self.loss_buffer.add(terms, t)
+        self.loss_buffer.add(terms, t, batch.captions_cut)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
@@ -510,7 +512,6 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
-            "captions_cut": self.captions_cut,
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
@@ -524,14 +525,24 @@ class Trainer:
 
     def _flush(self) -> None:
         if self.loss_buffer.filled:
-            for record, loss in zip(self.records, self.loss_buffer.flush(), strict=True):
-                record["loss"], record["loss_by_time"] = loss.loss, loss.by_time
-                if len(loss.terms) > 1:
-                    record["losses"] = loss.terms
+            losses = self.loss_buffer.flush()
+            for record, loss in zip(self.records, losses, strict=True):
+                record |= {"loss": loss.loss, "losses": loss.terms, "loss_by_time": loss.by_time}
+                record["captions_cut"] = loss.captions_cut
+            self._tell_of_cuts(sum(loss.captions_cut for loss in losses), len(losses))
         if self.repa_e is not None:
             self.repa_e.flush(self.records)
         self.run_log.records(self.records)
         self.records = []
+
+    def _tell_of_cuts(self, cut: int, steps: int) -> None:
+        """Once a stage: that captions are longer than the text encoder takes."""
+        if cut and not self.told_of_cuts:
+            self.told_of_cuts = True
+            self.run_log.say(
+                f"captions: {cut} of {steps * self.config.data.global_batch} are cut to "
+                f"conditioning.text.max_tokens {self.config.conditioning.text.max_tokens}"
+            )
 
     def _report_bad(self, seen: list[tuple[list[str], Tensor]]) -> None:
         """Name the samples of a skipped step, and give up after too many in a row."""
