@@ -15,6 +15,7 @@ PROGRAMS = {
     "routing": "step.routing",
     "dataloader": "data.dataloader",
     "saving": "step.saving",
+    "scale": "data.scale",
     "traffic": "models.traffic",
     "weights": "models.weight_traffic",
     "scaling": "models.scaling",

@@ -27,11 +27,12 @@ from millrace.engine.checkpoint.checkpoints import (
 from millrace.engine.checkpoint.damage import RECORD, DamagedState, record_damage, total
 from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.weight_formats import start_from
-from millrace.engine.config import Config
+from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import resolve_stages, stage_at
-from millrace.engine.data import SampleStream, fingerprint, open_source
+from millrace.engine.data import SampleStream, Source, fingerprint, open_source
 from millrace.engine.data.lasting_stream import LastingStream
+from millrace.engine.data.sources.open_source import Opened
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import audit, require_masters
 from millrace.engine.distributed.release import collect_memory, release_engine
@@ -63,7 +64,7 @@ from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.owned_run import owned_run
-from millrace.engine.run_log.sample_log import SampleLog
+from millrace.engine.run_log.sample_log import REJECTS, SampleLog
 from millrace.engine.run_log.startup import introduction
 from millrace.engine.sampling.grids import grid_prompts
 from millrace.engine.util.data_sheets import peak_flops
@@ -72,6 +73,9 @@ from millrace.engine.util.files import write_atomically
 
 if TYPE_CHECKING:  # an ordinary run imports nothing of repa_e
     from millrace.engine.repa_e.tuner import RepaE
+
+_BAD_SHOWN = 20
+"""Keys of unreadable pictures that the last line of a run names."""
 
 
 def train(
@@ -135,7 +139,7 @@ class Trainer:
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
             require_partners(stage.config)
-        sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
+        sources = process_group.leaders_first(self._open_sources)  # the others map what a leader has indexed
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
@@ -163,6 +167,11 @@ class Trainer:
         self.run_samples = RunSamples(
             self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log, prompts
         )
+
+    def _open_sources(self) -> dict[Data, Source]:
+        """The source of each stage; all are opened now, so that a later one fails before the run begins."""
+        opened: Opened = {}
+        return {data: self.open_source(data, opened) for data in {stage.config.data for stage in self.stages}}
 
     def _choose_stage(self, reader: CheckpointReader | None) -> None:
         """Take the stage that the checkpoint's step lies in; from here on `config` is the stage's."""
@@ -382,7 +391,9 @@ class Trainer:
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
             )
             if bad:
-                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
+                shown = ", ".join(bad[:_BAD_SHOWN])
+                more = f", and {len(bad) - _BAD_SHOWN} more in {REJECTS}" if len(bad) > _BAD_SHOWN else ""
+                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({shown}{more})")
             if self.stage.last < config.run.steps:
                 return not self._stopped(requests.poll(now=True))
             self.run_log.say(

@@ -205,7 +205,7 @@ class Cached(Pictures):
     def look_ahead(self) -> None:
         """The one micro-batch is there."""
 
-    def open_source(self, _config: Data) -> tuple:
+    def open_source(self, _config: Data, _opened: object) -> tuple:
         return ()
 
     def open_autoencoder(self, config: settings.Autoencoder, _device: torch.device) -> Autoencoder:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from millrace.engine.distributed.launchers import read_launcher
+from millrace.engine.util.descriptors import raise_limit
 from millrace.engine.util.errors import FailedElsewhere, UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -51,6 +52,7 @@ def cores_here() -> int:
 def join(wanted: str) -> torch.device:
     """Join the job on the device of `run.device`, and return it. Raises UserError."""
     read_launcher()
+    raise_limit()
     device = choose_device(wanted)
     initialize(device)
     return device

@@ -123,9 +123,7 @@ class RunLog:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether log.jsonl has the evaluation of a step; False on ranks other than 0."""
-        return self._leads and any(
-            record["step"] == step and "evaluation" in record for record in self._file.read()
-        )
+        return self._leads and any("evaluation" in record for record in self._file.of_step(step))
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write what an evaluation found: a line {"step", "evaluation": values} of log.jsonl, and scalars."""

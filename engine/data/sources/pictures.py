@@ -16,10 +16,12 @@ from PIL import Image, ImageFile, ImageOps
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
+from millrace.engine.data.formats.shard_index import digests_of
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.util.transient import retried
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
+_KEYS_AT_A_TIME = 1 << 16
 
 
 WhichCaption = Literal["long", "short", "empty"]
@@ -77,9 +79,19 @@ def stored_size(source: Source, index: int) -> tuple[int, int] | None:
     return source.stored_size(index) if hasattr(source, "stored_size") else None
 
 
-def keys_of(source: Source) -> list[str]:
-    """Keys of all pictures of a source, in order; one that would read pictures for them has `keys`."""
-    return source.keys() if hasattr(source, "keys") else [source.key(i) for i in range(len(source))]
+def key_alone(source: Source, index: int) -> str:
+    """Key of a picture of which nothing else is wanted; a source that would read the picture for it has
+    `key_alone`."""
+    return source.key_alone(index) if hasattr(source, "key_alone") else source.key(index)
+
+
+def key_digests(source: Source) -> Iterator[np.ndarray]:
+    """(n, 2) uint64, `key_digest` of the keys of all pictures of a source, in order and in parts."""
+    if hasattr(source, "key_digests"):
+        yield from source.key_digests()
+        return
+    for first in range(0, len(source), _KEYS_AT_A_TIME):
+        yield digests_of(source.key(i) for i in range(first, min(first + _KEYS_AT_A_TIME, len(source))))
 
 
 def holds_files(source: Source) -> bool:
