@@ -14,6 +14,7 @@ PROGRAMS = {
     "resources": "kernels.resources",
     "routing": "step.routing",
     "dataloader": "data.dataloader",
+    "saving": "step.saving",
     "scale": "data.scale",
     "traffic": "models.traffic",
     "weights": "models.weight_traffic",

@@ -14,6 +14,7 @@ it, new parameters keep the values they were made with, state that is missing st
 place any more is dropped; every such change is a line for the user.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 
@@ -41,8 +42,8 @@ def state_pieces(
     """This rank's part of the training state. `buffers` are whole on every rank; the first writes them."""
     updates = _updates(shards, optimizer)
     latest = max(updates.values(), default=0)
-    for shard in shards:
-        if not shard.writes or not shard.count:
+    for shard in (held.to_write for held in shards):
+        if not shard.count:
             continue
         yield from _pieces(shard, optimizer, ema)
         if shard.start == 0 and updates.get(id(shard.master), latest) != latest:
@@ -63,14 +64,23 @@ def _pieces(shard: Shard, optimizer: TrainingOptimizer, ema: EmaWeights | None) 
         yield _piece(name, shard, ema.of(shard.master, name))
 
 
+def written_bytes(shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None) -> int:
+    """Bytes of weights, optimizer state and averages that this rank writes, once the optimizer has begun."""
+    averages = len(ema.names) if ema is not None else 0
+    return sum(
+        shard.count * shard.master.element_size() * (1 + len(optimizer.state_names(shard.name)) + averages)
+        for shard in (held.to_write for held in shards)
+    )
+
+
 def bad_state(
     shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None, copies: bool = False
 ) -> dict[str, BadElements]:
     """Bad elements of all that this rank holds, looked for where it lies; with `copies` only of what another
     rank writes to the checkpoint."""
     found = []
-    for shard in shards:
-        if shard.count and not (copies and shard.writes):
+    for shard in itertools.chain.from_iterable(held.copies for held in shards) if copies else shards:
+        if shard.count:
             for piece in _pieces(shard, optimizer, ema):
                 if bad := bad_elements(piece.name, piece.data):
                     found.append({piece.name: bad})

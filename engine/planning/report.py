@@ -8,6 +8,7 @@ from millrace.engine.planning.automatic import automatic
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.search import TIE, Option, Planner
+from millrace.engine.planning.step_memory import saved_bytes
 from millrace.engine.planning.step_time import Step
 from millrace.engine.util.errors import UserError
 
@@ -62,6 +63,7 @@ def describe(planner: Planner, best: Option, found: list[Option], steps: int) ->
         f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
         f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
         f"{memory.held / 1e9:.1f} GB; at the peak {memory.table()}",
+        *_host_memory(planner),
         f"step: {step.seconds:.3g} s: {_terms(step)}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
         + (f", waiting for the loader {step.starving:.2g}" if step.starving else ""),
@@ -96,6 +98,16 @@ def _configured(planner: Planner, best: Option) -> list[str]:
     return [
         f"as configured: ZeRO {option.stage}, micro-batch {option.micro_batch}, checkpointing "
         f"{option.policy}: {option.memory.peak / 1e9:.1f} GB{fits}, {option.step.seconds:.3g} s a step"
+    ]
+
+
+def _host_memory(planner: Planner) -> list[str]:
+    if planner.config.checkpoint.blocking:
+        return []
+    size = saved_bytes(planner.config, planner.ranks, planner.shape)
+    return [
+        f"host memory: {size / 1e9:.1f} GB for each process, of which checkpoints are written "
+        "(checkpoint.blocking=true needs none)"
     ]
 
 

@@ -131,7 +131,8 @@ class RunLog:
             return
         with self.channels.tolerate("log.jsonl"):
             self._file.write({"step": step, "evaluation": _plain(values)}, sync=True)
-        scalars = {f"evaluation/{name}": value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        scalars = {f"evaluation/{name}": value for name, value in numbers.items()}
         self._scalars(step, scalars, scalars)
 
     def say(self, message: str) -> None:

@@ -29,8 +29,8 @@ def lines(*words):
 def test_the_recommendation_and_its_reasons():
     found = lines("--gpus", "8", "--set", "data.global_batch=64")
     heads = [line.partition(":")[0] for line in found]
-    wanted = ["model", "routing", "devices", "ZeRO stage", "micro-batch", "activation checkpointing"]
-    wanted += ["memory", "step", "speed", "duration", "settings"]
+    wanted = ["model", "routing", "devices", "as configured", "ZeRO stage", "micro-batch"]
+    wanted += ["activation checkpointing", "memory", "host memory", "step", "speed", "duration", "settings"]
     assert heads[: len(wanted)] == wanted
     values = {line.partition(": ")[0]: line.partition(": ")[2] for line in found}
     assert values["devices"] == "8 x H200 SXM"
@@ -52,7 +52,7 @@ def test_the_recommendation_and_its_reasons():
 
 
 def test_the_configuration_as_it_is():
-    """The same settings by hand cost the same; what does not divide the batch is no run."""
+    """The same settings by hand cost the same; what does not divide the batch is no run, and it says so."""
     zero = ["--set", "deepspeed.zero_optimization.stage=0"]
     given = ["--gpus", "2", "--set", "data.global_batch=32", "--set", "data.micro_batch=16", *zero]
     found = lines(*given)
@@ -62,7 +62,9 @@ def test_the_configuration_as_it_is():
     ).groups()
     row = next(line.split() for line in found if line.split()[:3] == ["0", "16", "none"])
     assert (row[3], row[5]) == (memory, seconds)
-    assert not any(line.startswith("as configured") for line in lines(*given, "--set", "data.micro_batch=12"))
+    other = lines(*given, "--set", "data.micro_batch=12")
+    (reason,) = (line for line in other if line.startswith("as configured"))
+    assert reason.startswith("as configured: data.global_batch 32 is not a multiple of data.micro_batch 12")
 
 
 def test_a_faster_row_that_is_not_taken_has_its_reason(monkeypatch):
