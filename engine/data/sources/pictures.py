@@ -98,23 +98,25 @@ def encoded(source: Source, index: int) -> bytes | None:
     return source.encoded(index) if hasattr(source, "encoded") else None
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path, *, profiles: bool = True) -> Image.Image:
     """Decode a JPEG, PNG or WebP file completely: upright (EXIF, XMP), sRGB over white, mode RGB.
 
     Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture for files
     that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
-    decompression bombs.
+    decompression bombs. Without `profiles` its values are taken as sRGB whatever its colour profile.
     """
     try:
         data = read_picture_file(path)
     except Rejected as problem:
         raise UnreadablePicture(str(path), problem.detail, problem.reason) from None
-    return decode_picture(data, str(path))
+    return decode_picture(data, str(path), profiles=profiles)
 
 
-def decode_picture(data: bytes, where: str) -> Image.Image:
+def decode_picture(data: bytes, where: str, *, profiles: bool = True) -> Image.Image:
     """As `read_picture`, from the bytes of a file; `where` names it in errors."""
     with open_picture(data, where) as image:
+        if not profiles:
+            image.info.pop(PROFILE, None)
         return finished(image, where)
 
 
