@@ -7,8 +7,8 @@
         three <i8: n, begin of the offsets, begin of the notes
 
 Of a large folder one process of a machine reads the caption files, and all map the result, also in later
-runs: its name holds the names of all files, size and times of change of the caption files. The others only
-list the folder. Memory holds the pages that are looked at, once a machine.
+runs: its name holds the names of all files, and size and times of change of those that are no pictures. The
+others only list the folder. Memory holds the pages that are looked at, once a machine.
 """
 
 import hashlib
@@ -24,19 +24,21 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from millrace.engine.data.captions import Captions
 from millrace.engine.data.formats.joined_index import MAPPED_ROWS
-from millrace.engine.data.sources.pictures import Captions
+from millrace.engine.data.names import PICTURES
 from millrace.engine.util.node_cache import VARIABLE, cached_file
 
 log = logging.getLogger(__name__)
 
-CAPTION_FILES = (".txt", ".json")
 _VERSION = 1
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a file that is changed again has another time of change, on any file system."""
 
-Read = Callable[[Callable[[str], None]], Iterator[tuple[str, Captions]]]
-"""Reads a folder: key and captions of each picture; the argument takes notes for the user."""
+Note = Callable[[int, str], None]
+"""Takes a line for the user, and the level of its log record."""
+Read = Callable[[Note], Iterator[tuple[str, Captions]]]
+"""Reads a folder: key and captions of each picture."""
 
 
 class CaptionStore:
@@ -46,8 +48,9 @@ class CaptionStore:
         count, offsets, notes = data[-24:].view("<i8").tolist()
         self._data, self._count = data, count
         self._starts = data[offsets : offsets + 8 * (3 * count + 1)].view("<i8")
-        self.notes: list[str] = json.loads(data[notes:-24].tobytes())
-        """What reading the folder has said."""
+        said = json.loads(data[notes:-24].tobytes())
+        self.notes: list[tuple[int, str]] = [(level, text) for level, text in said]
+        """What reading the folder has said: level of the log record, and line."""
 
     def __len__(self) -> int:
         return self._count
@@ -91,8 +94,8 @@ def stored_captions(root: Path, read: Read) -> CaptionStore:
 
 def write_store(file: BinaryIO, read: Read) -> None:
     """Write what a CaptionStore reads; memory holds 24 bytes a picture."""
-    starts, at, notes = array("q", [0]), 0, list[str]()
-    for key, captions in read(notes.append):
+    starts, at, notes = array("q", [0]), 0, list[tuple[int, str]]()
+    for key, captions in read(lambda level, text: notes.append((level, text))):
         short = "" if captions.short == captions.long else captions.short
         for text in (key, captions.long, short):
             at += file.write(text.encode(errors="surrogateescape"))
@@ -110,11 +113,11 @@ class FolderState(NamedTuple):
     """What the captions of a folder depend on."""
 
     digest: str
-    """SHA-256 of names, and of size and times of change of the caption files."""
+    """SHA-256 of names, and of size and times of change of the files that are no pictures."""
     pictures: int
-    """Files that are none of captions."""
+    """Files whose name is a picture's."""
     changed: int
-    """Nanoseconds since 1970 of the latest change of a caption file."""
+    """Nanoseconds since 1970 of the latest change of a file that is no picture."""
 
 
 def folder_state(root: Path) -> FolderState:
@@ -136,14 +139,14 @@ def folder_state(root: Path) -> FolderState:
             line = entry.path
             if entry.is_dir():
                 folders.append(entry.path)
-            elif entry.name.lower().endswith(CAPTION_FILES):
+            elif entry.name.lower().endswith(PICTURES):
+                pictures += 1
+            else:
                 try:
                     status = entry.stat()
                     line += f" {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
                     changed = max(changed, status.st_mtime_ns)
                 except OSError as error:
                     line += f" {error.errno}"
-            else:
-                pictures += 1
             digest.update(f"{line}\n".encode(errors="surrogateescape"))
     return FolderState(digest.hexdigest(), pictures, changed)

@@ -1,12 +1,14 @@
 """Captions of a folder that the processes of a machine share."""
 
 import io
+import logging
 import os
 import time
 
 import numpy as np
 import pytest
 
+from millrace.engine.data.captions import Captions
 from millrace.engine.data.formats import caption_store
 from millrace.engine.data.formats.caption_store import (
     CaptionStore,
@@ -14,7 +16,6 @@ from millrace.engine.data.formats.caption_store import (
     stored_captions,
     write_store,
 )
-from millrace.engine.data.sources.pictures import Captions
 from millrace.engine.util import node_cache
 
 SAMPLES = [
@@ -25,13 +26,13 @@ SAMPLES = [
 
 
 def samples(note):
-    note("2 files are left alone")
+    note(logging.INFO, "2 files are left alone")
     yield from SAMPLES
 
 
 def equals(store):
     assert [(store.key(i), store.captions(i)) for i in range(len(store))] == SAMPLES
-    assert store.notes == ["2 files are left alone"]
+    assert store.notes == [(logging.INFO, "2 files are left alone")]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
