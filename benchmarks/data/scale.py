@@ -42,6 +42,7 @@ from millrace.engine.data.formats.shard_index import (
     padded,
 )
 from millrace.engine.data.formats.shard_writer import write_manifest
+from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.mixture import order_of
 from millrace.engine.data.sources.shards import ShardsSource
@@ -172,6 +173,11 @@ def open_set(root: Path, local_rank: int) -> str:
     source = ShardsSource(root)
     _kept.append((source, fingerprint(source)))
     return f"{len(source.manifest.shards)} shards"
+
+
+def open_folder(root: Path) -> None:
+    """As a process of a job does."""
+    _kept.append(FolderSource(root))
 
 
 def walk_order(root: Path, aspect: str) -> str:
@@ -346,6 +352,26 @@ def of_data(parent: Path | None, rows: int) -> list[Measured]:
         ]
 
 
+def of_folder(parent: Path | None, count: int) -> list[Measured]:
+    """A folder of so many pictures with captions; nothing of the pictures is read."""
+    with scratch(parent) as folder:
+        root, hour_ago = folder / "set", time.time() - 3600
+        for first in range(0, count, 1000):
+            part = root / f"{first:09d}"
+            part.mkdir(parents=True)
+            for i in range(first, min(first + 1000, count)):
+                (part / f"{i:09d}.jpg").touch()
+                caption = part / f"{i:09d}.txt"
+                caption.write_text(
+                    f"caption {i}: " + "a red fox in the snow, in the light of the evening; " * 8
+                )
+                os.utime(caption, (hour_ago, hour_ago))
+        return [
+            measured("open a folder, the first time on a machine", count, open_folder, root),
+            measured("open a folder, other processes", count, open_folder, root),
+        ]
+
+
 def of_logs(parent: Path | None, sizes: list[int]) -> list[Measured]:
     """Logs of so many lines, and a tenth as many unreadable pictures."""
     found = []
@@ -399,6 +425,9 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="samples; default 10000 1000000")
+    parser.add_argument(
+        "--folders", type=int, nargs="+", metavar="N", help="pictures of a folder; default 10000 100000"
+    )
     parser.add_argument("--lines", type=int, nargs="+", metavar="N", help="of logs; default 10000 1000000")
     parser.add_argument(
         "--pictures", type=int, nargs="+", metavar="N", help="of metrics; default 2500 5000 10000"
@@ -409,6 +438,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or ([2000] if arguments.smoke else [10_000, 1_000_000])
     arguments.pictures = arguments.pictures or ([100] if arguments.smoke else [2500, 5000, 10_000])
+    arguments.folders = arguments.folders or ([50] if arguments.smoke else [10_000, 100_000])
     arguments.lines = arguments.lines or ([200] if arguments.smoke else [10_000, 1_000_000])
     return arguments
 
@@ -420,6 +450,7 @@ def main() -> int:
     # A process of its own, whose memory is its own; to try the program a copy of this one will do.
     multiprocessing.set_start_method("fork" if arguments.smoke else "spawn")
     rows = [row for size in arguments.rows for row in of_data(arguments.folder, size)]
+    rows += [row for size in arguments.folders for row in of_folder(arguments.folder, size)]
     rows += of_logs(arguments.folder, arguments.lines)
     rows += of_layouts()
     rows += of_evaluation(arguments.pictures)
