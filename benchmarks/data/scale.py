@@ -48,7 +48,7 @@ from millrace.engine.data.sources.mixture import order_of
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.data.stream import SampleStream
 from millrace.engine.evaluation.statistics import FeatureRows, FeatureSums, Statistics
-from millrace.engine.model.layout import LayoutCache
+from millrace.engine.model.layout import LayoutCache, patchify
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.run_log.sample_log import SampleLog
 from millrace.engine.run_log.side_channels import RecordFile
@@ -272,6 +272,21 @@ def lay_out(batch: int, resolution: int) -> str:
     return f"{len(grids)} sizes, {batch} samples:seconds:{seconds}"
 
 
+def pack(batch: int) -> str:
+    """Cut latents of all sizes of 256 px into tokens and lay them end to end; latents have one channel, so
+    that this is what the host does for it."""
+    sizes, random = [(h // EDGE, w // EDGE) for h, w in buckets(256, EDGE)], np.random.default_rng(0)
+    cache, starts = LayoutCache((32, 32), 10_000.0), torch.arange(batch + 1, dtype=torch.int32)
+    batches = [[sizes[i] for i in random.integers(0, len(sizes), batch)] for _ in range(100)]
+    latents = {(rows, columns): torch.zeros(1, 2 * rows, 2 * columns) for rows, columns in sizes}
+    cache.layout([max(sizes, key=max)], starts, 1)
+    begun = time.perf_counter()
+    for grids in batches:
+        torch.cat([patchify(latents[grid], 2) for grid in grids])
+        cache.layout(grids, starts, 1)
+    return f"{len(sizes)} sizes:seconds:{(time.perf_counter() - begun) / len(batches)}"
+
+
 def compare(kind: type[Statistics], count: int, dim: int) -> str:
     """A metric of two sets of random features, which come in batches of 64."""
     sets = []
@@ -388,9 +403,12 @@ def of_logs(parent: Path | None, sizes: list[int]) -> list[Measured]:
 def of_layouts() -> list[Measured]:
     """Packing of ragged batches."""
     return [
-        measured(f"layout of a batch of all sizes, {resolution} px", batch, lay_out, batch, resolution)
-        for resolution in (256, 1024)
-        for batch in (32, 128)
+        *(
+            measured(f"layout of a batch of all sizes, {resolution} px", batch, lay_out, batch, resolution)
+            for resolution in (256, 1024)
+            for batch in (32, 128)
+        ),
+        *(measured("packing a batch of all sizes, 256 px", batch, pack, batch) for batch in (32, 128)),
     ]
 
 
