@@ -82,7 +82,7 @@ class Measured(NamedTuple):
 
 
 def make_set(root: Path, rows: int) -> None:
-    """A data set of `rows` samples in 27 buckets; sample i has the key `k{i}` if it is of its shard's first."""
+    """A data set of `rows` samples in 27 buckets; sample i has the key `k{i}` if it is its shard's first."""
     sizes = buckets(512, EDGE)
     random, shards, first = np.random.default_rng(0), [], 0
     counts = np.diff(np.linspace(0, rows, len(sizes) + 1).astype(int))
