@@ -1,4 +1,4 @@
-"""Measure how costs of data and logs grow: opening, order, lists of keys, layouts, continued logs.
+"""Measure how costs of data and logs grow: opening, order, lists of keys, logs, layouts, metrics.
 
 python -m benchmarks scale                             # 10 k and 1 M samples, a minute
 python -m benchmarks scale --rows 10000 1000000 100000000 --output benchmarks/results/scale.json
@@ -46,6 +46,7 @@ from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.mixture import order_of
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.data.stream import SampleStream
+from millrace.engine.evaluation.statistics import FeatureRows, FeatureSums, Statistics
 from millrace.engine.model.layout import LayoutCache
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.run_log.sample_log import SampleLog
@@ -82,7 +83,7 @@ class Measured(NamedTuple):
 
 
 def make_set(root: Path, rows: int) -> None:
-    """A data set of `rows` samples in 27 buckets; sample i has the key `k{i}` if it is its shard's first."""
+    """A data set of `rows` samples in 27 buckets; the first samples i of each shard have the key `k{i}`."""
     sizes = buckets(512, EDGE)
     random, shards, first = np.random.default_rng(0), [], 0
     counts = np.diff(np.linspace(0, rows, len(sizes) + 1).astype(int))
@@ -151,9 +152,8 @@ def _in_process(pipe: Any, what: str, size: int, action: Callable[..., str | Non
 
 def measured(what: str, size: int, action: Callable[..., str | None], *words: Any) -> Measured:
     """Run `action` in a process of its own; what it returns is a note, after `:seconds:` its own time."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_in_process, args=(there, what, size, action, words))
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_in_process, args=(there, what, size, action, words))
     process.start()
     there.close()
     found = here.recv()
@@ -266,6 +266,20 @@ def lay_out(batch: int, resolution: int) -> str:
     return f"{len(grids)} sizes, {batch} samples:seconds:{seconds}"
 
 
+def compare(kind: type[Statistics], count: int, dim: int) -> str:
+    """A metric of two sets of random features, which come in batches of 64."""
+    sets = []
+    for seed in range(2):
+        statistics, generator = kind(), torch.Generator().manual_seed(seed)
+        for first in range(0, count, 64):
+            features = torch.randn(min(64, count - first), dim, generator=generator)
+            statistics.add(first, features / features.norm(dim=1, keepdim=True))
+        statistics.together()
+        sets.append(statistics)
+    sets[0].distance(sets[1])
+    return f"{dim} features"
+
+
 def _write_log(path: Path, lines: int) -> None:
     record = {"loss": 0.123456789, "loss_by_time": [0.1] * 16, "parts": {"a": 1, "b": 2}, "seconds": 0.1}
     rest = json.dumps(record)[1:]
@@ -354,6 +368,15 @@ def of_layouts() -> list[Measured]:
     ]
 
 
+def of_evaluation(sizes: list[int]) -> list[Measured]:
+    """Distances between features of so many pictures, and of as many others."""
+    return [
+        measured(name, count, compare, kind, count, dim)
+        for count in sizes
+        for name, kind, dim in (("MMD", FeatureRows, 768), ("FID", FeatureSums, 2048))
+    ]
+
+
 def line(found: Measured) -> str:
     """A row of the table."""
     return (
@@ -377,11 +400,15 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="samples; default 10000 1000000")
     parser.add_argument("--lines", type=int, nargs="+", metavar="N", help="of logs; default 10000 1000000")
+    parser.add_argument(
+        "--pictures", type=int, nargs="+", metavar="N", help="of metrics; default 2500 5000 10000"
+    )
     parser.add_argument("--folder", type=Path, help="where the data sets are made; default the system's")
     parser.add_argument("--smoke", action="store_true", help="a few samples and lines")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers here as JSON")
     arguments = parser.parse_args()
     arguments.rows = arguments.rows or ([2000] if arguments.smoke else [10_000, 1_000_000])
+    arguments.pictures = arguments.pictures or ([100] if arguments.smoke else [2500, 5000, 10_000])
     arguments.lines = arguments.lines or ([200] if arguments.smoke else [10_000, 1_000_000])
     return arguments
 
@@ -390,9 +417,12 @@ def main() -> int:
     """Make, measure, and report."""
     arguments = parse()
     set_up_logging()
+    # A process of its own, whose memory is its own; to try the program a copy of this one will do.
+    multiprocessing.set_start_method("fork" if arguments.smoke else "spawn")
     rows = [row for size in arguments.rows for row in of_data(arguments.folder, size)]
     rows += of_logs(arguments.folder, arguments.lines)
     rows += of_layouts()
+    rows += of_evaluation(arguments.pictures)
     print(table(rows))
     if arguments.output:
         recording.write(

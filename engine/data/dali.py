@@ -6,10 +6,10 @@
                       those of the Python loader bit for bit; on the GPU by DALI, so that they stay there
 
 DALI fills what is missing of a truncated file with grey and says nothing, and a pipeline that meets a file it
-cannot decode is dead. So only whole JPEG files of upright RGB are given to it, Pillow takes all others, and a
-micro-batch that fails is decoded again by Pillow, which then says what is wrong with which picture. Decoding
-the boxes alone would save nothing that can be measured (crops are 0.8 of the edge or more), and would not see
-errors below them.
+cannot decode is dead. So only whole JPEG files of upright sRGB are given to it, Pillow takes all others, and
+a micro-batch that fails is decoded again by Pillow, which then says what is wrong with which picture.
+Decoding the boxes alone would save nothing that can be measured (crops are 0.8 of the edge or more), and
+would not see errors below them.
 
 On a GPU, DALI decodes on streams of its own, and what leaves it is copied on a stream of the decoder's.
 Neither waits for what training has queued. The thread that copies waits for its copies: DALI then uses its
@@ -37,11 +37,18 @@ from millrace.engine.config import Data
 from millrace.engine.data.crop import resize
 from millrace.engine.data.decoding import Encoded, PythonDecoder, parts
 from millrace.engine.data.sample_choices import View, Viewer
-from millrace.engine.data.sources.pictures import Source, UnreadablePicture, encoded, stored_size
+from millrace.engine.data.sources.pictures import (
+    MAX_SCANS,
+    Source,
+    UnreadablePicture,
+    encoded,
+    orientation,
+    stored_size,
+)
+from millrace.engine.data.srgb import transform_of
 
 log = logging.getLogger(__name__)
 
-_ORIENTATION = 0x0112
 _END_OF_IMAGE = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """In the data of a scan: not a byte 0xff of it, and not a restart."""
@@ -214,17 +221,20 @@ def feed(pipeline: dali.Pipeline, files: list[Encoded], finished: bool) -> Any:
 
 
 def size_if_simple(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a whole JPEG file in upright RGB of 8 bits, from its header; None for all others."""
+    """(width, height) of a whole JPEG file in upright 8-bit sRGB, from its header; None for all others."""
     # A file that ends where its picture does has all rows of it: nothing is left for DALI to fill in.
     if not data.endswith(_END_OF_IMAGE):
         return None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             simple = image.format == "JPEG" and image.mode == "RGB"
-            if not simple or ("exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1):
+            if not simple or orientation(image) != 1 or transform_of(image.info, image.mode) is not None:
                 return None
             # Once it has all rows of a picture in one scan, DALI does not look at what follows; Pillow does.
-            if "progressive" not in image.info and _MARKER.search(data, image.fp.tell(), len(data) - 2):
+            if "progressive" in image.info:
+                if data.count(b"\xff\xda") > MAX_SCANS:
+                    return None
+            elif _MARKER.search(data, image.fp.tell(), len(data) - 2):
                 return None
             limit = Image.MAX_IMAGE_PIXELS
             return None if limit and image.width * image.height > limit else image.size

@@ -30,10 +30,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from millrace.engine.config.data import CacheKind as Kind
+from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.formats.shard_index import Manifest, Shard, read_manifest
 from millrace.engine.data.sources.key_subset import KeptSource
 from millrace.engine.data.sources.mixture import MixtureSource
-from millrace.engine.data.sources.pictures import Source, WhichCaption
+from millrace.engine.data.sources.pictures import Source
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file

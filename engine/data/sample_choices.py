@@ -7,9 +7,9 @@ import numpy as np
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import value_at
+from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.crop import Box, crop_box, output_size
 from millrace.engine.data.order import Pool, Size
-from millrace.engine.data.sources.pictures import WhichCaption
 from millrace.engine.util.randomness import Purpose, passing_generator
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from millrace.engine.config import Config
 from millrace.engine.data import Source, evaluation_view, open_source
 from millrace.engine.data.crop import output_size
-from millrace.engine.data.sources.folder import PICTURES, FolderSource
+from millrace.engine.data.names import PICTURES
+from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.pictures import UnreadablePicture, key_alone, read_picture, stored_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256

@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from millrace.engine.data import Captions, UnreadablePicture
+from millrace.engine.data.captions import captions_of
 from millrace.engine.data.formats.shard_index import Manifest
 from millrace.engine.data.formats.shard_writer import sample_record, write_manifest, write_shard
-from millrace.engine.data.prepare.captions import captions_of
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.stored_sample import RawSample, convert
 from millrace.engine.data.prepare.tars import read_tar

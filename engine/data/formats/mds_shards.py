@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from millrace.engine.config.data import Columns
+from millrace.engine.data.names import is_hidden
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.transient import retried
 
@@ -115,8 +116,9 @@ def indexes_below(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.path to a folder of MDS shards")
     for pattern in ("index.json", "*_index.json", "*/index.json"):
-        if found := sorted(root.glob(pattern)):
-            return found
+        found = [path for path in root.glob(pattern) if not is_hidden(path.relative_to(root).as_posix())]
+        if found:
+            return sorted(found)
     raise UserError(f"{root}: neither index.json nor folders with one; set data.path to MDS shards")
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from millrace.engine.data.prepare.folders import Entry, list_folder, read_entries
+from millrace.engine.data.names import OTHER_PICTURES, PICTURES, Entry, is_hidden, list_folder
+from millrace.engine.data.prepare.folders import read_entries
 from millrace.engine.data.prepare.parquet import TableShape, read_row_group, table_shape
 from millrace.engine.data.prepare.settings import Settings, readable, relative
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.prepare.tars import read_tar
 from millrace.engine.data.reject_reasons import Reject, Rejected
-from millrace.engine.data.sources.folder import OTHER_PICTURES, PICTURES
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 
@@ -69,8 +69,10 @@ def find_inputs(path: Path, settings: Settings) -> Inputs:
     for suffix in COMPRESSED:
         if suffix in found:
             raise UserError(f"{found[suffix][0]}: is compressed; unpack it to .tar (pictures do not shrink)")
-    if pictures and (".tar" in found or ".parquet" in found):
-        other = found.get(".tar") or found[".parquet"]
+    tables = found.get(".parquet", [])
+    beside = [file for file in tables if file.with_suffix("").is_dir()]  # as img2dataset writes them
+    if pictures and (".tar" in found or len(beside) < len(tables)):
+        other = found.get(".tar") or [file for file in tables if file not in beside]
         raise UserError(
             f"{path}: holds pictures ({found[pictures[0]][0].name}) and {other[0].name}; "
             "prepare one kind at a time, from folders of their own"
@@ -80,10 +82,10 @@ def find_inputs(path: Path, settings: Settings) -> Inputs:
         if ".parquet" in found:  # as img2dataset writes them
             inputs.notes.append(f"{len(found['.parquet'])} .parquet files beside the tars are not read")
         return inputs
-    if ".parquet" in found:
-        return _tables(path, found[".parquet"], settings)
     if pictures:
         return _pictures(path)
+    if tables:
+        return _tables(path, tables, settings)
     raise UserError(f"{path}: holds no pictures ({' '.join(PICTURES)}), .tar or .parquet files")
 
 
@@ -100,13 +102,13 @@ def read_part(part: Part) -> Iterator[RawSample | Reject]:
 
 
 def _pictures(root: Path) -> Inputs:
-    entries = list_folder(root)
+    entries, _ = listing = list_folder(root)
     parts = []
     for start in range(0, len(entries), PART_PICTURES):
         some = tuple(entries[start : start + PART_PICTURES])
         parts.append(Part(root, "", len(some), entries=some))
     lines = [f"{readable(entry.path)}\t{len(entry.captions)}\t{entry.problem}" for entry in entries]
-    return Inputs(parts, len(entries), _digest(lines), [])
+    return Inputs(parts, len(entries), _digest(lines), listing.notes())
 
 
 def _tars(root: Path, files: list[Path]) -> Inputs:
@@ -115,11 +117,12 @@ def _tars(root: Path, files: list[Path]) -> Inputs:
 
 
 def _tables(root: Path, files: list[Path], settings: Settings) -> Inputs:
-    parts = []
+    parts, notes = [], []
     for file in files:
         name = relative(file, root)
         try:
             shape = table_shape(file, settings)
+            notes += shape.notes(file)
         except Rejected as problem:
             parts.append(Part(file, name, 1, problem=problem))
             continue
@@ -128,7 +131,7 @@ def _tables(root: Path, files: list[Path], settings: Settings) -> Inputs:
                 parts.append(Part(file, name, rows, group=group, shape=shape))
     if not parts:
         raise UserError(f"{files[0]}: has no rows")
-    return Inputs(parts, sum(part.weight for part in parts), _digest(_lines(root, files)), [])
+    return Inputs(parts, sum(part.weight for part in parts), _digest(_lines(root, files)), notes)
 
 
 def _lines(root: Path, files: list[Path]) -> list[str]:
@@ -149,8 +152,8 @@ def _by_suffix(root: Path) -> dict[str, list[Path]]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        for file in sorted(files):
+        folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
+        for file in sorted(file for file in files if not is_hidden(file)):
             lower = file.lower()
             packed = next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), None)
             suffix = packed or os.path.splitext(lower)[1]

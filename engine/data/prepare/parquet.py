@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from millrace.engine.data.prepare.captions import checked
+from millrace.engine.data.captions import KEYS, Captions, captions_by_key, checked
+from millrace.engine.data.first_bytes import Kind, kind_of
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.stored_sample import MAX_PICTURE_BYTES, RawSample
+from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
-from millrace.engine.data.sources.pictures import Captions
+from millrace.engine.data.sample_files import check_picture_size
 from millrace.engine.util.errors import UserError
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 CAPTION_COLUMNS = (("long", "short"), ("caption",), ("text",), ("txt",), ("prompt",))
-"""Names that are looked for, in this order."""
+"""Names that are looked for, in this order; beside `caption`, `long` or `short` alone is read too, as in a
+JSON file."""
 _ROWS = 16
 """Rows that are in memory as Python objects."""
 
@@ -28,6 +30,19 @@ class TableShape(NamedTuple):
     """Of each row group."""
     picture: str
     captions: tuple[str, ...]
+    by_key: bool = False
+    """Whether names say what the caption columns are; otherwise these are (both,) or (long, short)."""
+    unread: tuple[str, ...] = ()
+    """Other columns that could hold captions."""
+
+    def notes(self, path: Path) -> list[str]:
+        """For people: which columns were taken, where others could have been."""
+        if not self.unread:
+            return []
+        return [
+            f"{path.name}: captions are of column {' and '.join(self.captions)}; not read: "
+            f"{', '.join(self.unread)} (--caption-column names another)"
+        ]
 
 
 def table_shape(path: Path, settings: Settings) -> TableShape:
@@ -41,6 +56,9 @@ def table_shape(path: Path, settings: Settings) -> TableShape:
             schema = file.schema_arrow
             rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
     except Exception as error:  # pyarrow has many kinds of its own
+        kind = _kind(path)
+        if kind is not None and kind.name != "a Parquet file":
+            raise Rejected(Reason.CORRUPT_PARQUET, f"not a Parquet file but {kind.name}") from None
         raise Rejected(Reason.CORRUPT_PARQUET, _one_line(error)) from None
     names = schema.names
     wanted = (settings.picture_column,) if settings.picture_column else PICTURE_COLUMNS
@@ -57,13 +75,18 @@ def table_shape(path: Path, settings: Settings) -> TableShape:
             f"{path}: has no column {' or '.join(','.join(choice) for choice in choices)}; name the one of "
             f"captions with --caption-column (there are {', '.join(names)})"
         )
+    by_key = not settings.caption_columns and set(captions) <= set(KEYS)
+    if by_key:
+        captions = tuple(key for key in KEYS if key in names)
+    usual = set() if settings.caption_columns else {name for choice in CAPTION_COLUMNS for name in choice}
+    unread = tuple(name for name in names if name in usual and name not in captions)
     kind = str(schema.field(picture).type)
     if "binary" not in kind or kind.startswith("list"):
         raise UserError(
             f"{path}: column {picture} holds {kind}, not the bytes of pictures; name another one with "
             "--picture-column"
         )
-    return TableShape(rows, picture, captions)
+    return TableShape(rows, picture, captions, by_key, unread)
 
 
 def read_row_group(path: Path, name: str, group: int, shape: TableShape) -> Iterator[RawSample | Reject]:
@@ -90,15 +113,19 @@ def read_row_group(path: Path, name: str, group: int, shape: TableShape) -> Iter
 
 
 def _sample(key: str, batch: Any, row: int, shape: TableShape) -> RawSample:
-    captions = [checked(_value(batch, name, row), f"column {name}") for name in shape.captions]
+    values = {name: _value(batch, name, row) for name in shape.captions}
+    if shape.by_key:
+        captions = captions_by_key(values, "the row")
+    else:
+        named = [checked(values[name], f"column {name}") for name in shape.captions]
+        captions = Captions(named[0], named[-1])
     picture = _value(batch, shape.picture, row)
     if isinstance(picture, dict):
         picture = picture.get("bytes")
     if picture is None:
         raise Rejected(Reason.MISSING_PICTURE, "the row has no bytes of a picture")
-    if len(picture) > MAX_PICTURE_BYTES:
-        raise Rejected(Reason.PICTURE_TOO_LARGE, f"{len(picture)} bytes")
-    return RawSample(key, picture, Captions(captions[0], captions[-1]))
+    check_picture_size(len(picture))
+    return RawSample(key, picture, captions)
 
 
 def _value(batch: Any, name: str, row: int) -> Any:
@@ -114,6 +141,14 @@ def _parquet() -> Any:
     except ImportError:
         raise UserError("reading Parquet files needs pyarrow: pip install pyarrow") from None
     return pyarrow.parquet
+
+
+def _kind(path: Path) -> Kind | None:
+    try:
+        with path.open("rb") as file:
+            return kind_of(file.read(512))
+    except OSError:
+        return None
 
 
 def _one_line(error: Exception) -> str:

@@ -1,127 +1,149 @@
-"""WebDataset input: members of a tar that follow each other and share a name up to the suffix.
+"""WebDataset input: members of a tar that share a name, by the rule of `names`, in any order.
 
     000012.jpg 000012.txt          or .jpeg .png .webp, and .json as beside the pictures of a folder
 
-Memory holds one sample, and of that only files that are not too large to be meant.
+A first pass reads the headers alone, so that a sample whose files lie far from each other is found, and one
+whose mask sorts first. Memory holds a record for each member (about half a kilobyte), and of their data one
+sample, of that only files that are not too large to be meant.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from millrace.engine.data.prepare.captions import LIMITS, captions_of, check_size
+from millrace.engine.data.captions import captions_of, check_size
+from millrace.engine.data.first_bytes import kind_of
+from millrace.engine.data.names import Place, Role, is_hidden, places
 from millrace.engine.data.prepare.settings import readable
-from millrace.engine.data.prepare.stored_sample import MAX_PICTURE_BYTES, RawSample
+from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.prepare.tar_members import Damage, Member, members, read_member
 from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
-from millrace.engine.data.sources.folder import OTHER_PICTURES, PICTURES
+from millrace.engine.data.sample_files import check_picture_size
 
 
 def read_tar(path: Path, name: str) -> Iterator[RawSample | Reject]:
-    """Samples and rejects of one tar in order; `name` comes before their keys."""
+    """Samples and rejects of one tar, in the order of their first files; `name` comes before their keys."""
     try:
         with path.open("rb") as file:
-            yield from _samples(file, name)
+            found = _index(file, name)
+            file.seek(0)
+            if all(isinstance(item, Reject) for item in found) and (kind := kind_of(file.read(512))):
+                found = [Reject(name, Reason.CORRUPT_TAR, f"not a tar but {kind.name}")] if found else []
+            for item in found:
+                if isinstance(item, Reject):
+                    yield item
+                elif item.complete or not item.lost:
+                    yield from item.outcome(file)
     except OSError as error:
         yield Reject(name, Reason.UNREADABLE_FILE, error.strerror or str(error))
 
 
-def _samples(file: BinaryIO, name: str) -> Iterator[RawSample | Reject]:
-    group: _Group | None = None
-    for item in members(file):
-        if isinstance(item, Damage):
-            within = ""
-            if group is not None:
-                # What was begun may have lost a file to the damage; then one reject stands for both.
-                if group.complete:
-                    yield from group.outcome()
-                else:
-                    within = f" (within {group.stem})"
-                group = None
-            yield Reject(name, item.reason, item.detail + within)
-            continue
-        member = item._replace(name=_without_dots(item.name))
-        if member.regular and _is_hidden(member.name):
-            continue
-        stem, suffix = _split(member.name, group)
-        if group is None or group.stem != stem or group.repeats(suffix):
-            if group is not None:
-                yield from group.outcome()
-            group = _Group(stem, f"{name}/{readable(stem)}")
-        group.add(member, suffix, file)
-    if group is not None:
-        yield from group.outcome()
-
-
 class _Group:
-    """Files of one sample as they come."""
+    """Files of one sample, by their headers."""
 
     def __init__(self, stem: str, key: str) -> None:
         self.stem, self._key = stem, key
-        self.suffixes: set[str] = set()
-        """Of the pictures and captions so far."""
-        self._picture: bytes | None = None
-        self._captions: dict[str, bytes] = {}
+        self._picture: Member | None = None
+        self._captions: dict[str, Member] = {}
         self._problem: Rejected | None = None
-        self._unread: Rejected | None = None
+        self.lost = False
+        """Whether bytes behind it are damaged: where it is not complete, their reject stands for both."""
 
     @property
     def complete(self) -> bool:
         """Whether it has a picture and a caption, or a reason why it is rejected anyway."""
-        has_caption = bool(self._captions) or self._unread is not None
-        return self._problem is not None or (self._picture is not None and has_caption)
+        return self._problem is not None or (self._picture is not None and bool(self._captions))
 
-    def repeats(self, suffix: str) -> bool:
-        """Whether a file with this suffix begins another sample of the same name."""
-        return suffix in self.suffixes and self.complete
+    def repeats(self, place: Place) -> bool:
+        """Whether this file begins another sample of the same name."""
+        if place.role is Role.PICTURE:
+            known = self._picture is not None and self._picture.name.lower().endswith(place.suffix)
+        else:
+            known = place.suffix in self._captions
+        return known and self.complete
 
-    def add(self, member: Member, suffix: str, file: BinaryIO) -> None:
-        """Read a member of this sample, if it is of use."""
-        is_picture = f".{suffix}" in PICTURES + OTHER_PICTURES
+    def add(self, member: Member, place: Place) -> None:
+        """Take a picture or a caption into this sample."""
         try:
             if _is_unsafe(member.name):
                 raise Rejected(Reason.UNSAFE_NAME, f"{member.name!a} leads out of the folder")
             if not member.regular:
                 raise Rejected(Reason.SPECIAL_FILE, f"{member.name!a} is a link, a device or sparse")
-            if not is_picture and suffix not in LIMITS:
-                return  # other components of a sample: masks, classes, embeddings
-            if suffix in self.suffixes or (is_picture and self._picture is not None):
-                raise Rejected(Reason.DUPLICATE_KEY, "several pictures or captions have this name")
-            self.suffixes.add(suffix)
-            if suffix in LIMITS:
-                self._add_caption(member, suffix, file)
-            elif f".{suffix}" in OTHER_PICTURES:
-                raise Rejected(Reason.UNSUPPORTED_FORMAT, f".{suffix} is not read")
-            elif member.size > MAX_PICTURE_BYTES:
-                raise Rejected(Reason.PICTURE_TOO_LARGE, f"the file has {member.size} bytes")
-            else:
-                self._picture = read_member(file, member)
+            if place.role is Role.UNREAD:
+                what = place.suffix or "a name without suffix"
+                raise Rejected(Reason.UNSUPPORTED_FORMAT, f"{what} is not read")
+            if place.role is Role.PICTURE:
+                if self._picture is not None:
+                    raise Rejected(Reason.DUPLICATE_KEY, "several pictures have this name")
+                self._picture = member
+                check_picture_size(member.size)
+            elif self._captions.setdefault(place.suffix, member) is not member:
+                raise Rejected(Reason.DUPLICATE_KEY, "several captions have this name")
         except Rejected as problem:
             self._problem = self._problem or problem
 
-    def _add_caption(self, member: Member, suffix: str, file: BinaryIO) -> None:
-        try:
-            check_size(suffix, member.size)
-            self._captions[suffix] = read_member(file, member)
-        except Rejected as problem:
-            if suffix == "txt":
-                raise
-            self._unread = problem  # it may be mere metadata beside a .txt
-
-    def outcome(self) -> Iterator[RawSample | Reject]:
-        """The sample, or why it is none; nothing for files that belong to no sample."""
+    def outcome(self, file: BinaryIO) -> Iterator[RawSample | Reject]:
+        """The sample, or why it is none."""
         try:
             if self._problem is not None:
                 raise self._problem
             if self._picture is None:
-                if not self.suffixes:
-                    return
                 raise Rejected(Reason.MISSING_PICTURE, "there is a caption but no picture of its name")
-            if self._unread is not None and not self._captions:
-                raise self._unread
-            yield RawSample(self._key, self._picture, captions_of(self._captions))
+            captions = captions_of(self._caption_files(file))
+            yield RawSample(self._key, read_member(file, self._picture), captions)
         except Rejected as problem:
             yield Reject(self._key, problem.reason, problem.detail)
+
+    def _caption_files(self, file: BinaryIO) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        unread: Rejected | None = None
+        for suffix, member in self._captions.items():
+            try:
+                check_size(suffix[1:], member.size)
+                found[suffix[1:]] = read_member(file, member)
+            except Rejected as problem:
+                if suffix == ".txt":
+                    raise
+                unread = problem  # it may be mere metadata beside a .txt
+        if unread is not None and not found:
+            raise unread
+        return found
+
+
+def _index(file: BinaryIO, name: str) -> list[_Group | Reject]:
+    """Samples as their headers have them, and rejects for damage, in order."""
+    there: list[Member | Damage] = []
+    for item in members(file):
+        if isinstance(item, Damage):
+            there.append(item)
+        else:
+            member = item._replace(name=_without_dots(item.name))
+            if _is_unsafe(member.name) or not member.regular or not is_hidden(member.name):
+                there.append(member)
+    where = iter(places([item.name for item in there if isinstance(item, Member)]))
+    found = [item if isinstance(item, Damage) else (item, next(where)) for item in there]
+
+    latest: dict[str, _Group] = {}
+    last: _Group | None = None
+    ordered: list[_Group | Reject] = []
+    for item in found:
+        if isinstance(item, Damage):
+            within = ""
+            if last is not None and not last.complete:
+                within, last.lost = f" (within {last.stem})", True
+            ordered.append(Reject(name, item.reason, item.detail + within))
+            last = None
+            continue
+        member, place = item
+        if place.role in (Role.AUXILIARY, Role.OTHER) and member.regular and not _is_unsafe(member.name):
+            continue
+        group = latest.get(place.stem)
+        if group is None or group.repeats(place):
+            group = latest[place.stem] = _Group(place.stem, f"{name}/{readable(place.stem)}")
+            ordered.append(group)
+        group.add(member, place)
+        last = group
+    return ordered
 
 
 def _without_dots(name: str) -> str:
@@ -133,26 +155,3 @@ def _without_dots(name: str) -> str:
 
 def _is_unsafe(name: str) -> bool:
     return name.startswith("/") or ".." in name.split("/")
-
-
-def _is_hidden(name: str) -> bool:
-    """What systems leave behind: `.DS_Store`, `._0001.jpg`."""
-    return name.rpartition("/")[2].startswith(".") and not _is_unsafe(name)
-
-
-def _split(name: str, group: _Group | None) -> tuple[str, str]:
-    """(name of the sample, suffix in lower case).
-
-    As in WebDataset the suffix begins at the first dot of the file's name. Only where that would make a
-    picture or caption of no sample the last dot decides: `IMG.2024.jpg` is a picture, but `0001.mask.png`
-    after `0001.jpg` belongs to it.
-    """
-    folder, slash, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    stem, suffix = folder + slash + stem, suffix.lower()
-    last = suffix.rpartition(".")[2]
-    if last != suffix and (f".{last}" in PICTURES + OTHER_PICTURES or last in LIMITS):
-        belongs = group is not None and group.stem == stem and group.suffixes
-        if not belongs:
-            return name[: -len(last) - 1], last
-    return stem, suffix

@@ -47,7 +47,7 @@ class BuiltinSource:
     def image(self, index: int) -> Image.Image:
         # Two threads may both decode a picture the first time; they store the same pixels.
         if index not in self._decoded:
-            self._decoded[index] = read_picture(self._paths[index])
+            self._decoded[index] = read_picture(self._paths[index], profiles=False)
         return self._decoded[index]
 
 

@@ -3,132 +3,115 @@
     cats/0001.jpg   cats/0001.txt     one caption, used as long and short
     cats/0002.webp  cats/0002.json    {"long": "...", "short": "..."} or {"caption": "..."}
 
-Every caption is read and checked when the folder is opened, so a run does not fail on one a day later;
-pictures are decoded when their turn comes.
+Which files are samples is the rule of `names`, what their captions are that of `captions`, as in
+`millrace prepare`. Every caption is read and checked when the folder is opened, so a run does not fail on one
+a day later; of a large folder by one process of a machine (`caption_store`). Pictures are decoded when their
+turn comes.
 """
 
-import json
-import os
+import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.sources.pictures import Captions, OpenSource, Source, read_file, read_picture
+from millrace.engine.data.formats.caption_store import Note, stored_captions
+from millrace.engine.data.names import PICTURES, Entry, list_folder
+from millrace.engine.data.reject_reasons import Reason, Rejected
+from millrace.engine.data.sample_files import read_caption_files, read_picture_file
+from millrace.engine.data.sources.pictures import (
+    Captions,
+    OpenSource,
+    Source,
+    UnreadablePicture,
+    decode_picture,
+)
 from millrace.engine.util.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-# Refused by name: skipping them would train on less than the user put in the folder.
-OTHER_PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif")
+log = logging.getLogger(__name__)
+
+_REMEDIES = {
+    Reason.UNSUPPORTED_FORMAT: "convert it to .png or .jpg or remove it",
+    Reason.EMPTY_CAPTION: "write one or remove the picture",
+    Reason.MISSING_CAPTION: 'give it one caption, as text in a .txt or as {"caption": "..."} in a .json',
+    Reason.AMBIGUOUS_CAPTION: "give it one caption",
+    Reason.CAPTION_NOT_UTF8: "save the caption as UTF-8",
+    Reason.CAPTION_NOT_JSON: 'write it as {"long": "...", "short": "..."} or as {"caption": "..."}',
+    Reason.CAPTION_NOT_TEXT: "make it text",
+    Reason.CAPTION_TOO_LONG: "shorten it",
+}
 
 
 class FolderSource:
     """Pictures (.jpg .jpeg .png .webp) below `root`, links followed, in order of their relative path.
 
     Raises UserError for a folder that is missing or holds no pictures, for pictures of other formats, and for
-    captions that are missing, empty, ambiguous, not UTF-8 or not the JSON described above.
+    captions that are missing, empty, ambiguous, or not text in the forms described above. Captions without a
+    picture, auxiliary pictures and other files are counted in the log.
     """
 
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root)
         if not self._root.is_dir():
             raise UserError(f"{root}: no such folder; set data.path to a folder of pictures with captions")
-        found = dict(sorted(_walk(self._root)))
+        self._samples = stored_captions(self._root, self._read_all)
+        for level, note in self._samples.notes:
+            log.log(level, "%s: %s", self._root, note)
+
+    def _read_all(self, note: Note) -> Iterator[tuple[str, Captions]]:
+        """Key and captions of each picture."""
+        listing = list_folder(self._root)
+        alone = [entry for entry in listing.entries if entry.reason is Reason.MISSING_PICTURE]
+        found = [entry for entry in listing.entries if entry.reason is not Reason.MISSING_PICTURE]
         if not found:
-            raise UserError(f"{root}: no pictures in this folder; it needs {' '.join(PICTURES)} files")
-        self._keys = list(found)
-        self._captions = [read_captions(path) for path in found.values()]
+            raise UserError(f"{self._root}: no pictures in this folder; it needs {' '.join(PICTURES)} files")
+        for entry in found:
+            yield entry.path, self._read(entry)
+        if alone:
+            said = f"{len(alone)} captions without a picture are left alone, such as {alone[0].path}"
+            note(logging.WARNING, said)
+        for said in listing.notes():
+            note(logging.INFO, said)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._samples)
 
     def key(self, index: int) -> str:
-        return self._keys[index]
+        return self._samples.key(index)
 
     def captions(self, index: int) -> Captions:
-        return self._captions[index]
+        return self._samples.captions(index)
 
     def image(self, index: int) -> Image.Image:
-        return read_picture(self._root / self._keys[index])
+        return decode_picture(self._file(index), str(self._root / self.key(index)))
 
     def encoded(self, index: int) -> bytes | None:
         """The file of a picture; None where its name is not a JPEG's. Raises UnreadablePicture."""
-        path = self._root / self._keys[index]
-        return read_file(path) if path.suffix.lower() in (".jpg", ".jpeg") else None
+        is_jpeg = self.key(index).lower().endswith((".jpg", ".jpeg"))
+        return self._file(index) if is_jpeg else None
 
+    def _file(self, index: int) -> bytes:
+        path = self._root / self.key(index)
+        try:
+            return read_picture_file(path)
+        except Rejected as problem:
+            raise UnreadablePicture(str(path), problem.detail, problem.reason) from None
 
-def _walk(root: Path) -> list[tuple[str, Path]]:
-    """(relative path of the picture, path of its caption file) of every picture below `root`, in no order."""
-    found: list[tuple[str, Path]] = []
-    seen: set[str] = set()
-    for name, _, files in os.walk(root, followlinks=True, onerror=_refuse):
-        folder = Path(name)
-        real = os.path.realpath(folder)
-        if real in seen:
-            raise UserError(f"{folder}: a link to a folder that is read already; remove the link")
-        seen.add(real)
-        captions: dict[str, list[str]] = {}
-        for file in files:
-            stem, suffix = _split(file)
-            if suffix in (".txt", ".json"):
-                captions.setdefault(stem, []).append(file)
-        for file in files:
-            stem, suffix = _split(file)
-            if suffix in OTHER_PICTURES:
-                raise UserError(
-                    f"{folder / file}: {suffix} is not read; convert it to .png or .jpg or remove it"
-                )
-            if suffix in PICTURES:
-                beside = captions.get(stem, [])
-                if len(beside) != 1:
-                    has = " and ".join(sorted(beside)) if beside else f"neither {stem}.txt nor {stem}.json"
-                    raise UserError(f"{folder / file}: has {has} beside it; give it one caption file")
-                found.append(((folder / file).relative_to(root).as_posix(), folder / beside[0]))
-    return found
-
-
-def _split(file: str) -> tuple[str, str]:
-    stem, suffix = os.path.splitext(file)
-    return stem, suffix.lower()
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename}: cannot be listed: {error.strerror}; correct or remove it")
-
-
-def read_captions(path: Path) -> Captions:
-    """Captions of one .txt or .json file, white space around them removed. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the caption as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; correct or replace it") from None
-    if path.suffix.lower() == ".txt":
-        caption = _checked(text, path, "the caption")
-        return Captions(caption, caption)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}; correct it") from None
-    names = set(values) & {"long", "short", "caption"} if isinstance(values, dict) else set()
-    if names == {"caption"}:
-        caption = _checked(values["caption"], path, '"caption"')
-        return Captions(caption, caption)
-    if names == {"long", "short"}:
-        return Captions(_checked(values["long"], path, '"long"'), _checked(values["short"], path, '"short"'))
-    raise UserError(f'{path}: write it as {{"long": "...", "short": "..."}} or as {{"caption": "..."}}')
-
-
-def _checked(value: object, path: Path, name: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{path}: {name} is a {type(value).__name__}; make it text")
-    caption = value.strip()
-    if not caption:
-        raise UserError(f"{path}: {name} is empty; write one or remove the picture")
-    return caption
+    def _read(self, entry: Entry) -> Captions:
+        path = self._root / entry.path
+        try:
+            if entry.problem:
+                raise Rejected(entry.reason, entry.problem)
+            return read_caption_files(path, entry.captions)
+        except Rejected as problem:
+            file = path.with_name(entry.captions[0]) if len(entry.captions) == 1 else path
+            detail = problem.detail
+            if problem.reason is Reason.MISSING_CAPTION and not entry.captions:
+                detail = f"has neither {path.stem}.txt nor {path.stem}.json beside it"
+            remedy = _REMEDIES.get(problem.reason, "correct or remove it")
+            raise UserError(f"{file}: {detail}; {remedy}") from None
 
 
 def _open(part: Data | Part, _data: Data) -> Source:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Columns, Part
+from millrace.engine.data.captions import Captions, checked
 from millrace.engine.data.formats.mds_shards import (
     FILES,
     PIXELS,
@@ -29,14 +30,15 @@ from millrace.engine.data.formats.mds_shards import (
     load_library,
     open_index,
 )
+from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import (
-    Captions,
     OpenSource,
     Source,
     UnreadablePicture,
     decode_picture,
-    to_rgb,
+    orientation,
 )
+from millrace.engine.data.srgb import to_srgb
 from millrace.engine.util.files import sha256
 
 GRID = 32
@@ -102,20 +104,23 @@ class MdsSource:
         """Both captions without white space around them. Raises UnreadablePicture where both are empty."""
         shard, _ = self._find(index)
         columns = self._columns(index)
-        try:
-            long, short = (columns[place].decode().strip() for place in (shard.long, shard.short))
-        except UnicodeDecodeError:
-            raise UnreadablePicture(self._where(index), "its caption is not UTF-8") from None
-        if not long and not short:
-            raise UnreadablePicture(self._where(index), "its captions are empty")
-        return Captions(long or short, short or long)
+        found = []
+        for place in {shard.long: None, shard.short: None}:
+            try:
+                found.append(checked(columns[place], f"its {shard.reader.column_names[place]}"))
+            except Rejected as problem:
+                if problem.reason is not Reason.EMPTY_CAPTION:
+                    raise UnreadablePicture(self._where(index), problem.detail, problem.reason) from None
+        if not found:
+            raise UnreadablePicture(self._where(index), "its captions are empty", Reason.EMPTY_CAPTION)
+        return Captions(found[0], found[-1])
 
     def image(self, index: int) -> Image.Image:
         data, encoding = self._picture(index)
         if encoding in FILES:
             return decode_picture(data, self._where(index))
         try:
-            return to_rgb(self._library.decode(encoding, data))
+            return to_srgb(self._library.decode(encoding, data), self._where(index))
         except Exception as error:  # pixels that do not fit their size, an unknown mode
             raise UnreadablePicture(self._where(index), str(error)) from error
 
@@ -186,7 +191,7 @@ class MdsSource:
                 return width, height
             with Image.open(io.BytesIO(data)) as picture:
                 width, height = picture.size
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                turned = orientation(picture) >= 5
         except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
             raise UnreadablePicture(self._where(index), str(error)) from error
         return (height, width) if turned else (width, height)

@@ -6,36 +6,42 @@ turns into an error or, where the configuration tolerates it, into a counted rep
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
+from millrace.engine.data.captions import Captions
+from millrace.engine.data.first_bytes import kind_of
 from millrace.engine.data.formats.shard_index import digests_of
+from millrace.engine.data.png_chunks import without_text
 from millrace.engine.data.reject_reasons import Reason, Rejected
-from millrace.engine.util.transient import retried
+from millrace.engine.data.sample_files import read_picture_file
+from millrace.engine.data.srgb import PROFILE, to_srgb
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 _KEYS_AT_A_TIME = 1 << 16
+MAX_SCANS = 500
+"""A progressive JPEG has about ten. Each costs a pass over all pixels but only a few bytes, so that a small
+file with very many of them would decode for hours."""
 
-
-WhichCaption = Literal["long", "short", "empty"]
-
-
-class Captions(NamedTuple):
-    """Both captions of a picture; equal where it has only one."""
-
-    long: str
-    short: str
-
-    def chosen(self, which: WhichCaption) -> str:
-        """One of them, or the empty caption."""
-        return "" if which == "empty" else getattr(self, which)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By orientation, as EXIF counts them."""
+_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*["'<]""")
 
 
 class UnreadablePicture(Exception):
@@ -105,36 +111,65 @@ def encoded(source: Source, index: int) -> bytes | None:
     return source.encoded(index) if hasattr(source, "encoded") else None
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file completely: upright (EXIF), transparency over white, mode RGB.
+def read_picture(path: Path, *, profiles: bool = True) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file completely: upright (EXIF, XMP), sRGB over white, mode RGB.
 
     Sixteen-bit samples keep their high byte, as Pillow does for colour. Raises UnreadablePicture for files
     that are missing, truncated, corrupt, animated, of another format, or above Pillow's limit for
-    decompression bombs.
+    decompression bombs. Without `profiles` its values are taken as sRGB whatever its colour profile.
     """
-    return decode_picture(read_file(path), str(path))
-
-
-def read_file(path: Path) -> bytes:
-    """All of a file, tried again after errors that may pass. Raises UnreadablePicture."""
     try:
-        return retried(path.read_bytes)
-    except OSError as error:
-        raise UnreadablePicture(str(path), error.strerror or str(error), Reason.UNREADABLE_FILE) from error
+        data = read_picture_file(path)
+    except Rejected as problem:
+        raise UnreadablePicture(str(path), problem.detail, problem.reason) from None
+    return decode_picture(data, str(path), profiles=profiles)
 
 
-def decode_picture(data: bytes, where: str) -> Image.Image:
+def decode_picture(data: bytes, where: str, *, profiles: bool = True) -> Image.Image:
     """As `read_picture`, from the bytes of a file; `where` names it in errors."""
-    with picture_errors(where):
-        check_picture(data, where)
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+    with open_picture(data, where) as image:
+        if not profiles:
+            image.info.pop(PROFILE, None)
+        return finished(image, where)
 
 
-def check_picture(data: bytes, where: str) -> None:
-    """Refuse what must not be decoded, and compare the checksums of a PNG; within `picture_errors`."""
+def finished(image: Image.Image, where: str) -> Image.Image:
+    """Pixels of what `open_picture` gives: decoded, upright, in sRGB; mode RGB."""
+    turn = _TURNS.get(orientation(image))
+    image.load()
+    if turn is not None:
+        image = image.transpose(turn)
+    return to_srgb(image, where)
+
+
+@contextmanager
+def open_picture(data: bytes, where: str) -> Iterator[Image.Image]:
+    """A picture whose header is read and which may be decoded; inside, all errors of Pillow are
+    UnreadablePicture."""
+    with _picture_errors(where, data):
+        png = without_text(data)
+        _check(png.data, where)
+        with Image.open(io.BytesIO(png.data), formats=READ_FORMATS) as image:
+            if png.profile is not None:
+                image.info[PROFILE] = png.profile
+            yield image
+
+
+def orientation(image: Image.Image) -> int:
+    """1 to 8, as EXIF counts them: that of EXIF or, where it has none, of XMP; else 1."""
+    found = image.getexif().get(ExifTags.Base.Orientation)
+    if found in range(1, 9):
+        return int(found)
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+    match = _XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+    return int(match[1]) if match else 1
+
+
+def _check(data: bytes, where: str) -> None:
+    """Refuse what must not be decoded, and compare the checksums of a PNG."""
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_SCANS:
+        what = f"a JPEG of more than {MAX_SCANS} scans"
+        raise UnreadablePicture(where, what, Reason.DECOMPRESSION_BOMB)
     # Another library in this process may have told Pillow to pad truncated files with grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     with Image.open(io.BytesIO(data), formats=READ_FORMATS) as probe:
@@ -149,7 +184,7 @@ def check_picture(data: bytes, where: str) -> None:
 
 
 @contextmanager
-def picture_errors(where: str) -> Iterator[None]:
+def _picture_errors(where: str, data: bytes) -> Iterator[None]:
     """Everything that Pillow raises for a file becomes UnreadablePicture."""
     try:
         yield
@@ -159,26 +194,24 @@ def picture_errors(where: str) -> Iterator[None]:
         what = _too_many_pixels("it", Image.MAX_IMAGE_PIXELS)
         raise UnreadablePicture(where, what, Reason.DECOMPRESSION_BOMB) from None
     except Image.UnidentifiedImageError:
-        raise UnreadablePicture(where, "not a JPEG, PNG or WebP picture", Reason.UNSUPPORTED_FORMAT) from None
+        raise _unidentified(where, data) from None
     except Exception as error:  # corrupt files make Pillow raise nearly every built-in exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadablePicture(where, reason) from error
+        raise UnreadablePicture(where, " ".join(reason.split())) from error
+
+
+def _unidentified(where: str, data: bytes) -> UnreadablePicture:
+    if not data:
+        return UnreadablePicture(where, "the file has no bytes", Reason.EMPTY_PICTURE)
+    kind = kind_of(data)
+    what = "not a JPEG, PNG or WebP picture"
+    if kind is None:
+        return UnreadablePicture(where, what)
+    if kind.name in ("a JPEG picture", "a PNG picture", "a WebP picture"):
+        return UnreadablePicture(where, f"{kind.name} whose header is damaged")
+    reason = Reason.UNSUPPORTED_FORMAT if kind.is_picture else Reason.CORRUPT_PICTURE
+    return UnreadablePicture(where, f"{what} but {kind.name}", reason)
 
 
 def _too_many_pixels(what: str, limit: int | None) -> str:
     return f"{what} is more than the {limit} pixels that Pillow considers safe to decode; store it smaller"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture in mode RGB: transparency over white, sixteen-bit grey by its high byte."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would clip these at 255 instead of scaling them.
-        values = np.array(image)
-        if "transparency" in image.info:
-            values[values == image.info["transparency"]] = 0xFFFF
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

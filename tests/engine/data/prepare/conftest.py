@@ -135,10 +135,11 @@ def torture_folder(root):
     for name in ("two", "pipe", "dangling", "loud"):
         (odd / f"{name}.txt").write_text("a caption")
     (odd / "two.jpg").write_bytes(jpeg())
-    (odd / "two.json").write_text('{"caption": "another"}')
+    (odd / "two.TXT").write_text("another")
     planted["ambiguous_caption"] += 1
     os.mkfifo(odd / "pipe.jpg")
     planted["special_file"] += 1
+    planted["missing_picture"] += 1  # loud.txt
     (odd / "dangling.jpg").symlink_to("nowhere.jpg")
     (odd / "loop").symlink_to(root)
     planted["unreadable_file"] += 2

@@ -1,6 +1,7 @@
 import os
 
-from millrace.engine.data.prepare.folders import Entry, list_folder, read_entries
+from millrace.engine.data.names import Entry, list_folder
+from millrace.engine.data.prepare.folders import read_entries
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.reject_reasons import Reason
 from millrace.engine.data.sources.folder import FolderSource
@@ -19,7 +20,7 @@ def test_the_same_samples_as_the_folder_source(tmp_path, bad):
     (tmp_path / "b.txt").rename(tmp_path / "b.TXT")
     (tmp_path / "readme.md").write_text("no picture")
     source = FolderSource(tmp_path)
-    samples = list(read_entries(tmp_path, list_folder(tmp_path)))
+    samples = list(read_entries(tmp_path, list_folder(tmp_path).entries))
     assert [sample.key for sample in samples] == [source.key(i) for i in range(len(source))]
     assert [sample.captions for sample in samples] == [source.captions(i) for i in range(len(source))]
     assert all(isinstance(sample, RawSample) for sample in samples)
@@ -30,7 +31,7 @@ def test_links_are_followed_but_not_twice(tmp_path, bad):
     fill(tmp_path / "root", bad, ["y.jpg"])
     os.symlink(tmp_path / "elsewhere", tmp_path / "root" / "b")
     os.symlink(tmp_path / "elsewhere", tmp_path / "root" / "a")
-    assert list_folder(tmp_path / "root") == [
+    assert list_folder(tmp_path / "root").entries == [
         Entry("a/x.jpg", ("x.txt",)),
         Entry("b", (), "a link to a folder that is read already"),
         Entry("y.jpg", ("y.txt",)),
@@ -39,7 +40,7 @@ def test_links_are_followed_but_not_twice(tmp_path, bad):
 
 def test_files_that_vanish_are_rejects(tmp_path, bad):
     fill(tmp_path, bad, ["a.jpg", "b.jpg", "c.jpg"])
-    entries = list_folder(tmp_path)
+    entries = list_folder(tmp_path).entries
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.txt").unlink()
     one, two, three = read_entries(tmp_path, entries)

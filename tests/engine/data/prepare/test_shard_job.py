@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from millrace.engine.data.prepare import inputs, shard_job, stored_sample
+from millrace.engine.data import sample_files
+from millrace.engine.data.prepare import inputs, shard_job
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.shard_job import prepare
 from millrace.engine.data.sources.shards import ShardsSource
@@ -284,9 +285,7 @@ def test_small_pictures_do_not_count_but_nothing_left_is_an_error(tmp_path, bad,
 
 def test_memory_is_bounded(tmp_path, bad, settings, monkeypatch):
     """A picture of 60 MB, a caption of 10 MB and a tar of both: no more is read than one sample may have."""
-    monkeypatch.setattr(stored_sample, "MAX_PICTURE_BYTES", 2**20)
-    monkeypatch.setattr("millrace.engine.data.prepare.tars.MAX_PICTURE_BYTES", 2**20)
-    monkeypatch.setattr("millrace.engine.data.prepare.folders.MAX_PICTURE_BYTES", 2**20)
+    monkeypatch.setattr(sample_files, "MAX_PICTURE_BYTES", 2**20)
     folder = tmp_path / "in"
     folder.mkdir()
     for i in range(3):

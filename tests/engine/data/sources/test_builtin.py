@@ -73,7 +73,9 @@ def test_no_picture_is_there_twice():
 
 def test_pictures_are_decoded_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(builtin, "read_picture", lambda path: calls.append(path) or Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(
+        builtin, "read_picture", lambda path, profiles: calls.append(path) or Image.new("RGB", (8, 8))
+    )
     source = BuiltinSource()
     assert source.image(3) is source.image(3)
     assert len(calls) == 1

@@ -84,7 +84,7 @@ def test_linked_folders_are_followed_but_not_twice(tmp_path):
     os.symlink(tmp_path / "elsewhere", data / "linked")
     assert [FolderSource(data).key(index) for index in range(2)] == ["b.png", "linked/a.png"]
     os.symlink(data, data / "linked" / "loop")
-    refused(data, data / "linked" / "loop", "remove the link")
+    refused(data, data / "linked" / "loop", "a link to a folder", "remove it")
 
 
 def test_missing_folder(tmp_path):
@@ -104,8 +104,8 @@ def test_missing_caption(tmp_path):
 
 def test_two_captions(tmp_path):
     path = add(tmp_path, "a.png")
-    (tmp_path / "a.json").write_text('{"caption": "x"}')
-    refused(tmp_path, path, "a.json and a.txt", "give it one")
+    (tmp_path / "a.TXT").write_text("x")
+    refused(tmp_path, path, "'a.TXT' and 'a.txt'", "give it one")
 
 
 @pytest.mark.parametrize("caption", ["", " \n\t"])
@@ -125,11 +125,11 @@ def test_caption_that_is_not_utf8(tmp_path):
     [
         ('{"long": ', "not valid JSON"),
         ('["x"]', "write it as"),
-        ("{}", "write it as"),
-        ('{"long": "x"}', "write it as"),
-        ('{"long": "x", "short": "y", "caption": "z"}', "write it as"),
+        ("{}", 'has neither "caption" nor both "long" and "short"; give it one caption'),
+        ('{"long": "x"}', "neither"),
+        ('{"caption": "x", "caption": "y"}', 'has "caption" more than once; give it one'),
         ('{"long": "x", "short": " "}', '"short" is empty'),
-        ('{"caption": 3}', '"caption" is a int; make it text'),
+        ('{"caption": 3}', '"caption" is a int, not text; make it text'),
     ],
 )
 def test_bad_json_captions(tmp_path, text, part):
