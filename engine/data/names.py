@@ -77,7 +77,7 @@ def places(names: Sequence[str]) -> list[Place]:
             found.append(Place(stem, suffix, Role.PICTURE))
         elif is_picture or (not suffix and stem in captions and stem not in pictures):
             found.append(Place(stem, suffix, Role.UNREAD))
-        elif stem in captions:
+        elif stem in pictures:
             found.append(Place(stem, suffix, Role.AUXILIARY))
         else:
             found.append(Place(stem, suffix, Role.OTHER))

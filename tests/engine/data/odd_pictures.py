@@ -36,7 +36,7 @@ _TURNED = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, 1),
 }
-_MATRIX_P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
 """XYZ of the primaries at D50."""
 
 
@@ -59,7 +59,7 @@ def odd_picture(pixels: str, orientation: str, profile: str, seed: int = 0) -> O
     icc = {
         "none": None,
         "sRGB": srgb_profile(),
-        "Display P3": rgb_profile(_MATRIX_P3),
+        "Display P3": rgb_profile(P3),
         "broken": b"no profile",
     }
     exif, xmp, turn = _marks(orientation)
@@ -109,7 +109,7 @@ def p3_to_srgb(values: np.ndarray) -> np.ndarray:
         (0.3850649, 0.7168786, 0.0971045),
         (0.1430804, 0.0606169, 0.7141733),
     )
-    linear = (values / 255) ** 2.2 @ np.array(_MATRIX_P3) @ np.linalg.inv(np.array(srgb))
+    linear = (values / 255) ** 2.2 @ np.array(P3) @ np.linalg.inv(np.array(srgb))
     linear = np.clip(linear, 0, 1)
     encoded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.round(encoded * 255).astype(np.uint8)
