@@ -210,12 +210,14 @@ class Trainer:
         config, messages = self.config, []
         self.denoiser = Denoiser(config.model, config.routing)
         self.model = TrainingModel(self.denoiser, config.alignment, teacher_dim)
-        self.init_weights(config.run.seed)
+        if reader is None or self.stage_begins:  # a stage may begin with parameters of its own
+            self.init_weights(config.run.seed)
+        self.model.to(self.device)
         if reader is not None:
             messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
         elif config.run.init_from:
             messages += start_from(self.denoiser, config.run.init_from)
-        self.model.to(self.device, getattr(torch, config.precision.master))
+        self.model.to(getattr(torch, config.precision.master))
         use_fp8(self.denoiser, config.precision.fp8, self.device)
         self.working_weights = None
         if has_working_weights(config.precision, self.zero_stage):

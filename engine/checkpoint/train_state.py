@@ -19,11 +19,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece
+from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece, together
 from millrace.engine.checkpoint.damage import BadElements, bad_elements, total
-from millrace.engine.distributed.process_group import rank
+from millrace.engine.distributed.process_group import gather_objects, rank, training_group, world_size
 from millrace.engine.distributed.zero_shards import Shard, masters
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.optim.training_optimizer import TrainingOptimizer, optimizer_entry, optimizer_kinds
@@ -109,6 +110,9 @@ def load_weights(
 ) -> list[str]:
     """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over, and the buffers.
 
+    Each rank reads an equal share of the tensors and sends them to the others on the module's device, so the
+    file system gives out every byte once, whatever the number of ranks. Collective.
+
     `allow_changes` lets parameters that the checkpoint lacks keep their values, and drops those that the
     module lacks; the lines returned name them. Else both are a UserError, as a wrong shape always is.
     """
@@ -121,16 +125,28 @@ def load_weights(
         messages += _change("parameters dropped", [name for name in stored if name not in wanted])
     else:
         check_names(wanted.keys(), stored, folder)
+    wanted = {key: tensor for key, tensor in wanted.items() if key in stored}
     for key, tensor in wanted.items():
-        if key not in stored:
-            continue
-        found = reader.tensor(key)
-        if found.shape != tensor.shape:
+        if reader.shape(key) != tensor.shape:
             raise UserError(
-                f"{folder}: {key.partition('/')[2]} is {tuple(found.shape)} there and {tuple(tensor.shape)} "
+                f"{folder}: {key.partition('/')[2]} is {reader.shape(key)} there and {tuple(tensor.shape)} "
                 "in this configuration; resume with the configuration of the run"
             )
-        tensor.copy_(found)
+    total, before = sum(tensor.numel() for tensor in wanted.values()), 0
+    sources = {}
+    for key, tensor in wanted.items():
+        sources[key] = before * world_size() // total
+        before += tensor.numel()
+
+    def read() -> None:
+        for key, tensor in wanted.items():
+            if sources[key] == rank():
+                tensor.copy_(reader.tensor(key))
+
+    together(read, gather_objects)
+    if world_size() > 1:
+        for key, tensor in wanted.items():
+            dist.broadcast(tensor, sources[key], group=training_group())
     return messages
 
 

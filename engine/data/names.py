@@ -77,7 +77,7 @@ def places(names: Sequence[str]) -> list[Place]:
             found.append(Place(stem, suffix, Role.PICTURE))
         elif is_picture or (not suffix and stem in captions and stem not in pictures):
             found.append(Place(stem, suffix, Role.UNREAD))
-        elif stem in captions:
+        elif stem in pictures:
             found.append(Place(stem, suffix, Role.AUXILIARY))
         else:
             found.append(Place(stem, suffix, Role.OTHER))
@@ -175,7 +175,8 @@ def _entries(names: list[str], shards: set[str], left: Counter[str]) -> Iterator
             case Role.PICTURE:
                 yield Entry(file, tuple(captions.get(place.stem, ())))
             case Role.UNREAD:
-                yield Entry(file, (), _unread(place.suffix), Reason.UNSUPPORTED_FORMAT)
+                beside = tuple(captions.get(place.stem, ()))
+                yield Entry(file, beside, _unread(place.suffix), Reason.UNSUPPORTED_FORMAT)
             case Role.CAPTION if place.stem not in with_picture:
                 if place.suffix == ".json" and place.stem.removesuffix("_stats") in shards:
                     left["_stats.json of img2dataset"] += 1

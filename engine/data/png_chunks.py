@@ -6,7 +6,7 @@ Text does not change pixels, but for the orientation in XMP or EXIF.
 
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
@@ -47,6 +47,19 @@ def without_text(data: bytes) -> Png:
     if not kept:
         return Png(data, None)
     return Png(b"".join([*kept, data[first:]]), profile)
+
+
+def transparent_value(data: bytes, value: Any) -> Any:
+    """`Image.info["transparency"]` of a PNG in the levels of its decoded pixels.
+
+    Pillow stretches 2 and 4 bits to 8 and keeps the high byte of 16-bit colour, but not of this value.
+    """
+    depth, colour = data[24], data[25]
+    if colour == 0 and depth in (2, 4):
+        return value * 255 // (2**depth - 1)
+    if colour == 2 and depth == 16:
+        return tuple(sample >> 8 for sample in value)
+    return value
 
 
 def _profile(body: bytes) -> bytes:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from millrace.engine.util.errors import UserError
+
 TEMPORARY = ".tmp"
 """How names of files end that are being written, and that a killed process leaves behind."""
 
@@ -55,6 +57,17 @@ def write_atomically(path: str | Path, content: bytes | str, *, sync: bool = Tru
     """Write a file of these bytes, or of this text in UTF-8, as `atomic_file` does. Raises OSError."""
     with atomic_file(path, sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def require_apart(source_name: str, source: str | Path, output_name: str, output: str | Path) -> None:
+    """Raises UserError where what is written would lie in the folder that is read, or the reverse."""
+    read, written = (Path(os.path.realpath(path)) for path in (source, output))
+    if read == written or read in written.parents or written in read.parents:
+        where = "is" if read == written else "lies in" if read in written.parents else "holds"
+        raise UserError(
+            f"{output_name} {output} {where} {source_name} {source}: what is written would be read as data; "
+            f"choose a folder outside of it"
+        )
 
 
 def sync_folder(folder: str | Path) -> None:

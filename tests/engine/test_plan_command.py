@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from millrace.engine import plan
 from millrace.engine.config.loading import load_config
+from millrace.engine.config.stages import resolve_stages
 from millrace.engine.planning import search
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.report import plan as plan_lines
@@ -102,6 +104,13 @@ def test_every_stage_of_a_run_is_planned():
     ]
     assert sum("256 tokens of an image" in line for line in found) == 1
     assert any(line.startswith("whole run: ") for line in found)
+    # What is printed can be typed, and sets every stage.
+    (settings,) = (line for line in found if line.startswith("settings: "))
+    typed = ["--set", f"stages={second}", *shlex.split(settings.removeprefix("settings: "))]
+    config = load_config(QUICK, [word for word in typed if word != "--set"])
+    sizes = [line.split()[1].rstrip(",") for line in found if line.startswith("micro-batch: ")]
+    assert [str(stage.config.data.micro_batch) for stage in resolve_stages(config)] == sizes
+    assert resolve_stages(config)[1].config.data.resolution == 64
 
 
 def test_this_machine():

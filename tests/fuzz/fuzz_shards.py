@@ -344,7 +344,7 @@ class Fuzzer:
         )
 
 
-def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
+def fuzz(seconds: float, seed: int, only: int | None = None, kind: type[Fuzzer] = Fuzzer) -> int:
     """Run cases for a time, or one; exit code."""
 
     def hangs(*_: object) -> None:
@@ -354,7 +354,7 @@ def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
     previous = {number: signal.signal(number, hangs) for number in (signal.SIGALRM, signal.SIGPROF)}
     folder = Path(tempfile.mkdtemp(prefix="fuzz-shards-"))
     try:
-        fuzzer = Fuzzer(seed, folder)
+        fuzzer = kind(seed, folder)
         started = shown = time.monotonic()
         number = 0 if only is None else only
         slowest = (0.0, number)
@@ -385,14 +385,14 @@ def fuzz(seconds: float, seed: int, only: int | None = None) -> int:
         shutil.rmtree(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(description: str = __doc__, kind: type[Fuzzer] = Fuzzer) -> None:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="run this case alone")
     options = parser.parse_args()
     faulthandler.enable()  # a crash in a library shows where
-    sys.exit(fuzz(options.seconds, options.seed, options.case))
+    sys.exit(fuzz(options.seconds, options.seed, options.case, kind))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """Input listing: what there is to read, cut into parts that are read one by one and in any order.
 
-The parts of an input and the order in which they are numbered depend on names alone; samples follow the order
-of their parts.
+The order of parts depends on names alone; samples follow the order of their parts. What is read as a whole is
+a unit: a picture of a folder with its caption files, a tar, a row group of a Parquet file. Its identity is a
+hash of the names, sizes, modes and times of its files: mtime, and ctime, which no tool sets back. So what has
+changed is known without reading a file.
 """
 
+import hashlib
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +16,7 @@ from typing import NamedTuple
 from millrace.engine.data.names import OTHER_PICTURES, PICTURES, Entry, is_hidden, list_folder
 from millrace.engine.data.prepare.folders import read_entries
 from millrace.engine.data.prepare.parquet import TableShape, read_row_group, table_shape
-from millrace.engine.data.prepare.settings import Settings, readable, relative
+from millrace.engine.data.prepare.settings import Settings, relative
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.prepare.tars import read_tar
 from millrace.engine.data.reject_reasons import Reject, Rejected
@@ -21,6 +25,7 @@ from millrace.engine.util.files import sha256
 
 PART_PICTURES = 256
 """Pictures of a part of a folder: what is read again after a kill."""
+UNIT_BYTES = 16
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
 
@@ -33,14 +38,40 @@ class Part(NamedTuple):
     """Of a file, relative to the input: keys begin with it."""
     weight: int
     """Share of the work: pictures, rows, or bytes of a tar."""
-    entries: tuple[Entry, ...] = ()
-    """Pictures of a folder."""
+    units: bytes
+    """Identities of its units in order, UNIT_BYTES each."""
+    packed: bytes = b""
+    """Pictures of a folder: pickled, since as objects those of a large folder would fill the memory."""
     group: int = 0
     """Row group of a Parquet file."""
     shape: TableShape | None = None
     """Of a Parquet file."""
     problem: Rejected | None = None
     """Why there is nothing to read."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Pictures of a folder, one a unit."""
+        return pickle.loads(self.packed) if self.packed else []
+
+    @property
+    def key(self) -> str:
+        """Identity of the part."""
+        return hashlib.blake2b(self.units, digest_size=16).hexdigest()
+
+    def unit(self, number: int) -> bytes:
+        """Identity of a unit."""
+        return self.units[number * UNIT_BYTES : (number + 1) * UNIT_BYTES]
+
+    def only(self, numbers: list[int]) -> "Part":
+        """The part with these of its units alone."""
+        if len(numbers) * UNIT_BYTES == len(self.units):
+            return self
+        entries = self.entries
+        units = b"".join(map(self.unit, numbers))
+        return self._replace(
+            units=units, packed=pickle.dumps([entries[i] for i in numbers]), weight=len(numbers)
+        )
 
 
 class Inputs(NamedTuple):
@@ -50,9 +81,11 @@ class Inputs(NamedTuple):
     samples: int | None
     """How many inputs there are, or None where only reading tells: in tars."""
     digest: str
-    """Of names, and sizes and times of tars and Parquet files."""
+    """Of the identities of all units."""
     notes: list[str]
     """For people."""
+    unit: str
+    """What is read as a whole, for people."""
 
 
 def find_inputs(path: Path, settings: Settings) -> Inputs:
@@ -89,12 +122,20 @@ def find_inputs(path: Path, settings: Settings) -> Inputs:
     raise UserError(f"{path}: holds no pictures ({' '.join(PICTURES)}), .tar or .parquet files")
 
 
-def read_part(part: Part) -> Iterator[RawSample | Reject]:
-    """Samples and rejects of a part in order."""
+def read_part(part: Part) -> Iterator[tuple[bytes, RawSample | Reject]]:
+    """(unit, sample or reject) of a part in order."""
+    if part.packed:
+        for number, entry in enumerate(part.entries):
+            for item in read_entries(part.path, [entry]):
+                yield part.unit(number), item
+        return
+    for item in _read_file(part):
+        yield part.units, item
+
+
+def _read_file(part: Part) -> Iterator[RawSample | Reject]:
     if part.problem is not None:
         yield Reject(part.name, part.problem.reason, part.problem.detail)
-    elif part.entries:
-        yield from read_entries(part.path, list(part.entries))
     elif part.shape is not None:
         yield from read_row_group(part.path, part.name, part.group, part.shape)
     else:
@@ -106,40 +147,59 @@ def _pictures(root: Path) -> Inputs:
     parts = []
     for start in range(0, len(entries), PART_PICTURES):
         some = tuple(entries[start : start + PART_PICTURES])
-        parts.append(Part(root, "", len(some), entries=some))
-    lines = [f"{readable(entry.path)}\t{len(entry.captions)}\t{entry.problem}" for entry in entries]
-    return Inputs(parts, len(entries), _digest(lines), listing.notes())
+        units = b"".join(_unit_of_picture(root, entry) for entry in some)
+        parts.append(Part(root, "", len(some), units, packed=pickle.dumps(some)))
+    return Inputs(parts, len(entries), _digest(parts), listing.notes(), "pictures")
 
 
 def _tars(root: Path, files: list[Path]) -> Inputs:
-    parts = [Part(file, relative(file, root), max(1, file.stat().st_size)) for file in files]
-    return Inputs(parts, None, _digest(_lines(root, files)), [])
+    parts = []
+    for file in files:
+        name = relative(file, root)
+        parts.append(Part(file, name, max(1, file.stat().st_size), _unit(name, _status(file))))
+    return Inputs(parts, None, _digest(parts), [], "tars")
 
 
 def _tables(root: Path, files: list[Path], settings: Settings) -> Inputs:
     parts, notes = [], []
     for file in files:
-        name = relative(file, root)
+        name, status = relative(file, root), _status(file)
         try:
             shape = table_shape(file, settings)
             notes += shape.notes(file)
         except Rejected as problem:
-            parts.append(Part(file, name, 1, problem=problem))
+            parts.append(Part(file, name, 1, _unit(name, status), problem=problem))
             continue
         for group, rows in enumerate(shape.rows):
             if rows:
-                parts.append(Part(file, name, rows, group=group, shape=shape))
+                parts.append(Part(file, name, rows, _unit(name, status, group), group=group, shape=shape))
     if not parts:
         raise UserError(f"{files[0]}: has no rows")
-    return Inputs(parts, sum(part.weight for part in parts), _digest(_lines(root, files)), notes)
+    return Inputs(parts, sum(part.weight for part in parts), _digest(parts), notes, "row groups")
 
 
-def _lines(root: Path, files: list[Path]) -> list[str]:
-    return [f"{relative(file, root)}\t{file.stat().st_size}\t{file.stat().st_mtime_ns}" for file in files]
+def _unit_of_picture(root: Path, entry: Entry) -> bytes:
+    path = os.path.join(root, entry.path)
+    folder = os.path.dirname(path)
+    beside = [_status(os.path.join(folder, name)) for name in entry.captions]
+    return _unit(tuple(entry), _status(path), *beside)
 
 
-def _digest(lines: list[str]) -> str:
-    return sha256(f"{line}\n".encode() for line in lines)
+def _unit(*values: object) -> bytes:
+    return hashlib.blake2b(repr(values).encode("utf-8", "backslashreplace"), digest_size=UNIT_BYTES).digest()
+
+
+def _status(path: str | Path) -> tuple[int, ...]:
+    """What changes with the file, or the number of the error."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return (error.errno or 0,)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_mode
+
+
+def _digest(parts: list[Part]) -> str:
+    return sha256(part.units for part in parts)
 
 
 def _by_suffix(root: Path) -> dict[str, list[Path]]:

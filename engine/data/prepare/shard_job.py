@@ -1,10 +1,10 @@
-"""Preparation job: from an input to a data set of shards, continued by the same call after a kill.
+"""Preparation job: from an input to a data set of shards, continued by the same call after a kill, and
+brought up to date by it when the input has changed.
 
-    find_inputs ──▶ parts, each converted and put aside ──▶ plan_shards ──▶ shards ──▶ manifest ──▶ pictures
+    find_inputs ──▶ parts, converted and put aside ──▶ plan_shards ──▶ shards, manifest, pictures ──▶ publish
 
-Everything that is not finished lies in OUTPUT/.preparing. What is finished is not done again, and nothing
-depends on how many processes there are or in which order they finish: parts and shards are numbered
-beforehand.
+Everything that is not finished lies in OUTPUT/.preparing. What is finished is not done again while its input
+is the same, and nothing depends on how many processes there are or in which order they finish.
 """
 
 import errno
@@ -22,16 +22,18 @@ import numpy as np
 from millrace.engine.data.formats.shard_index import Manifest, Shard, bucket_name, read_manifest
 from millrace.engine.data.formats.shard_writer import write_manifest
 from millrace.engine.data.prepare.inputs import Inputs, find_inputs
-from millrace.engine.data.prepare.parts import DonePart, do_part, load_part
+from millrace.engine.data.prepare.known_items import INDEX, KnownItems, merge, save_index
+from millrace.engine.data.prepare.parts import DonePart, data_path, do_part
 from millrace.engine.data.prepare.progress import Progress
+from millrace.engine.data.prepare.publishing import READY, publish
 from millrace.engine.data.prepare.reports import draw_caption_lengths, draw_contact_sheet
 from millrace.engine.data.prepare.settings import Settings
-from millrace.engine.data.prepare.shard_packing import Plan, load_shard, make_shard, plan_shards
+from millrace.engine.data.prepare.shard_packing import Plan, PlannedShard, load_shard, make_shard, plan_shards
 from millrace.engine.data.prepare.workers import Workers
 from millrace.engine.data.reject_reasons import Reject
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import TEMPORARY, sha256, write_atomically
+from millrace.engine.util.files import TEMPORARY, require_apart, sha256, sync_folder, write_atomically
 
 WORK, OVER = ".preparing", ".preparing.over"
 EARLY = 1000
@@ -48,81 +50,127 @@ def prepare(
     Raises UserError for input that cannot be read, an output that holds something else, and more than
     `max_bad_share` of bad input.
     """
+    require_apart("--input", source, "--output", output)
     inputs = find_inputs(source, settings)
-    identity = sha256(f"{inputs.digest} {json.dumps(settings.described())}".encode())
+    described = json.dumps(settings.described())
+    identity = sha256(f"{inputs.digest} {described}".encode())
     try:
-        with _workspace(output, identity) as work:
-            if work is None:
+        if not (output / WORK).exists() and _is_current(output, settings, identity):
+            return read_manifest(output), [f"{output} is complete already"]
+        with _workspace(output, described) as work:
+            if _is_current(output, settings, identity):  # but the end of an earlier call was missing
                 return read_manifest(output), [f"{output} is complete already"]
-            manifest = _prepare(inputs, output, work, settings, identity, workers, max_bad_share)
-        return manifest, inputs.notes
+            old = _finished(output, settings)
+            job = _Job(inputs, source, output, work, settings, identity, workers, old)
+            manifest = job.run(max_bad_share)
+        return manifest, [*inputs.notes, *job.notes]
     except OSError as error:
         where = error.filename or output
         hint = "; finished work is kept, run the same command again" if error.errno == errno.ENOSPC else ""
         raise UserError(f"{where}: cannot be written: {error.strerror or error}{hint}") from None
 
 
-def _prepare(
-    inputs: Inputs,
-    output: Path,
-    work: Path,
-    settings: Settings,
-    identity: str,
-    workers: int,
-    max_bad_share: float,
-) -> Manifest:
-    parts = _read(inputs, output, work / "parts", settings, workers, max_bad_share)
-    plan = plan_shards(parts, work / "parts", settings)
-    rejects = [reject for part in parts for reject in part.rejects] + plan.duplicates
-    _write_rejects(output, rejects)
-    seen = sum(part.seen for part in parts)
-    _check_limit(seen, rejects, max_bad_share, output)
-    if not plan.shards:
-        raise UserError(f"no sample is left of {seen}: {_by_reason(rejects)}; see {output / 'rejects.jsonl'}")
-    shards = _pack(plan, output, work, workers)
-    manifest = _manifest(shards, plan, rejects, seen, settings, identity)
-    write_manifest(output, manifest)
-    draw_contact_sheet(ShardsSource(output), output / "contact_sheet.png")
-    draw_caption_lengths(
-        plan.rows["long_characters"], plan.rows["short_characters"], output / "caption_lengths.png"
-    )
-    return manifest
+class _Job:
+    """One call that has work to do; `old` is the manifest of the data set that it brings up to date."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        source: Path,
+        output: Path,
+        work: Path,
+        settings: Settings,
+        identity: str,
+        workers: int,
+        old: Manifest | None,
+    ) -> None:
+        self.inputs, self.output, self.work, self.settings = inputs, output, work, settings
+        self.identity, self.workers, self.old = identity, workers, old
+        self.source = sha256(os.fsencode(os.path.realpath(source)))
+        self.notes: list[str] = []
+        self.known = KnownItems(output, old, work / "parts")
+        # The reports of a complete data set stay as they are until the new ones are.
+        self.reports = output if old is None else work
+
+    def run(self, max_bad_share: float) -> Manifest:
+        """Make the data set and put it where it belongs."""
+        parts = self._read(max_bad_share)
+        plan = plan_shards(parts, self.known.files, self.settings)
+        rejects = [reject for part in parts for reject in part.rejects] + plan.duplicates
+        _write_rejects(self.reports, rejects)
+        seen = sum(part.seen for part in parts)
+        _check_limit(seen, rejects, max_bad_share, self.reports)
+        if not plan.shards:
+            where = self.reports / "rejects.jsonl"
+            raise UserError(f"no sample is left of {seen}: {_by_reason(rejects)}; see {where}")
+        root = self.work / "set"
+        root.mkdir(exist_ok=True)
+        shards = _pack(plan, self.known.files, root, self.work / "shards", self.workers)
+        manifest = _manifest(shards, plan, rejects, seen, self.settings, self.identity)
+        if self.old is not None:
+            # A cache knows the shards that it was made from: it is refused where they have changed.
+            manifest = manifest.model_copy(update={"caches": self.old.caches})
+            if self.old.caches and manifest.digest != self.old.digest:
+                kinds = ",".join(self.old.caches)
+                self.notes.append(f"its caches are stale; bring them up to date with millrace cache {kinds}")
+        write_manifest(root, manifest)
+        save_index(root, manifest, parts, plan.kept, plan.order, self.source)
+        _write_rejects(root, rejects)
+        draw_contact_sheet(ShardsSource(root), root / "contact_sheet.png")
+        draw_caption_lengths(
+            plan.rows["long_characters"], plan.rows["short_characters"], root / "caption_lengths.png"
+        )
+        os.replace(root, self.output / READY)
+        sync_folder(self.output)
+        publish(self.output, self.work)
+        return manifest
+
+    def _read(self, max_bad_share: float) -> list[DonePart]:
+        """The items of all parts: those that are known, and the others read."""
+        parts, known = self.inputs.parts, self.known
+        matches = [known.find(part) for part in parts]
+        missing = [np.flatnonzero(match.count == 0).tolist() for match in matches]
+        waiting = [number for number, units in enumerate(missing) if units]
+        total = sum(len(match.count) for match in matches)
+        left = sum(map(len, missing))
+        if self.old is not None:
+            if known.input is None:
+                self.notes.append(f"{self.output}: has no {INDEX} that fits it, so everything was read again")
+            elif left == total and known.input != self.source:
+                raise UserError(
+                    f"{self.output}: holds a data set made from other input; choose another --output or "
+                    "remove it"
+                )
+        done = {number: known.take(match) for number, match in enumerate(matches) if not missing[number]}
+        weights = [part.weight for part in parts]
+        limit = _Limit(self.inputs.samples, max_bad_share, self.reports)
+        limit.add(done)
+        if not waiting:
+            return [done[number] for number in range(len(parts))]
+        folder, settings = self.work / "parts", self.settings
+        some = [parts[number].only(missing[number]) for number in waiting]
+        finished = sum(weights) - sum(part.weight for part in some)
+        progress = Progress("reading", sum(weights), finished, 1.0 if self.inputs.samples else None)
+        try:
+            with Workers(min(self.workers, len(waiting)), progress.report) as pool:
+                tasks = ((part, folder, settings) for part in some)
+                for place, new in pool.run(do_part, tasks):
+                    number = waiting[place]
+                    new.rows["file"] = known.number(data_path(folder, some[place].key))
+                    progress.finish_part(some[place].weight, new.seen)
+                    before = known.take(matches[number])
+                    done[number] = merge(parts[number], before, new) if len(before.rows) else new
+                    limit.add(done)
+        finally:
+            progress.close()
+        if left < total:
+            self.notes.append(f"read {left:,} of {total:,} {self.inputs.unit}; the others have not changed")
+        return [done[number] for number in range(len(parts))]
 
 
-def _read(
-    inputs: Inputs, output: Path, folder: Path, settings: Settings, workers: int, max_bad_share: float
-) -> list[DonePart]:
-    """Convert all parts that are not done."""
-    done: dict[int, DonePart] = {}
-    for number in range(len(inputs.parts)):
-        part = load_part(number, folder)
-        if part is not None:
-            done[number] = part
-    waiting = [number for number in range(len(inputs.parts)) if number not in done]
-    weights = [part.weight for part in inputs.parts]
-    limit = _Limit(inputs.samples, max_bad_share, output)
-    limit.add(done)
-    if not waiting:
-        return [done[number] for number in range(len(inputs.parts))]
-    progress = Progress(
-        "reading", sum(weights), sum(weights[number] for number in done), 1.0 if inputs.samples else None
-    )
-    try:
-        with Workers(min(workers, len(waiting)), progress.report) as pool:
-            tasks = ((inputs.parts[number], number, folder, settings) for number in waiting)
-            for place, part in pool.run(do_part, tasks):
-                number = waiting[place]
-                done[number] = part
-                progress.finish_part(weights[number], part.seen)
-                limit.add(done)
-    finally:
-        progress.close()
-    return [done[number] for number in range(len(inputs.parts))]
-
-
-def _pack(plan: Plan, output: Path, work: Path, workers: int) -> list[Shard]:
+def _pack(plan: Plan, files: list[Path], root: Path, done: Path, workers: int) -> list[Shard]:
     """Make all shards that are not made."""
-    shards = [load_shard(planned, output, work / "shards") for planned in plan.shards]
+    shards = [load_shard(planned, root, done) for planned in plan.shards]
     waiting = [number for number, shard in enumerate(shards) if shard is None]
     sizes = [len(planned.rows) for planned in plan.shards]
     if not waiting:
@@ -130,14 +178,19 @@ def _pack(plan: Plan, output: Path, work: Path, workers: int) -> list[Shard]:
     progress = Progress("packing", sum(sizes), sum(sizes) - sum(sizes[number] for number in waiting), 1.0)
     try:
         with Workers(min(workers, len(waiting)), progress.report) as pool:
-            folders = output, work / "parts", work / "shards"
-            tasks = ((plan.shards[number], *folders) for number in waiting)
+            tasks = (
+                (plan.shards[number], root, _files_of(plan.shards[number], files), done) for number in waiting
+            )
             for place, shard in pool.run(make_shard, tasks):
                 shards[waiting[place]] = shard
                 progress.finish_part(sizes[waiting[place]], sizes[waiting[place]])
     finally:
         progress.close()
     return shards
+
+
+def _files_of(planned: PlannedShard, files: list[Path]) -> dict[int, Path]:
+    return {number: files[number] for number in np.unique(planned.rows["file"]).tolist()}
 
 
 class _Limit:
@@ -224,22 +277,34 @@ def _summary(lengths: np.ndarray) -> dict[str, float]:
     return {"min": low, "median": middle, "mean": mean, "p95": high, "p99": higher, "max": top}
 
 
+def _finished(output: Path, settings: Settings) -> Manifest | None:
+    """Manifest of the data set if it is complete. Raises UserError unless it has these settings."""
+    if not (output / "manifest.json").exists():
+        return None
+    manifest = read_manifest(output)
+    wanted = settings.described()
+    differ = [name for name, value in wanted.items() if manifest.settings.get(name) != value]
+    if differ:
+        raise UserError(
+            f"{output}: holds a data set made with other settings ({', '.join(differ)}); choose another "
+            "--output or remove it"
+        )
+    return manifest
+
+
+def _is_current(output: Path, settings: Settings, identity: str) -> bool:
+    manifest = _finished(output, settings)
+    return manifest is not None and manifest.settings.get("identity") == identity
+
+
 @contextmanager
-def _workspace(output: Path, identity: str) -> Iterator[Path | None]:
-    """The folder for what is not finished, locked; removed at the end. None where all is finished."""
+def _workspace(output: Path, described: str) -> Iterator[Path]:
+    """The folder for what is not finished, locked; removed at the end."""
     work = output / WORK
     shutil.rmtree(output / OVER, ignore_errors=True)
-    if not work.exists():
-        if (output / "manifest.json").exists():
-            if read_manifest(output).settings.get("identity") == identity:
-                yield None
-                return
-            raise UserError(
-                f"{output}: holds a data set made from other input or with other settings; "
-                "choose another --output or remove it"
-            )
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"{output}: is not empty; choose a new folder for --output")
+    begun = work.exists() or (output / "manifest.json").exists()
+    if not begun and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is not empty; choose a new folder for --output")
     for folder in (work / "parts", work / "shards"):
         folder.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
@@ -247,13 +312,14 @@ def _workspace(output: Path, identity: str) -> Iterator[Path | None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{output}: another millrace prepare is writing it; wait for its end") from None
-        begun = work / "identity"
-        if begun.exists() and begun.read_text() != identity:
+        before = work / "settings"
+        if before.exists() and before.read_text() != described:
             raise UserError(
-                f"{output}: was begun with other input, settings or libraries; go on with those, or remove "
-                "it and begin again"
+                f"{output}: was begun with other settings or libraries; go on with those, or remove it and "
+                "begin again"
             )
-        write_atomically(begun, identity)
+        publish(output, work)
+        write_atomically(before, described)
         for left in output.rglob(f"*{TEMPORARY}"):  # of processes that were killed
             left.unlink(missing_ok=True)
         yield work

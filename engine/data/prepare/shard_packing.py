@@ -5,7 +5,9 @@ above the wanted size. Numbers of samples count through the buckets in order. Al
 alone.
 """
 
+import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +16,10 @@ import numpy as np
 
 from millrace.engine.data.formats.shard_index import BLOCK, Shard, bucket_name, padded
 from millrace.engine.data.formats.shard_writer import END, StoredSample, write_shard
-from millrace.engine.data.prepare.parts import DonePart, open_data
+from millrace.engine.data.prepare.parts import DonePart
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.reject_reasons import Reason, Reject
+from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 
 
@@ -28,10 +31,16 @@ class PlannedShard(NamedTuple):
     """In its bucket."""
     first: int
     """Number of its first sample in the data set."""
-    parts: np.ndarray
-    """(n,) int64: part of each sample."""
     rows: np.ndarray
-    """(n,) of PART_ROW."""
+    """(n,) of ITEM."""
+
+    @property
+    def digest(self) -> str:
+        """What the shard will hold: the same units, read with the same settings, give the same bytes."""
+        digest = hashlib.blake2b(f"{self.bucket} {self.first}".encode(), digest_size=16)
+        for field in ("unit", "key", "picture_bytes", "record_bytes"):
+            digest.update(np.ascontiguousarray(self.rows[field]).tobytes())
+        return digest.hexdigest()
 
 
 class Plan(NamedTuple):
@@ -39,25 +48,28 @@ class Plan(NamedTuple):
 
     shards: list[PlannedShard]
     rows: np.ndarray
-    """(N,) of PART_ROW: all samples in their order."""
+    """(N,) of ITEM: all samples in their order."""
+    kept: np.ndarray
+    """(samples of the input,) bool: whether it is one of them."""
+    order: np.ndarray
+    """(N,) int64: which of the kept samples of the input each of them is."""
     duplicates: list[Reject]
 
 
-def plan_shards(parts: list[DonePart], folder: Path, settings: Settings) -> Plan:
+def plan_shards(parts: list[DonePart], files: list[Path], settings: Settings) -> Plan:
     """Distribute the samples of all parts; of samples with the same key the first one stays.
 
-    `folder` has the parts' data, from which the names of duplicates are read.
+    `files`, which the rows number, have the bytes, from which the names of duplicates are read.
     """
-    rows = np.concatenate([part.rows for part in parts])
-    part_of = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])
+    rows = np.concatenate([part.samples for part in parts])
     keep = _first_of_each(rows["key"])
     duplicates = [
-        Reject(_key_of(rows[i], int(part_of[i]), folder), Reason.DUPLICATE_KEY, "an earlier sample has it")
+        Reject(_key_of(rows[i], files), Reason.DUPLICATE_KEY, "an earlier sample has it")
         for i in np.flatnonzero(~keep)
     ]
-    rows, part_of = rows[keep], part_of[keep]
+    rows = rows[keep]
     order = np.argsort(rows["bucket"], kind="stable")
-    rows, part_of = rows[order], part_of[order]
+    rows = rows[order]
     sizes = 2 * BLOCK + padded(rows["picture_bytes"]) + padded(rows["record_bytes"])
     shards = []
     for bucket in np.unique(rows["bucket"]).tolist():
@@ -69,51 +81,78 @@ def plan_shards(parts: list[DonePart], folder: Path, settings: Settings) -> Plan
             fits = int(np.searchsorted(ends, used + settings.shard_bytes - len(END), side="right"))
             until = max(fits, done + 1)
             some = slice(start + done, start + until)
-            shards.append(
-                PlannedShard(settings.buckets[bucket], number, start + done, part_of[some], rows[some])
-            )
+            shards.append(PlannedShard(settings.buckets[bucket], number, start + done, rows[some]))
             number, done = number + 1, until
-    return Plan(shards, rows, duplicates)
+    return Plan(shards, rows, keep, order, duplicates)
 
 
 def make_shard(
-    plan: PlannedShard, root: Path, parts: Path, done: Path, report: Callable[[int, int], None]
+    plan: PlannedShard, root: Path, files: dict[int, Path], done: Path, report: Callable[[int, int], None]
 ) -> Shard:
-    """Write a shard to `root` from the data in `parts`, and last what it is to the folder `done`.
+    """Write a shard to `root` from `files`, which its rows number, and last what it is to the folder `done`.
 
-    `report(samples, 0)` is called after every sample. Raises OSError where nothing can be written.
+    `report(samples, 0)` is called after every sample. Raises OSError where nothing can be written, UserError
+    where a sample of the data set that is brought up to date is damaged.
     """
 
     def samples() -> Iterator[StoredSample]:
-        file, open_part = None, -1
+        stored, number = None, -1
         try:
-            for part, row in zip(plan.parts.tolist(), plan.rows, strict=True):
-                if part != open_part:
-                    if file is not None:
-                        file.close()
-                    file, open_part = open_data(part, parts), part
-                file.seek(int(row["offset"]))
-                picture = file.read(int(row["picture_bytes"]))
-                record = file.read(int(row["record_bytes"]))
-                yield StoredSample(picture, record, int(row["width"]), int(row["height"]))
+            for row in plan.rows:
+                if row["file"] != number:
+                    if stored is not None:
+                        stored.close()
+                    number = int(row["file"])
+                    stored = _StoredBytes(files[number])
+                yield StoredSample(*stored.read(row), int(row["width"]), int(row["height"]))
                 report(1, 0)
         finally:
-            if file is not None:
-                file.close()
+            if stored is not None:
+                stored.close()
 
     shard = write_shard(root, plan.bucket, plan.number, samples(), plan.first)
-    write_atomically(done_path(plan, done), shard.model_dump_json())
+    values = {"plan": plan.digest, "shard": shard.model_dump(mode="json")}
+    write_atomically(done_path(plan, done), json.dumps(values))
     return shard
 
 
+class _StoredBytes:
+    """A file with converted samples: the .data file of a part, or a shard."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("rb")
+        self._index = np.load(path.with_suffix(".npy")) if path.suffix == ".tar" else None
+
+    def read(self, row: np.void) -> tuple[bytes, bytes]:
+        """Picture and record."""
+        at = int(row["offset"])
+        self._file.seek(at)
+        picture = self._file.read(int(row["picture_bytes"]))
+        if self._index is not None:
+            self._file.seek(at + padded(len(picture)) + BLOCK)
+        record = self._file.read(int(row["record_bytes"]))
+        if self._index is not None:
+            place = int(np.searchsorted(self._index["picture_offset"], at))
+            crc = int(self._index["crc32"][place]) if place < len(self._index) else -1
+            if zlib.crc32(record, zlib.crc32(picture)) != crc:
+                raise UserError(
+                    f"{self._path}: the sample at byte {at} is damaged; remove the data set and make it again"
+                )
+        return picture, record
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def load_shard(plan: PlannedShard, root: Path, done: Path) -> Shard | None:
-    """What `make_shard` has made, or None where it has not come to its end."""
+    """What `make_shard` has made, or None where it has not come to its end or was another."""
     try:
-        shard = Shard.model_validate_json(done_path(plan, done).read_bytes())
+        values = json.loads(done_path(plan, done).read_bytes())
+        shard = Shard.model_validate(values["shard"])
         tar = root / shard.file
-        whole = tar.stat().st_size == shard.bytes and shard.samples == len(plan.rows)
+        whole = tar.stat().st_size == shard.bytes and values["plan"] == plan.digest
         return shard if whole and tar.with_suffix(".idx").is_file() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -132,7 +171,9 @@ def _first_of_each(keys: np.ndarray) -> np.ndarray:
     return keep
 
 
-def _key_of(row: np.ndarray, part: int, folder: Path) -> str:
-    with open_data(part, folder) as file:
-        file.seek(int(row["offset"]) + int(row["picture_bytes"]))
-        return json.loads(file.read(int(row["record_bytes"])))["key"]
+def _key_of(row: np.void, files: list[Path]) -> str:
+    stored = _StoredBytes(files[int(row["file"])])
+    try:
+        return json.loads(stored.read(row)[1])["key"]
+    finally:
+        stored.close()

@@ -18,6 +18,9 @@ REDUCING_GAP = 3.0
 """Box reduction by a whole number first, Lanczos for the last factor of three: no visible difference (Pillow
 documents 3.0 as "almost indistinguishable"), several times faster on photographs of many megapixels."""
 
+JPEG_EDGE = 65_500
+"""Pixels of an edge that libjpeg takes."""
+
 _QUARTER_TURNED = range(5, 9)
 
 
@@ -72,6 +75,11 @@ def _convert_picture(
             return bucket, data, (width, height), (width, height)
         scale = ROOM / ratio if larger else 1.0
         stored = round(width * scale), round(height * scale)
+        if max(stored) > JPEG_EDGE:
+            what = (
+                f"{width}x{height} pixels would be stored as {stored[0]}x{stored[1]}, a JPEG has {JPEG_EDGE}"
+            )
+            raise Rejected(Reason.PICTURE_TOO_LARGE, f"{what} at most along an edge")
         if larger and image.format == "JPEG":
             # libjpeg decodes at a half, a quarter or an eighth where that leaves enough for the filter.
             gap = tuple(round(edge * scale * REDUCING_GAP) for edge in image.size)

@@ -19,6 +19,7 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.formats.caption_store import Note, stored_captions
 from millrace.engine.data.names import PICTURES, Entry, list_folder
+from millrace.engine.data.prepare.settings import readable
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sample_files import read_caption_files, read_picture_file
 from millrace.engine.data.sources.pictures import (
@@ -106,12 +107,13 @@ class FolderSource:
                 raise Rejected(entry.reason, entry.problem)
             return read_caption_files(path, entry.captions)
         except Rejected as problem:
-            file = path.with_name(entry.captions[0]) if len(entry.captions) == 1 else path
+            of_caption = len(entry.captions) == 1 and not entry.problem
+            file = path.with_name(entry.captions[0]) if of_caption else path
             detail = problem.detail
             if problem.reason is Reason.MISSING_CAPTION and not entry.captions:
                 detail = f"has neither {path.stem}.txt nor {path.stem}.json beside it"
             remedy = _REMEDIES.get(problem.reason, "correct or remove it")
-            raise UserError(f"{file}: {detail}; {remedy}") from None
+            raise UserError(readable(f"{file}: {detail}; {remedy}")) from None
 
 
 def _open(part: Data | Part, _data: Data) -> Source:

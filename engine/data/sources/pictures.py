@@ -20,7 +20,7 @@ from millrace.engine.config.data import Part
 from millrace.engine.data.captions import Captions
 from millrace.engine.data.first_bytes import kind_of
 from millrace.engine.data.formats.shard_index import digests_of
-from millrace.engine.data.png_chunks import without_text
+from millrace.engine.data.png_chunks import transparent_value, without_text
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sample_files import read_picture_file
 from millrace.engine.data.srgb import PROFILE, to_srgb
@@ -152,6 +152,8 @@ def open_picture(data: bytes, where: str) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(png.data), formats=READ_FORMATS) as image:
             if png.profile is not None:
                 image.info[PROFILE] = png.profile
+            if image.format == "PNG" and "transparency" in image.info:
+                image.info["transparency"] = transparent_value(png.data, image.info["transparency"])
             yield image
 
 

@@ -22,7 +22,7 @@ def test_a_folder_is_cut_into_parts_of_pictures(tmp_path, settings, monkeypatch)
         ["a.jpg", "b.png"],
         ["c/d.gif"],
     ]
-    assert [item.reason for part in found.parts for item in read_part(part)] == [
+    assert [item.reason for part in found.parts for _, item in read_part(part)] == [
         Reason.MISSING_CAPTION,
         Reason.MISSING_CAPTION,
         Reason.UNSUPPORTED_FORMAT,

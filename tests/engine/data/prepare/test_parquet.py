@@ -44,6 +44,30 @@ def test_binary_column_and_two_captions(tmp_path, bad):
     assert read(tmp_path / "a.parquet", both)[0].captions == Captions("c", "s")
 
 
+def test_columns_are_as_the_keys_of_json(tmp_path, bad):
+    columns = {
+        "jpg": [bad.jpeg()] * 3,
+        "caption": ["c", "c", None],
+        "short": ["s", None, "s"],
+        "long": [None, "l", "l"],
+    }
+    captions = [sample.captions for sample in read(write(tmp_path / "a.parquet", columns))]
+    assert captions == [Captions("c", "s"), Captions("l", "c"), Captions("l", "s")]
+    swapped = Settings(resolution=32, patch=8, caption_columns=("short", "caption"))
+    assert read(tmp_path / "a.parquet", swapped)[0].captions == Captions("s", "c")
+
+
+def test_which_column_was_taken_is_said(tmp_path, bad):
+    path = write(tmp_path / "a.parquet", {"image": [bad.jpeg()], "text": ["t"], "caption": ["c\r\nd"]})
+    assert read(path)[0].captions.long == "c\nd"
+    (note,) = table_shape(path, SETTINGS).notes(path)
+    assert note.startswith("a.parquet: captions are of column caption; not read: text")
+    named = Settings(resolution=32, patch=8, caption_columns=("text",))
+    assert table_shape(path, named).notes(path) == []
+    _, notes = prepare(tmp_path, tmp_path / "out", SETTINGS, 0, 0.0)
+    assert note in notes
+
+
 def test_bad_rows(tmp_path, bad):
     good = {"bytes": bad.jpeg(), "path": None}
     columns = {

@@ -173,7 +173,7 @@ def test_goes_on_after_kill_9_with_workers(tmp_path, bad):
         )
 
     def finished_files(output):
-        return len(list((output / ".preparing").glob("*/*.json")))
+        return len(list((output / ".preparing").glob("*/*.[jr]*s*")))
 
     out, random = tmp_path / "out", np.random.default_rng(0)
     kills = 0
@@ -203,8 +203,15 @@ def test_a_finished_data_set_is_left_alone(photos, tmp_path, settings):
     assert again == first
     assert notes == [f"{tmp_path / 'out'} is complete already"]
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    (photos / "new.jpg").write_bytes((photos / "00.jpg").read_bytes())
-    refused(lambda: prepare(photos, tmp_path / "out", settings, 0, 0.0), tmp_path / "out", "other input")
+    other = Settings(resolution=48, patch=8)
+    refused(
+        lambda: prepare(photos, tmp_path / "out", other, 0, 0.0), tmp_path / "out", "settings (resolution"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "00.jpg").write_bytes((photos / "00.jpg").read_bytes())
+    (elsewhere / "00.txt").write_text("a caption")
+    refused(lambda: prepare(elsewhere, tmp_path / "out", settings, 0, 0.0), tmp_path / "out", "other input")
 
 
 def test_what_was_begun_is_not_mixed_with_other_settings(photos, tmp_path, settings, monkeypatch):
@@ -231,7 +238,7 @@ def test_outputs_that_hold_something_else(photos, tmp_path, settings):
 
 
 def test_two_commands_do_not_write_one_output(photos, tmp_path, settings):
-    with shard_job._workspace(tmp_path / "out", "identity"):
+    with shard_job._workspace(tmp_path / "out", json.dumps(settings.described())):
         refused(lambda: prepare(photos, tmp_path / "out", settings, 0, 0.0), "another millrace prepare")
 
 

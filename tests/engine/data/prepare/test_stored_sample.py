@@ -9,6 +9,7 @@ from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.stored_sample import RawSample, convert
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import decode_picture
+from tests.engine.data.odd_pictures import P3, rgb_profile
 
 SETTINGS = Settings(resolution=32, patch=8)
 
@@ -84,6 +85,23 @@ def test_bad_pictures_have_their_reason(bad):
         with pytest.raises(Rejected) as caught:
             stored(data)
         assert caught.value.reason == reason, name
+
+
+@pytest.mark.parametrize("size", [(36, 40), (300, 300)])
+def test_a_profile_stays_with_the_bytes_or_is_applied(bad, size):
+    """Either way the stored picture shows what the file shows."""
+    data = bad.encoded(Image.new("RGB", size, (200, 60, 60)), quality=100, icc_profile=rgb_profile(P3))
+    kept = stored(data).picture
+    with Image.open(io.BytesIO(kept)) as image:
+        assert ("icc_profile" in image.info) == (kept == data) == (size[0] < 40)
+    assert np.abs(pixels(kept) - [219, 37, 48]).max() <= 3
+
+
+def test_what_a_jpeg_cannot_hold_is_a_reject(bad):
+    data = bad.encoded(Image.new("L", (30, 70_000)), "PNG")
+    with pytest.raises(Rejected) as caught:
+        stored(data, Settings(resolution=32, patch=8, upscale=True))
+    assert caught.value.reason is Reason.PICTURE_TOO_LARGE
 
 
 def test_nothing_but_pixels_is_carried_over(bad):

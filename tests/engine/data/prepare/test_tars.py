@@ -1,3 +1,5 @@
+import gzip
+import hashlib
 import tarfile
 
 import pytest
@@ -38,6 +40,67 @@ def test_other_components_belong_to_their_sample(build, bad):
     build.add("0.jpg", bad.jpeg()).add("0.mask.png", b"x").add("0.cls", b"7").add("0.txt", b"c")
     build.add("0.after.png", b"x").add("readme.md", b"no sample").add(".DS_Store", b"no sample")
     assert outcomes(build) == [("a/0", "c")]
+
+
+@pytest.mark.parametrize(
+    "order", ["pictures first", "captions first", "auxiliary first", "reversed", "mixed"]
+)
+def test_members_may_come_in_any_order(build, bad, order):
+    names = [
+        f"d/{i}{suffix}" for i in range(5) for suffix in (".depth.png", ".jpg", ".mask.png", ".txt", ".json")
+    ]
+    keys = {
+        "pictures first": lambda name: (not name.endswith(".jpg"), name),
+        "captions first": lambda name: (not name.endswith(".txt"), name),
+        "auxiliary first": lambda name: (name.count(".") < 2, name),
+        "reversed": lambda name: [-ord(letter) for letter in name],
+        "mixed": lambda name: hash_of(name),
+    }
+    for name in sorted(names, key=keys[order]):
+        content = {
+            "jpg": bad.jpeg(seed=int(name[2])),
+            "txt": f"caption {name[2]}".encode(),
+            "json": b'{"url": 1}',
+        }
+        build.add(name, content.get(name.rpartition(".")[2], b"x"))
+    samples = sorted(read_tar(build.close(), "a"))
+    assert [sample.key for sample in samples] == [f"a/d/{i}" for i in range(5)]
+    assert [sample.captions.long for sample in samples] == [f"caption {i}" for i in range(5)]
+    assert [sample.picture for sample in samples] == [bad.jpeg(seed=i) for i in range(5)]
+
+
+def hash_of(name):
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def test_hidden_files_and_folders_are_left_alone(build, bad):
+    build.add("._0.jpg", b"x").add(".cache/1.jpg", b"x").add("a/.DS_Store", b"x").add(
+        "a/.x/2.txt", b"c"
+    ).sample("0")
+    assert outcomes(build) == [("a/0", "a caption")]
+
+
+def test_formats_that_are_not_read(build, bad):
+    for name in ("0.jpe", "1.apng", "2.mpo", "3.tga", "4"):
+        build.add(name, bad.jpeg()).add(f"{name[0]}.txt", b"c")
+    build.add("5.npy", b"x")
+    assert outcomes(build) == [(f"a/{i}", Reason.UNSUPPORTED_FORMAT) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (gzip.compress(b"x" * 5000), "a gzip file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>" * 100, "an HTML page"),
+        (b"PK\x03\x04" + b"x" * 5000, "a zip file"),
+    ],
+)
+def test_what_is_no_tar_is_named(tmp_path, data, name):
+    (tmp_path / "a.tar").write_bytes(data)
+    (item,) = read_tar(tmp_path / "a.tar", "a.tar")
+    assert item.reason is Reason.CORRUPT_TAR
+    assert name in item.detail
 
 
 def test_names_with_dots(build, bad):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.data import Captions, open_source
+from millrace.engine.data import Captions, UnreadablePicture, open_source
 from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.util.errors import UserError
 
@@ -143,6 +143,55 @@ def test_other_picture_formats_are_not_skipped_silently(tmp_path, suffix):
     add(tmp_path, "a.png")
     (tmp_path / f"b{suffix}").write_bytes(b"x")
     refused(tmp_path, tmp_path / f"b{suffix}", "convert it to .png or .jpg")
+
+
+@pytest.mark.parametrize("name", ["b.jpe", "b.apng", "b.mpo", "b.tga", "b"])
+def test_pictures_that_are_not_read_are_refused(tmp_path, name):
+    add(tmp_path, "a.png")
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "b.txt").write_text("a caption")
+    refused(tmp_path, tmp_path / name, "is not read; convert it")
+
+
+def test_hidden_files_and_folders_are_left_alone(tmp_path):
+    add(tmp_path, "a.png")
+    add(tmp_path, ".thumbs/a.png", caption=None)
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "._a.txt").write_bytes(b"\xb0")
+    assert len(FolderSource(tmp_path)) == 1
+
+
+def test_captions_without_a_picture_are_counted(tmp_path, caplog):
+    add(tmp_path, "a.png")
+    for name in ("b.txt", "c.json"):
+        (tmp_path / name).write_text("x")
+    assert len(FolderSource(tmp_path)) == 1
+    assert "2 captions without a picture are left alone, such as b.txt" in caplog.text
+
+
+def test_auxiliary_pictures_and_metadata_belong_to_their_sample(tmp_path):
+    for name in ("1.jpg", "0.png"):
+        add(tmp_path, name, caption="from the .txt")
+        for part in (".depth.png", ".mask.png", ".tags.txt"):
+            (tmp_path / f"{name[0]}{part}").write_bytes(b"x")
+        (tmp_path / f"{name[0]}.json").write_text('{"caption": "of the page", "url": "u"}')
+    source = FolderSource(tmp_path)
+    assert [source.key(i) for i in range(len(source))] == ["0.png", "1.jpg"]
+    assert source.captions(0) == Captions("from the .txt", "from the .txt")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    add(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "b.txt").write_text("a caption")
+    with pytest.raises(UnreadablePicture, match="not a regular file"):
+        FolderSource(tmp_path).image(1)
+
+
+def test_half_a_character_is_refused_at_the_start(tmp_path):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.json").write_text('{"caption": "a \\ud83d cat"}')
+    refused(tmp_path, tmp_path / "a.json", "half a character at place 2")
 
 
 def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):

@@ -52,6 +52,20 @@ def test_pictures_may_be_stored_as_bytes_or_pixels(tmp_path, write_mds, picture,
     assert opened(tmp_path / "bytes").encoded(0) == as_file(image, "PNG")
 
 
+def test_captions_follow_the_rule_of_all_sources(tmp_path, write_mds, picture):
+    samples = [
+        {"image": picture((24, 24)), "caption_long": long, "caption_short": "s"}
+        for long in ("one\r\ntwo", "\u200b", "w" * 70_000)
+    ]
+    write_mds(tmp_path / "set", BOTH, samples)
+    (tmp_path / "set" / "._index.json").write_bytes(b"\0\5\x16\7")
+    source = opened(tmp_path / "set")
+    assert source.captions(0) == Captions("one\ntwo", "s")
+    assert source.captions(1) == Captions("s", "s")
+    with pytest.raises(UnreadablePicture, match="its caption_long has 70000 bytes"):
+        source.captions(2)
+
+
 def test_pictures_are_upright_and_rgb(tmp_path, write_mds, picture, as_file):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -141,6 +141,23 @@ def test_other_contents_are_refused_whatever_the_name(tmp_path, content):
         read_picture(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "the file has no bytes"),
+        (b"version https://git-lfs.github.com/spec/v1", "but a Git LFS pointer"),
+        (b"<!doctype html>", "but an HTML page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "but a picture in HEIC"),
+        (b"\x1f\x8b\x08", "but a gzip file"),
+        (encoded("GIF"), "but a GIF picture"),
+    ],
+)
+def test_the_first_bytes_are_named(tmp_path, content, part):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(UnreadablePicture, match=part):
+        read_picture(tmp_path / "x.jpg")
+
+
 def test_missing_file_says_so(tmp_path):
     with pytest.raises(UnreadablePicture, match=r"gone\.png: No such file or directory"):
         read_picture(tmp_path / "gone.png")
