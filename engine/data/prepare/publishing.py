@@ -13,7 +13,7 @@ from millrace.engine.data.formats.shard_index import read_manifest
 from millrace.engine.util.files import sync_folder
 
 READY = ".ready"
-_MADE = (".tar", ".idx", ".npy", ".text.safetensors", ".latents.safetensors")
+_MADE = (".tar", ".idx", ".npy", ".keys", ".text.safetensors", ".latents.safetensors")
 """How names of files of a shard end."""
 
 
