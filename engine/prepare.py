@@ -10,6 +10,7 @@ A command that was killed goes on where it was when it is given again. Caches of
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,12 +188,35 @@ def summary(output: Path, manifest: "Manifest") -> list[str]:
         f"{len(manifest.buckets)} buckets, {size:,.1f} MiB"
     ]
     for reason, n in manifest.rejects.items():
-        lines.append(f"  rejected {n:,} {reason}, such as {manifest.reject_examples[reason][0]}")
+        remedy = "; --upscale takes such pictures" if reason == "too_small" else ""
+        lines.append(f"  rejected {n:,} {reason}, such as {manifest.reject_examples[reason][0]}{remedy}")
     if manifest.rejects:
         lines.append(f"  {output / 'rejects.jsonl'} names them all")
     lines.append(f"look at {output / 'contact_sheet.png'} and {output / 'caption_lengths.png'}")
-    lines.append(f"train with data.source=shards data.path={output} data.resolution={manifest.resolution}")
+    lines.append(f"train with: {training_command(output, manifest)}")
     return lines
+
+
+def training_command(output: Path, manifest: "Manifest") -> str:
+    """A command that trains on the data set, each picture at the size of its bucket.
+
+    The model is the small one of the quickstart, with the patches that the buckets are multiples of; the same
+    data settings go with any other configuration whose tokens divide these.
+    """
+    changes = {
+        "data.source": "shards",
+        "data.path": output,
+        "data.resolution": manifest.resolution,
+        "data.aspect": "bucket",
+        "data.crop": "center",
+        "model.patch_size": manifest.patch,
+    }
+    if manifest.settings.get("upscale"):
+        changes["data.upscale"] = "true"
+    words = ["millrace", "train", "--config", "quickstart"]
+    for name, value in changes.items():
+        words += ["--set", f"{name}={value}"]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

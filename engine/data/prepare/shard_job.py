@@ -255,7 +255,7 @@ def _manifest(
     reasons = Counter(reject.reason for reject in rejects)
     return Manifest(
         resolution=settings.resolution,
-        aspect=settings.aspect,
+        aspect="square" if settings.aspect == "square" else "mixed",
         patch=settings.patch,
         buckets=tuple(sorted({shard.bucket for shard in shards})),
         shards=tuple(shards),
