@@ -3,9 +3,11 @@
 millrace prepare --input photos --output photos-1024 --resolution 1024
 millrace prepare --input train-00000.parquet --output set --resolution 512 --caption-column text
 millrace prepare --input tars --output set --resolution 256 --patch 16 --workers 32
+millrace prepare --captions captions.jsonl --output photos-1024
 millrace prepare verify photos-1024
 
-A command that was killed goes on where it was when it is given again. Caches of a data set: millrace cache.
+A command that was killed goes on where it was when it is given again, and after edits of the input it reads
+what has changed. --captions gives the pictures of a data set other captions. Caches: millrace cache.
 """
 
 import argparse
@@ -22,6 +24,12 @@ from millrace.engine.util.errors import UserError
 if TYPE_CHECKING:
     from millrace.engine.data.formats.shard_index import Manifest
 
+CAPTIONS = """Give the samples of a data set of shards other captions; no picture is touched.
+
+millrace prepare --captions captions.jsonl --output photos-1024
+
+FILE has a key and long, short or both a line, or caption for both: JSON lines or Parquet.
+"""
 VERIFY = """Compare a data set of shards, and its caches, with its manifest.
 
 millrace prepare verify photos-1024
@@ -105,6 +113,17 @@ def build_verify_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_captions_parser() -> argparse.ArgumentParser:
+    """Arguments of `millrace prepare --captions`."""
+    parser = command_parser(CAPTIONS, "millrace prepare")
+    parser.add_argument("--captions", required=True, metavar="FILE", help="JSON lines, or .parquet")
+    parser.add_argument(
+        "--output", required=True, metavar="DATASET", help="folder that millrace prepare made"
+    )
+    _add_workers(parser)
+    return parser
+
+
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
@@ -125,6 +144,8 @@ def main(words: Sequence[str] | None = None) -> int:
         from millrace.engine import cache
 
         return cache.main(rest)
+    if any(word.partition("=")[0] == "--captions" for word in words):
+        return recaption_data_set(build_captions_parser().parse_args(words))
     return make_data_set(build_parser().parse_args(rest))
 
 
@@ -151,6 +172,20 @@ def verify_data_set(arguments: argparse.Namespace) -> int:
     if problems:
         raise UserError("\n".join(problems))
     print(f"{root}: every file is as its manifest says")
+    return 0
+
+
+def recaption_data_set(arguments: argparse.Namespace) -> int:
+    """Give a data set other captions, and print what became of them."""
+    require_path("--captions", arguments.captions)
+
+    from millrace.engine.data.prepare.recaptioning import recaption
+
+    output = Path(arguments.output)
+    done = recaption(output, Path(arguments.captions), arguments.workers)
+    print(f"{output}: {done.changed:,} of {done.manifest.samples:,} samples have other captions than before")
+    for line in done.notes:
+        print(f"  {line}")
     return 0
 
 

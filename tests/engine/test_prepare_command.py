@@ -67,6 +67,20 @@ def test_the_last_line_is_a_command_that_trains(runs, photos, tmp_path, capsys, 
     assert "finished: 2 steps, 8 samples" in done.stderr
 
 
+def test_a_run_does_not_write_into_its_data(runs, photos, tmp_path):
+    for data, output, how in (
+        (photos, photos / "run", "lies in"),
+        (tmp_path, photos, "lies in"),
+        (photos, tmp_path, "holds"),
+    ):
+        changes = ["data.source=folder", f"data.path={data}", f"run.output_dir={output}"]
+        words = [word for change in changes for word in ("--set", change)]
+        done = runs.script("train", "--config", "quickstart", *words)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: run.output_dir {output} {how} data.path {data}: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_prx_buckets(tmp_path):
     pictures = tmp_path / "wide"
     pictures.mkdir()
