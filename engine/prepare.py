@@ -3,13 +3,16 @@
 millrace prepare --input photos --output photos-1024 --resolution 1024
 millrace prepare --input train-00000.parquet --output set --resolution 512 --caption-column text
 millrace prepare --input tars --output set --resolution 256 --patch 16 --workers 32
+millrace prepare --captions captions.jsonl --output photos-1024
 millrace prepare verify photos-1024
 
-A command that was killed goes on where it was when it is given again. Caches of a data set: millrace cache.
+A command that was killed goes on where it was when it is given again, and after edits of the input it reads
+what has changed. --captions gives the pictures of a data set other captions. Caches: millrace cache.
 """
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +24,12 @@ from millrace.engine.util.errors import UserError
 if TYPE_CHECKING:
     from millrace.engine.data.formats.shard_index import Manifest
 
+CAPTIONS = """Give the samples of a data set of shards other captions; no picture is touched.
+
+millrace prepare --captions captions.jsonl --output photos-1024
+
+FILE has a key and long, short or both a line, or caption for both: JSON lines or Parquet.
+"""
 VERIFY = """Compare a data set of shards, and its caches, with its manifest.
 
 millrace prepare verify photos-1024
@@ -104,6 +113,17 @@ def build_verify_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_captions_parser() -> argparse.ArgumentParser:
+    """Arguments of `millrace prepare --captions`."""
+    parser = command_parser(CAPTIONS, "millrace prepare")
+    parser.add_argument("--captions", required=True, metavar="FILE", help="JSON lines, or .parquet")
+    parser.add_argument(
+        "--output", required=True, metavar="DATASET", help="folder that millrace prepare made"
+    )
+    _add_workers(parser)
+    return parser
+
+
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
@@ -124,6 +144,8 @@ def main(words: Sequence[str] | None = None) -> int:
         from millrace.engine import cache
 
         return cache.main(rest)
+    if any(word.partition("=")[0] == "--captions" for word in words):
+        return recaption_data_set(build_captions_parser().parse_args(words))
     return make_data_set(build_parser().parse_args(rest))
 
 
@@ -150,6 +172,20 @@ def verify_data_set(arguments: argparse.Namespace) -> int:
     if problems:
         raise UserError("\n".join(problems))
     print(f"{root}: every file is as its manifest says")
+    return 0
+
+
+def recaption_data_set(arguments: argparse.Namespace) -> int:
+    """Give a data set other captions, and print what became of them."""
+    require_path("--captions", arguments.captions)
+
+    from millrace.engine.data.prepare.recaptioning import recaption
+
+    output = Path(arguments.output)
+    done = recaption(output, Path(arguments.captions), arguments.workers)
+    print(f"{output}: {done.changed:,} of {done.manifest.samples:,} samples have other captions than before")
+    for line in done.notes:
+        print(f"  {line}")
     return 0
 
 
@@ -187,12 +223,35 @@ def summary(output: Path, manifest: "Manifest") -> list[str]:
         f"{len(manifest.buckets)} buckets, {size:,.1f} MiB"
     ]
     for reason, n in manifest.rejects.items():
-        lines.append(f"  rejected {n:,} {reason}, such as {manifest.reject_examples[reason][0]}")
+        remedy = "; --upscale takes such pictures" if reason == "too_small" else ""
+        lines.append(f"  rejected {n:,} {reason}, such as {manifest.reject_examples[reason][0]}{remedy}")
     if manifest.rejects:
         lines.append(f"  {output / 'rejects.jsonl'} names them all")
     lines.append(f"look at {output / 'contact_sheet.png'} and {output / 'caption_lengths.png'}")
-    lines.append(f"train with data.source=shards data.path={output} data.resolution={manifest.resolution}")
+    lines.append(f"train with: {training_command(output, manifest)}")
     return lines
+
+
+def training_command(output: Path, manifest: "Manifest") -> str:
+    """A command that trains on the data set, each picture at the size of its bucket.
+
+    The model is the small one of the quickstart, with the patches that the buckets are multiples of; the same
+    data settings go with any other configuration whose tokens divide these.
+    """
+    changes = {
+        "data.source": "shards",
+        "data.path": output,
+        "data.resolution": manifest.resolution,
+        "data.aspect": "bucket",
+        "data.crop": "center",
+        "model.patch_size": manifest.patch,
+    }
+    if manifest.settings.get("upscale"):
+        changes["data.upscale"] = "true"
+    words = ["millrace", "train", "--config", "quickstart"]
+    for name, value in changes.items():
+        words += ["--set", f"{name}={value}"]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def main(words: Sequence[str] | None = None) -> int:
     from millrace.engine.run_log.logs import set_up_logging
     from millrace.engine.trainer import train
 
+    _require_apart(config)
     set_up_logging()
     process_group.join(config.run.device)
     if arguments.smoke and not arguments.resume:
@@ -96,6 +97,17 @@ def main(words: Sequence[str] | None = None) -> int:
     train(config, arguments.resume)
     process_group.wait_for_all()
     return 0
+
+
+def _require_apart(config: "Config") -> None:
+    """Raises UserError where the run would write pictures into a folder that it reads as data."""
+    from millrace.engine.config.stages import resolve_stages
+    from millrace.engine.util.files import require_apart
+
+    for data in {stage.config.data for stage in resolve_stages(config)}:
+        for part in (data, *data.mixture):
+            if part.path and "://" not in part.path:
+                require_apart("data.path", part.path, "run.output_dir", config.run.output_dir)
 
 
 def _discard_smoke_run(config: "Config") -> None:

@@ -81,6 +81,13 @@ def draw_caption_lengths(long: np.ndarray, short: np.ndarray, path: Path) -> Non
     _save(sheet, path)
 
 
+def caption_summary(lengths: np.ndarray) -> dict[str, float]:
+    """Of lengths in characters (n,), for the manifest."""
+    low, middle, high, higher, top = np.percentile(lengths, [0, 50, 95, 99, 100]).round(1).tolist()
+    mean = round(float(lengths.mean()), 1)
+    return {"min": low, "median": middle, "mean": mean, "p95": high, "p99": higher, "max": top}
+
+
 def _save(sheet: Image.Image, path: Path) -> None:
     file = io.BytesIO()
     sheet.save(file, "PNG")

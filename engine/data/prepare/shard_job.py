@@ -26,7 +26,7 @@ from millrace.engine.data.prepare.known_items import INDEX, KnownItems, merge, s
 from millrace.engine.data.prepare.parts import DonePart, data_path, do_part
 from millrace.engine.data.prepare.progress import Progress
 from millrace.engine.data.prepare.publishing import READY, publish
-from millrace.engine.data.prepare.reports import draw_caption_lengths, draw_contact_sheet
+from millrace.engine.data.prepare.reports import caption_summary, draw_caption_lengths, draw_contact_sheet
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.shard_packing import Plan, PlannedShard, load_shard, make_shard, plan_shards
 from millrace.engine.data.prepare.workers import Workers
@@ -61,6 +61,11 @@ def prepare(
             if _is_current(output, settings, identity):  # but the end of an earlier call was missing
                 return read_manifest(output), [f"{output} is complete already"]
             old = _finished(output, settings)
+            if old is not None and "captions" in old.settings:
+                raise UserError(
+                    f"{output}: was given captions by --captions, and its input has changed since; make a "
+                    "data set in another --output and give it these captions"
+                )
             job = _Job(inputs, source, output, work, settings, identity, workers, old)
             manifest = job.run(max_bad_share)
         return manifest, [*inputs.notes, *job.notes]
@@ -255,7 +260,7 @@ def _manifest(
     reasons = Counter(reject.reason for reject in rejects)
     return Manifest(
         resolution=settings.resolution,
-        aspect=settings.aspect,
+        aspect="square" if settings.aspect == "square" else "mixed",
         patch=settings.patch,
         buckets=tuple(sorted({shard.bucket for shard in shards})),
         shards=tuple(shards),
@@ -264,17 +269,11 @@ def _manifest(
         rejects={str(reason): reasons[reason] for reason in sorted(reasons)},
         reject_examples={str(reason): examples[reason] for reason in sorted(examples)},
         caption_characters={
-            "long": _summary(plan.rows["long_characters"]),
-            "short": _summary(plan.rows["short_characters"]),
+            "long": caption_summary(plan.rows["long_characters"]),
+            "short": caption_summary(plan.rows["short_characters"]),
         },
         settings=settings.described() | {"identity": identity},
     )
-
-
-def _summary(lengths: np.ndarray) -> dict[str, float]:
-    low, middle, high, higher, top = np.percentile(lengths, [0, 50, 95, 99, 100]).round(1).tolist()
-    mean = round(float(lengths.mean()), 1)
-    return {"min": low, "median": middle, "mean": mean, "p95": high, "p99": higher, "max": top}
 
 
 def _finished(output: Path, settings: Settings) -> Manifest | None:

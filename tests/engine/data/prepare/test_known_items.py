@@ -1,6 +1,7 @@
 """A data set follows its input: after edits it is what a new one would be, and only what changed was read."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,16 +201,15 @@ def test_an_update_goes_on_after_a_stop_at_every_file_that_is_written(
     tmp_path, bad, settings, folder, monkeypatch
 ):
     """Whatever rename was the last one: there is no mixture, and the next call ends what was begun."""
-    outs = [tmp_path / f"out{number}" for number in range(40)]
-    for out in outs:
-        prepare(folder, out, settings, 0, 0.0)
-    old = bad.tree(outs[0])
+    prepare(folder, tmp_path / "old", settings, 0, 0.0)
+    old = bad.tree(tmp_path / "old")
     (folder / "7.txt").write_text("another")
     (folder / "0.jpg").unlink()
     prepare(folder, tmp_path / "new", settings, 0, 0.0)
     new = bad.tree(tmp_path / "new")
     replace, seen = os.replace, set()
-    for allowed, out in enumerate(outs):
+    for allowed in range(100):
+        out = shutil.copytree(tmp_path / "old", tmp_path / f"out{allowed}")
         left = allowed
 
         def stops(*arguments, **options):
