@@ -14,6 +14,8 @@ PROGRAMS = {
     "resources": "kernels.resources",
     "routing": "step.routing",
     "dataloader": "data.dataloader",
+    "saving": "step.saving",
+    "scale": "data.scale",
     "traffic": "models.traffic",
     "weights": "models.weight_traffic",
     "scaling": "models.scaling",

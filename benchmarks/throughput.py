@@ -20,9 +20,10 @@ configuration names no path, at the published size. --conditioning says where in
   live      pictures decoded and cropped (ahead), captions and pictures encoded in every step, on CUDA beside
             the step before, as in training. Caches that the configuration names are read.
 
-images/s is over the whole measured time, so stalls count; batches/s is images/s / 256, the unit of the post.
-A micro-batch that does not fit the GPU is halved until it does. On CUDA the rows are also written as JSON to
-benchmarks/results/, elsewhere only with --output.
+Of a run of several stages each is a row, or those that --stage names. images/s is over the whole measured
+time, so stalls count; batches/s is images/s / 256, the unit of the post. A micro-batch that does not fit the
+GPU is halved until it does. On CUDA the rows are also written as JSON to benchmarks/results/, elsewhere only
+with --output.
 
 --suite post measures every row of the post's tables that has a speed, and as peers diffusers' PRX in a plain
 compiled loop (with its broadcast attention mask, and with the materialised one that Photoroom/PRX has), and
@@ -62,6 +63,13 @@ def parse() -> argparse.Namespace:
         nargs="+",
         choices=tuple(TRAINERS),
         help="where the inputs come from: a row for each (default cached; with --suite cached and live)",
+    )
+    add(
+        "--stage",
+        nargs="+",
+        type=number(int, 1),
+        metavar="N",
+        help="of a run of several stages these, from 1 (default all, a row for each)",
     )
     add("--steps", type=number(int, 1), help="measured steps (default 20, with --smoke 4, or 2 for a suite)")
     add("--warmup", type=number(int, 1), help="steps before them (default 5, with --smoke 1)")
@@ -110,6 +118,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together."""
     if arguments.suite and arguments.config:
         raise UserError("--suite has its own configurations; leave out --config, or --suite")
+    if arguments.suite and arguments.stage:
+        raise UserError("--suite measures first stages; leave out --stage, or --suite")
     for name in ("seconds", "case", "watch"):
         if getattr(arguments, name) and not arguments.suite:
             raise UserError(f"--{name} belongs to --suite; add --suite post, or leave it out")
@@ -128,12 +138,14 @@ def main() -> int:
             process_group.wait_for_all()
             return 0
         configs = [
-            (path, resolve(path, arguments, Path(folder) / str(i))) for i, path in enumerate(arguments.config)
+            (path, stage)
+            for i, path in enumerate(arguments.config)
+            for stage in resolve(path, arguments, Path(folder) / str(i))
         ]
         try:
-            for path, config in configs:
+            for path, stage in configs:
                 for conditioning in arguments.conditioning:
-                    row = measure(path, config, conditioning, arguments)
+                    row = measure(path, stage, conditioning, arguments)
                     if "profile" in row:
                         name = f"{row['config']}/{conditioning}"
                         waterfall.write(

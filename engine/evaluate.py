@@ -113,7 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
             process_group.initialize(device)
         # A run that goes on may publish a newer one between two ranks' looks.
         arguments.checkpoint = process_group.lead(lambda: arguments.checkpoint)
-        weights, config = load_model(arguments)
+        weights, config, origin = load_model(arguments)
         config = _with_arguments(config, arguments)
         leads = process_group.rank() == 0
         if leads and arguments.output:
@@ -136,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> int:
         say(line)
     scores = evaluation(sampler, say)
     if leads:
-        report = _report(arguments, config, evaluation, scores, device)
+        report = {"model": origin, **_report(arguments, config, evaluation, scores, device)}
         print(_table(report))
         if arguments.output:
             write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
@@ -169,10 +169,12 @@ def _with_arguments(config: "Config", arguments: argparse.Namespace) -> "Config"
     values, given = config.model_dump(mode="json"), _given(arguments)
     if arguments.smoke:
         from millrace.engine.config.smoke import made_once
+        from millrace.engine.distributed import process_group
         from millrace.engine.evaluation.features import tiny_features, tiny_networks
 
         folder = Path(arguments.cache or config.evaluation.cache) / "smoke"
-        tiny = tiny_features(made_once(folder / "metrics", tiny_networks))
+        # The first rank: in a job, transformers saves nothing on any other.
+        tiny = tiny_features(process_group.lead(lambda: made_once(folder / "metrics", tiny_networks)))
         values = merge(values, {"evaluation": {"samples": SMOKE_SAMPLES, "features": tiny}})
         given = [setting for setting in given if setting.key != "evaluation.cache"]
         values["evaluation"]["cache"] = str(folder)
@@ -238,6 +240,7 @@ def _table(report: dict[str, Any]) -> str:
 
     rows = [(TITLES[metric], f"{value:.6g}") for metric, value in report["metrics"].items()]
     rows += [
+        ("model", f"{report['model']}; {report['resolution']} px"),
         ("samples", f"{report['samples']}, {report['guidance']}"),
         ("reference", f"{report['reference']} pictures of {report['reference_name']}"),
         (

@@ -73,7 +73,12 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
     import torch
 
     from millrace.engine.checkpoint import weight_formats
-    from millrace.engine.checkpoint.model_weights import checkpoint_config, choose_weights, read_weights
+    from millrace.engine.checkpoint.model_weights import (
+        checkpoint_config,
+        choose_weights,
+        describe_checkpoint,
+        read_weights,
+    )
 
     config = checkpoint_config(reader)
     if arguments.autoencoder:
@@ -86,10 +91,13 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
     save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
     dtype = getattr(torch, arguments.dtype)
     save(read_weights(reader, weights), config.model, arguments.output, dtype=dtype)
-    kind = {"ema": "EMA weights", "ema2": "weights of the second EMA", "model": "weights"}[weights]
-    print(f"{arguments.output}: {kind} of {reader.folder} in {arguments.dtype}, format {arguments.format}")
-    space = config.conditioning.autoencoder.kind
-    print(f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind)")
+    origin = describe_checkpoint(reader, weights)
+    print(f"{arguments.output}: {origin}, in {arguments.dtype}, format {arguments.format}")
+    space, size = config.conditioning.autoencoder.kind, config.data.resolution
+    print(
+        f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind), "
+        f"trained at {size} px"
+    )
 
 
 if __name__ == "__main__":

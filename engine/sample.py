@@ -89,7 +89,7 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
         training_mean_target,
     )
 
-    weights, config = load_model(arguments)
+    weights, config, origin = load_model(arguments)
     device = choose_device(config.run.device)
     if (file := arguments.compute_mean_target) is not None:
         found = training_mean_target(config, arguments.checkpoint, device)
@@ -108,6 +108,8 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
     else:
         size = arguments.size or (config.data.resolution, config.data.resolution)
         pictures = sampler(prompts, size, config.sampling, arguments.seed)
+    height, width = pictures.shape[2:]
+    print(f"{origin}: {height} x {width} pixels")
     print(describe_cost(sampler, config, pictures))
     if arguments.grid:
         save_grid(pictures, arguments.grid)
@@ -119,18 +121,21 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]+)x([0-9]+)", text)
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text}: write it as HEIGHTxWIDTH, for example 256x256")
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as HEIGHTxWIDTH, for example 256x256")
     return int(found[1]), int(found[2])
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     """The captions of --prompt or --prompts-file; none of the other modes."""
     if arguments.prompts_file is None:
+        for prompt in arguments.prompt or []:
+            if not prompt.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in prompt):
+                raise UserError(f"--prompt {prompt!a}: not UTF-8; the terminal has another encoding")
         return arguments.prompt or []
     try:
-        lines = arguments.prompts_file.read_text(encoding="utf-8").splitlines()
+        lines = arguments.prompts_file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts-file {arguments.prompts_file}: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]

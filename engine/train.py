@@ -70,6 +70,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
         config = smoke(config, arguments.overrides)
     if arguments.print_config:
+        from millrace.engine.config.stages import resolve_stages
+
+        resolve_stages(config)  # refuses what only a stage has wrong
         print(config.model_dump_json(indent=2))
         return 0
     if arguments.plan is not None:

@@ -7,6 +7,7 @@ Batch ──batch encoder──▶ EncodedBatch ──flow──▶ noisy tokens
 import gc
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,20 +18,21 @@ import torch
 from torch import Tensor
 
 from millrace.engine.checkpoint import train_state
+from millrace.engine.checkpoint.background_saves import BackgroundSaves, room_for_copies
 from millrace.engine.checkpoint.checkpoints import (
     CheckpointNotWritten,
     CheckpointReader,
     find_start,
-    save_checkpoint,
 )
 from millrace.engine.checkpoint.damage import RECORD, DamagedState, record_damage, total
 from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.weight_formats import start_from
-from millrace.engine.config import Config
+from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import resolve_stages, stage_at
-from millrace.engine.data import SampleStream, fingerprint, open_source
+from millrace.engine.data import SampleStream, Source, fingerprint, open_source
 from millrace.engine.data.lasting_stream import LastingStream
+from millrace.engine.data.sources.open_source import Opened
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import audit, require_masters
 from millrace.engine.distributed.release import collect_memory, release_engine
@@ -62,14 +64,18 @@ from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
 from millrace.engine.run_log.loss_buffer import LossBuffer
 from millrace.engine.run_log.owned_run import owned_run
-from millrace.engine.run_log.sample_log import SampleLog
+from millrace.engine.run_log.sample_log import REJECTS, SampleLog
 from millrace.engine.run_log.startup import introduction
+from millrace.engine.sampling.grids import grid_prompts
 from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 
 if TYPE_CHECKING:  # an ordinary run imports nothing of repa_e
     from millrace.engine.repa_e.tuner import RepaE
+
+_BAD_SHOWN = 20
+"""Keys of unreadable pictures that the last line of a run names."""
 
 
 def train(
@@ -133,7 +139,7 @@ class Trainer:
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
             require_partners(stage.config)
-        sources = {data: self.open_source(data) for data in {stage.config.data for stage in self.stages}}
+        sources = process_group.leaders_first(self._open_sources)  # the others map what a leader has indexed
         self._choose_stage(reader)
         self.source = sources[self.config.data]
         messages += self._load_counters(reader)
@@ -154,10 +160,18 @@ class Trainer:
 
         self.saved_at = self.step if reader is not None else -1
         self.sound_at, self.failed_saves = self.step, 0
+        messages += self._open_saves()
         self._open_logs(messages + self._describe(frozen.lines))
+        # Of the run's first data, so that grids of all stages show the same.
+        prompts = grid_prompts(self.config.sampling, sources[self.stages[0].config.data])
         self.run_samples = RunSamples(
-            self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log
+            self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log, prompts
         )
+
+    def _open_sources(self) -> dict[Data, Source]:
+        """The source of each stage; all are opened now, so that a later one fails before the run begins."""
+        opened: Opened = {}
+        return {data: self.open_source(data, opened) for data in {stage.config.data for stage in self.stages}}
 
     def _choose_stage(self, reader: CheckpointReader | None) -> None:
         """Take the stage that the checkpoint's step lies in; from here on `config` is the stage's."""
@@ -172,7 +186,7 @@ class Trainer:
         """Counters of the run so far; lines about what differs from the checkpoint."""
         self.data_digest = fingerprint(self.source)
         self.samples_seen, self.skipped, self.updates = 0, 0, 0
-        self.captions_cut, self.bad_in_row = 0, 0
+        self.bad_in_row, self.told_of_cuts = 0, False
         if reader is None:
             return []
         saved, messages = reader.meta, []
@@ -196,12 +210,14 @@ class Trainer:
         config, messages = self.config, []
         self.denoiser = Denoiser(config.model, config.routing)
         self.model = TrainingModel(self.denoiser, config.alignment, teacher_dim)
-        self.init_weights(config.run.seed)
+        if reader is None or self.stage_begins:  # a stage may begin with parameters of its own
+            self.init_weights(config.run.seed)
+        self.model.to(self.device)
         if reader is not None:
             messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
         elif config.run.init_from:
             messages += start_from(self.denoiser, config.run.init_from)
-        self.model.to(self.device, getattr(torch, config.precision.master))
+        self.model.to(getattr(torch, config.precision.master))
         use_fp8(self.denoiser, config.precision.fp8, self.device)
         self.working_weights = None
         if has_working_weights(config.precision, self.zero_stage):
@@ -294,6 +310,17 @@ class Trainer:
             self.config, self.batch_encoder, self.model, self.flow, self.accumulate, self.source, reader
         )
 
+    def _open_saves(self) -> list[str]:
+        """What writes checkpoints; a line where training will wait for it though it need not."""
+        section, messages = self.config.checkpoint, []
+        blocking = section.blocking
+        if not blocking:
+            need = train_state.written_bytes(self.shards, self.optimizer, self.ema)
+            messages = room_for_copies(need)
+            blocking = bool(messages)
+        self.saves = BackgroundSaves(self.output / "checkpoints", section.keep, blocking)
+        return messages
+
     def _open_logs(self, messages: list[str]) -> None:
         """The files of the run's folder; then the lines that people read at the start."""
         self.records: list[dict[str, Any]] = []
@@ -349,7 +376,9 @@ class Trainer:
                 if not self.train_step():  # the data did not come, and a rank was asked to stop
                     return not self._stopped(requests.poll(now=True))
                 ended = self.step == self.stage.last
-                request = Request(save=True, stop=None) if ended else requests.poll()
+                request = Request(save=True, stop=None) if ended else requests.poll(saved=self.saves.ended)
+                if request.saved:
+                    self._finish_save()
                 if request.save or request.stop or self.step % config.checkpoint.every_steps == 0:
                     self.save(final=bool(request.stop) or ended)
                 if self._stopped(request):
@@ -364,7 +393,9 @@ class Trainer:
                 {key for keys in process_group.gather_objects(list(self.stream.bad)) for key in keys}
             )
             if bad:
-                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({', '.join(bad)})")
+                shown = ", ".join(bad[:_BAD_SHOWN])
+                more = f", and {len(bad) - _BAD_SHOWN} more in {REJECTS}" if len(bad) > _BAD_SHOWN else ""
+                self.run_log.say(f"unreadable pictures passed over: {len(bad)} ({shown}{more})")
             if self.stage.last < config.run.steps:
                 return not self._stopped(requests.poll(now=True))
             self.run_log.say(
@@ -374,6 +405,8 @@ class Trainer:
         except DataNeverCame:
             return self._stopped_without_data()
         finally:
+            if not isinstance(sys.exception(), KeyboardInterrupt):  # who insists does not wait for the disk
+                self.saves.close(self.run_log.say)
             self.sample_log.reject(self.stream.bad)
             self.sample_log.close()
             self.stream.close()
@@ -449,14 +482,13 @@ class Trainer:
         self.watchdog.enter(self.step, "compute")
         if self.lasting.ended:  # spoilt, so that all ranks skip the step
             batch = replace(batch, clean=torch.full_like(batch.clean, math.nan))
-        self.captions_cut += batch.captions_cut
         terms, t = self.sample_losses(batch)
         per_sample = sum(terms.values())
         # The mean over samples: a batch of mixed sizes weighs the same however it is cut.
         self.engine.backward(per_sample.mean() * self.optimizer_step.loss_factor)
         if not last:  # the stage's last would take a micro-batch that nobody trains on
             self.look_ahead()
-        self.loss_buffer.add(terms, t)
+        self.loss_buffer.add(terms, t, batch.captions_cut)
         seen.append((batch.keys, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
@@ -493,7 +525,6 @@ class Trainer:
             "applied": applied,
             "step_seconds": seconds,
             "images_per_second": self.config.data.global_batch / seconds,
-            "captions_cut": self.captions_cut,
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
@@ -507,14 +538,24 @@ class Trainer:
 
     def _flush(self) -> None:
         if self.loss_buffer.filled:
-            for record, loss in zip(self.records, self.loss_buffer.flush(), strict=True):
-                record["loss"], record["loss_by_time"] = loss.loss, loss.by_time
-                if len(loss.terms) > 1:
-                    record["losses"] = loss.terms
+            losses = self.loss_buffer.flush()
+            for record, loss in zip(self.records, losses, strict=True):
+                record |= {"loss": loss.loss, "losses": loss.terms, "loss_by_time": loss.by_time}
+                record["captions_cut"] = loss.captions_cut
+            self._tell_of_cuts(sum(loss.captions_cut for loss in losses), len(losses))
         if self.repa_e is not None:
             self.repa_e.flush(self.records)
         self.run_log.records(self.records)
         self.records = []
+
+    def _tell_of_cuts(self, cut: int, steps: int) -> None:
+        """Once a stage: that captions are longer than the text encoder takes."""
+        if cut and not self.told_of_cuts:
+            self.told_of_cuts = True
+            self.run_log.say(
+                f"captions: {cut} of {steps * self.config.data.global_batch} are cut to "
+                f"conditioning.text.max_tokens {self.config.conditioning.text.max_tokens}"
+            )
 
     def _report_bad(self, seen: list[tuple[list[str], Tensor]]) -> None:
         """Name the samples of a skipped step, and give up after too many in a row."""
@@ -522,7 +563,7 @@ class Trainer:
         self.bad_in_row += 1
         state = process_group.gather_objects(train_state.bad_state(self.shards, self.optimizer, self.ema))
         if found := total(state):
-            self._stop_damaged(DamagedState(found))
+            self._stop_damaged(DamagedState(found), self.step)
         bad = [
             key
             for keys, losses in seen
@@ -554,32 +595,47 @@ class Trainer:
             self.save(final=True)
             raise UserError(f"stopped after step {self.step}, which is saved: {reasons[0]}")
 
-    def _stop_damaged(self, damage: DamagedState) -> NoReturn:
-        """End the run without a checkpoint: what there is to say of a damaged state, and where to go back."""
+    def _stop_damaged(self, damage: DamagedState, step: int) -> NoReturn:
+        """End the run without a checkpoint: what there is to say of a state that was damaged at `step`, and
+        where to go back."""
+        self._finish_save()  # an earlier one, which may be the one to go back to
         if process_group.rank() == 0:
             with self.run_log.channels.tolerate(RECORD):
-                record_damage(self.output, max(self.saved_at, 0), self.step, damage)
+                record_damage(self.output, max(self.saved_at, 0), step, damage)
         back = (
             "start again"
             if self.saved_at < 0
             else f"continue with --resume auto, which goes back to step {self.saved_at}"
         )
         raise UserError(
-            f"{damage}; it was sound at step {self.sound_at} and is not at step {self.step}, so it is not "
+            f"{damage}; it was sound at step {self.sound_at} and is not at step {step}, so it is not "
             f"saved: {back}. Suspect the device or a kernel if no loss was near overflow"
         ) from damage
 
     def save(self, final: bool = False) -> None:
-        """Publish a checkpoint of the current state, unless this step has one.
+        """Begin a checkpoint of the current state, unless this step has one; the `final` one of this process
+        is published when it returns.
 
-        Where it cannot be written, the run goes on to the next step that is due, once; not if it is the
-        `final` one of this process.
+        Where it cannot be written, the run goes on to the next step that is due, once; not after a `final`.
         """
         self._flush()
-        if self.saved_at == self.step:
-            return
-        self.watchdog.enter(self.step, "save")
-        meta = {
+        if self.saves.step != self.step:
+            self._finish_save()
+            if self.saved_at == self.step:
+                return
+            self.watchdog.enter(self.step, "save")
+            pieces = train_state.state_pieces(
+                self.shards, self.optimizer, self.ema, self.model.named_buffers()
+            )
+            tuning = self.repa_e.state_pieces() if self.repa_e is not None else ()
+            damage = train_state.bad_state(self.shards, self.optimizer, self.ema, copies=True)
+            self.saves.begin(self.step, itertools.chain(pieces, tuning), self._meta(), damage)
+        if final or self.saves.blocking:
+            self._finish_save(final)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return {
             "step": self.step,
             "samples": self.samples_seen,
             "skipped": self.skipped,
@@ -589,21 +645,17 @@ class Trainer:
             "data": self.data_digest,
             "config": self.run_config.model_dump(mode="json"),
         }
-        pieces = train_state.state_pieces(self.shards, self.optimizer, self.ema, self.model.named_buffers())
+
+    def _finish_save(self, final: bool = False) -> None:
+        """Wait for the save that was begun, if there is one, and take note of it. Collective."""
+        step = self.saves.step
+        if step is None:
+            return
+        self.watchdog.enter(self.step, "save")
         try:
-            folder = save_checkpoint(
-                self.output / "checkpoints",
-                self.step,
-                itertools.chain(pieces, self.repa_e.state_pieces() if self.repa_e is not None else ()),
-                meta,
-                keep=self.config.checkpoint.keep,
-                bad=train_state.bad_state(self.shards, self.optimizer, self.ema, copies=True),
-                rank=process_group.rank(),
-                world_size=process_group.world_size(),
-                gather=process_group.gather_objects,
-            )
+            folder = self.saves.finish()
         except DamagedState as damage:
-            self._stop_damaged(damage)
+            self._stop_damaged(damage, step)
         except CheckpointNotWritten as failure:
             self.failed_saves += 1
             if final or self.failed_saves > 1:
@@ -612,7 +664,7 @@ class Trainer:
                 f"warning: {failure}; tried again at the next step that is due, for the last time"
             )
             return
-        self.saved_at = self.sound_at = self.step
+        self.saved_at = self.sound_at = step
         self.failed_saves = 0
         self.run_log.say(f"saved {folder}")
 

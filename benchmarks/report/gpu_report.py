@@ -103,6 +103,10 @@ def _routing(_: int, job: Job) -> list[str]:
     return job.benchmark("routing", "--device", "cuda", "--compile", *size, "--output", job.result("routing"))
 
 
+def _saving(_: int, job: Job) -> list[str]:
+    return job.benchmark("saving", "--width", 1792, "--depth", 16, "--output", job.result("saving"))
+
+
 def _kernels(seconds: int, job: Job) -> list[str]:
     # It starts no case after nine tenths of its time, so that the last one can end.
     words = ("--record-choices", "--seconds", seconds * 9 // 10, "--output", job.result("kernels"))
@@ -151,6 +155,7 @@ STAGES = (
     Stage("post, pictures", 16, TRAINING, _suite("pictures")),
     Stage("post, cached and live", 16, TRAINING, _suite("cached", "live")),
     Stage("routing", 5, (*TRAINING, "diffusers"), _routing),
+    Stage("saving", 3, TRAINING, _saving),
     Stage(
         "tests of the engine",
         6,

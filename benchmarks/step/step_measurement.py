@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,32 +17,58 @@ from millrace.benchmarks.step.throughput_inputs import FROZEN, Live, open_traine
 from millrace.engine.config import AUTO, Config
 from millrace.engine.config.loading import load_config, merge, parse_config
 from millrace.engine.config.smoke import smoke
+from millrace.engine.config.stages import resolve_stages
 from millrace.engine.distributed import process_group
 from millrace.engine.planning.automatic import settle_run
 from millrace.engine.util.data_sheets import peak_flops
+from millrace.engine.util.errors import UserError
 
 Row = dict[str, Any]
 
 
-def resolve(path: str, arguments: argparse.Namespace, folder: Path, defaults: Sequence[str] = ()) -> Config:
-    """The configuration to measure: its run writes into `folder`, and nowhere else.
+class Measured(NamedTuple):
+    """What is measured of a configuration."""
+
+    name: str
+    """Its file's, with the stage's where it has several."""
+    config: Config
+
+
+def resolve(
+    path: str, arguments: argparse.Namespace, folder: Path, defaults: Sequence[str] = ()
+) -> list[Measured]:
+    """The stages of a configuration to measure, all or those of `arguments.stage`. Their runs write into
+    `folder`, and nowhere else.
 
     Args:
         defaults: overrides that those of the command line win over.
     """
-    # One more than are run: the last step of a run prepares nothing for the next, and would look cheaper.
-    steps = arguments.warmup + arguments.steps + 2 * bool(arguments.profile) + 1
-    own = [
-        f"run.output_dir={folder}",
-        f"run.steps={steps}",
-        "run.init_from=null",
-        "logging.tensorboard=false",
-        "logging.wandb=false",
-    ]
-    overrides = [*arguments.overrides, *own]
+    overrides = [*arguments.overrides, f"run.output_dir={folder}"]
     config = load_config(path, [*defaults, *overrides])
     if arguments.smoke:
         config = smoke(config, overrides)
+    stages, stem = resolve_stages(config), Path(path).stem
+    wanted = arguments.stage or range(1, len(stages) + 1)
+    if max(wanted) > len(stages):
+        raise UserError(f"--stage {max(wanted)}: {stem} has {len(stages)}")
+    found = []
+    for number in wanted:
+        stage = stages[number - 1]
+        name = stem if len(stages) == 1 else f"{stem}, stage {number} {stage.name}".rstrip()
+        found.append(Measured(name, _of_stage(stage.config, arguments, folder / str(number))))
+    return found
+
+
+def _of_stage(config: Config, arguments: argparse.Namespace, folder: Path) -> Config:
+    """The configuration of a stage as that of a run of a few steps."""
+    # One more than are run: the last step of a run prepares nothing for the next, and would look cheaper.
+    steps = arguments.warmup + arguments.steps + 2 * bool(arguments.profile) + 1
+    own = {
+        "run": {"output_dir": str(folder), "steps": steps, "init_from": None},
+        "logging": {"tensorboard": False, "wandb": False},
+        "evaluation": {"every_steps": 0},
+    }
+    config = parse_config(merge(config.model_dump(mode="json"), own), "benchmark")
     if config.data.micro_batch == AUTO:
         device = process_group.choose_device(config.run.device)
         process_group.initialize(device)
@@ -142,12 +168,15 @@ def memory_and_peak(device: torch.device) -> tuple[int, str, float | None]:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident since its start", None
 
 
-def measure(path: str, config: Config, conditioning: str, arguments: argparse.Namespace) -> Row:
+def measure(path: str, what: Measured, conditioning: str, arguments: argparse.Namespace) -> Row:
     """Train a few steps and return the row, the same on every process."""
-    return halving(config, lambda fitting: _measure(path, fitting, conditioning, arguments))
+    return halving(
+        what.config, lambda fitting: _measure(path, Measured(what.name, fitting), conditioning, arguments)
+    )
 
 
-def _measure(path: str, config: Config, conditioning: str, arguments: argparse.Namespace) -> Row:
+def _measure(path: str, what: Measured, conditioning: str, arguments: argparse.Namespace) -> Row:
+    config = what.config
     ceilings = (
         waterfall.ceilings(process_group.choose_device(config.run.device)) if arguments.profile else None
     )
@@ -172,7 +201,7 @@ def _measure(path: str, config: Config, conditioning: str, arguments: argparse.N
     resolved = config.model_dump(mode="json")
     del resolved["run"]["output_dir"]
     row = {
-        "config": Path(path).stem,
+        "config": what.name,
         "overrides": arguments.overrides,
         "smoke": arguments.smoke,
         "conditioning": conditioning,

@@ -168,7 +168,8 @@ class Run:
             return peer_steps.measure(path, config, case.peer, arguments)
         if case.config not in {row["baseline"] for row in report.post_rows()}:
             arguments = argparse.Namespace(**vars(arguments) | {"profile": None})
-        row = measurement.measure(path, config, case.conditioning, arguments) | {"fp8": case.fp8}
+        what = measurement.Measured(case.config, config)
+        row = measurement.measure(path, what, case.conditioning, arguments) | {"fp8": case.fp8}
         # Rows that are set against each other have the same micro-batch, if it fits all of them.
         smallest = self.micro_batches.get(config.data.resolution, row["micro_batch"])
         self.micro_batches[config.data.resolution] = min(smallest, row["micro_batch"])
@@ -190,7 +191,8 @@ class Run:
         if case.conditioning in ("live", "pictures") and not self.arguments.smoke:
             defaults += self._pictures(path)
         folder = self.folder / case.name.replace("/", "-").replace(", ", "-").replace(" ", "-")
-        config = measurement.resolve(path, arguments, folder, defaults)
+        first = argparse.Namespace(**vars(arguments) | {"stage": [1]})
+        config = measurement.resolve(path, first, folder, defaults)[0].config
         samples = self.micro_batches.get(config.data.resolution, config.data.micro_batch)
         return config if samples >= config.data.micro_batch else measurement.with_micro_batch(config, samples)
 

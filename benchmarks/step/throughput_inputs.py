@@ -20,6 +20,7 @@ from millrace.engine.encoders.autoencoders.pixels import Pixels
 from millrace.engine.encoders.batch_encoder import EncodedBatch
 from millrace.engine.encoders.text_encoder import TextEncoder
 from millrace.engine.trainer import Trainer
+from millrace.engine.util.errors import UserError
 
 FROZEN = ("teacher", "autoencoder", "text")
 
@@ -205,7 +206,7 @@ class Cached(Pictures):
     def look_ahead(self) -> None:
         """The one micro-batch is there."""
 
-    def open_source(self, _config: Data) -> tuple:
+    def open_source(self, _config: Data, _opened: object) -> tuple:
         return ()
 
     def open_autoencoder(self, config: settings.Autoencoder, _device: torch.device) -> Autoencoder:
@@ -226,4 +227,9 @@ def open_trainer(config: Config, conditioning: str, text_tokens: int | None) -> 
     """
     if conditioning == "live":
         return Live(config)
+    if conditioning == "cached" and config.conditioning.autoencoder.tuning.enabled:
+        raise UserError(
+            "cached inputs have no pictures, and this run tunes its autoencoder on them; measure it with "
+            "--conditioning pictures or live"
+        )
     return TRAINERS[conditioning](config, text_tokens or config.conditioning.text.max_tokens)

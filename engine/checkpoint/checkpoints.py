@@ -124,10 +124,10 @@ def save_checkpoint(
             _prune(root, step, keep)
 
     try:
-        staging, folder = _together(reserve, gather)[0]
-        if found := total(_together(write, gather)):
+        staging, folder = together(reserve, gather)[0]
+        if found := total(together(write, gather)):
             raise DamagedState(found)
-        _together(publish, gather)
+        together(publish, gather)
     except Exception as error:
         if leads and staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -141,7 +141,7 @@ def save_checkpoint(
     return folder
 
 
-def _together(action: Callable[[], T], gather: Gather) -> list[T]:
+def together(action: Callable[[], T], gather: Gather) -> list[T]:
     """Run `action` on every rank: its small results, by rank. What one rank raises, every rank raises; of
     several the first."""
     result = failure = None
@@ -298,15 +298,15 @@ def resume_checkpoint(
             return None
         return list_checkpoints(root), None if which == "auto" else find_checkpoint(root, which)
 
-    published, wanted = _together(find, gather)[0]
+    published, wanted = together(find, gather)[0]
     if wanted is not None:
-        reader = _open_together(wanted, rank, world_size, gather)
+        reader = _opentogether(wanted, rank, world_size, gather)
         return reader, _warn_of_later(root, reader, published)
 
     messages = []
     for _, folder in reversed(published):
         try:
-            return _open_together(folder, rank, world_size, gather), messages
+            return _opentogether(folder, rank, world_size, gather), messages
         except DamagedCheckpoint as damage:
             messages.append(f"not resuming from {folder.name}: {damage.file} {damage.problem}")
     if published:
@@ -328,7 +328,7 @@ def find_start(output: Path, resume: str | None) -> tuple[CheckpointReader | Non
     """
     folder, leads, gather = output / "checkpoints", process_group.rank() == 0, process_group.gather_objects
     if resume is None:
-        if _together(lambda: bool(leads and list_checkpoints(folder)), gather)[0]:
+        if together(lambda: bool(leads and list_checkpoints(folder)), gather)[0]:
             raise UserError(
                 f"{output} already holds a run; continue it with --resume auto, or choose another "
                 "run.output_dir"
@@ -343,7 +343,7 @@ def find_start(output: Path, resume: str | None) -> tuple[CheckpointReader | Non
     )
     step = reader.step if reader is not None else 0
     consult = require_progress if resume == "auto" else forget_damage
-    messages += _together(lambda: consult(output, step) if leads else [], gather)[0]
+    messages += together(lambda: consult(output, step) if leads else [], gather)[0]
     return reader, messages
 
 
@@ -357,7 +357,7 @@ def _warn_of_later(root: Path, reader: CheckpointReader, published: list[tuple[i
     ]
 
 
-def _open_together(folder: Path, rank: int, world_size: int, gather: Gather) -> CheckpointReader:
+def _opentogether(folder: Path, rank: int, world_size: int, gather: Gather) -> CheckpointReader:
     """Open and verify, each rank a share. What one rank finds, all raise."""
     opened = []
 
@@ -366,5 +366,5 @@ def _open_together(folder: Path, rank: int, world_size: int, gather: Gather) -> 
         reader.verify(rank, world_size, sound=True)
         opened.append(reader)
 
-    _together(open_share, gather)
+    together(open_share, gather)
     return opened[0]

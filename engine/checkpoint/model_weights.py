@@ -13,6 +13,7 @@ from millrace.engine.checkpoint.manifest import MANIFEST
 from millrace.engine.checkpoint.pins import pin, unpin
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
+from millrace.engine.config.stages import values_at
 from millrace.engine.config.stored import stored_config
 from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.util.errors import UserError
@@ -83,8 +84,17 @@ def read_weights(reader: CheckpointReader, weights: Stored) -> dict[str, Tensor]
 
 
 def checkpoint_config(reader: CheckpointReader) -> Config:
-    """The resolved configuration of the run that wrote the checkpoint, as far as this version knows it."""
-    return stored_config(reader.meta["config"], str(reader.folder))
+    """The configuration under which the checkpoint's last step was trained: that of its stage, as far as this
+    version knows it."""
+    values, _ = values_at(reader.meta["config"], reader.step)
+    return stored_config(values, str(reader.folder))
+
+
+def describe_checkpoint(reader: CheckpointReader, weights: Stored) -> str:
+    """In one line for people: which checkpoint, of which step and stage, and which of its weights."""
+    _, stage = values_at(reader.meta["config"], reader.step)
+    kind = {"ema": "EMA weights", "ema2": "weights of the second EMA", "model": "weights"}[weights]
+    return f"{kind} of {reader.folder}, step {reader.step}{f', stage {stage!r}' if stage else ''}"
 
 
 def checkpoint_state(path: str | Path, weights: Weights = "auto") -> tuple[dict[str, Tensor], Config]:

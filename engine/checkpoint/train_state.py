@@ -14,15 +14,17 @@ it, new parameters keep the values they were made with, state that is missing st
 place any more is dropped; every such change is a line for the user.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece
+from millrace.engine.checkpoint.checkpoints import CheckpointReader, Piece, together
 from millrace.engine.checkpoint.damage import BadElements, bad_elements, total
-from millrace.engine.distributed.process_group import rank
+from millrace.engine.distributed.process_group import gather_objects, rank, training_group, world_size
 from millrace.engine.distributed.zero_shards import Shard, masters
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.optim.training_optimizer import TrainingOptimizer, optimizer_entry, optimizer_kinds
@@ -41,8 +43,8 @@ def state_pieces(
     """This rank's part of the training state. `buffers` are whole on every rank; the first writes them."""
     updates = _updates(shards, optimizer)
     latest = max(updates.values(), default=0)
-    for shard in shards:
-        if not shard.writes or not shard.count:
+    for shard in (held.to_write for held in shards):
+        if not shard.count:
             continue
         yield from _pieces(shard, optimizer, ema)
         if shard.start == 0 and updates.get(id(shard.master), latest) != latest:
@@ -63,14 +65,23 @@ def _pieces(shard: Shard, optimizer: TrainingOptimizer, ema: EmaWeights | None) 
         yield _piece(name, shard, ema.of(shard.master, name))
 
 
+def written_bytes(shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None) -> int:
+    """Bytes of weights, optimizer state and averages that this rank writes, once the optimizer has begun."""
+    averages = len(ema.names) if ema is not None else 0
+    return sum(
+        shard.count * shard.master.element_size() * (1 + len(optimizer.state_names(shard.name)) + averages)
+        for shard in (held.to_write for held in shards)
+    )
+
+
 def bad_state(
     shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None, copies: bool = False
 ) -> dict[str, BadElements]:
     """Bad elements of all that this rank holds, looked for where it lies; with `copies` only of what another
     rank writes to the checkpoint."""
     found = []
-    for shard in shards:
-        if shard.count and not (copies and shard.writes):
+    for shard in itertools.chain.from_iterable(held.copies for held in shards) if copies else shards:
+        if shard.count:
             for piece in _pieces(shard, optimizer, ema):
                 if bad := bad_elements(piece.name, piece.data):
                     found.append({piece.name: bad})
@@ -99,6 +110,9 @@ def load_weights(
 ) -> list[str]:
     """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over, and the buffers.
 
+    Each rank reads an equal share of the tensors and sends them to the others on the module's device, so the
+    file system gives out every byte once, whatever the number of ranks. Collective.
+
     `allow_changes` lets parameters that the checkpoint lacks keep their values, and drops those that the
     module lacks; the lines returned name them. Else both are a UserError, as a wrong shape always is.
     """
@@ -111,16 +125,28 @@ def load_weights(
         messages += _change("parameters dropped", [name for name in stored if name not in wanted])
     else:
         check_names(wanted.keys(), stored, folder)
+    wanted = {key: tensor for key, tensor in wanted.items() if key in stored}
     for key, tensor in wanted.items():
-        if key not in stored:
-            continue
-        found = reader.tensor(key)
-        if found.shape != tensor.shape:
+        if reader.shape(key) != tensor.shape:
             raise UserError(
-                f"{folder}: {key.partition('/')[2]} is {tuple(found.shape)} there and {tuple(tensor.shape)} "
+                f"{folder}: {key.partition('/')[2]} is {reader.shape(key)} there and {tuple(tensor.shape)} "
                 "in this configuration; resume with the configuration of the run"
             )
-        tensor.copy_(found)
+    total, before = sum(tensor.numel() for tensor in wanted.values()), 0
+    sources = {}
+    for key, tensor in wanted.items():
+        sources[key] = before * world_size() // total
+        before += tensor.numel()
+
+    def read() -> None:
+        for key, tensor in wanted.items():
+            if sources[key] == rank():
+                tensor.copy_(reader.tensor(key))
+
+    together(read, gather_objects)
+    if world_size() > 1:
+        for key, tensor in wanted.items():
+            dist.broadcast(tensor, sources[key], group=training_group())
     return messages
 
 

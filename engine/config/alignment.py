@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from millrace.engine.config.data import Data
 from millrace.engine.config.model import Model, Routing
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 
 class Teacher(Section):
@@ -15,14 +15,14 @@ class Teacher(Section):
     kind: Literal["dinov2", "dinov3", "classifier"] = "dinov2"
     """`dinov2` and `dinov3` are ViT-L of transformers (patches of 14 and 16 pixels, 1024 features);
     `classifier` is a small network trained in this project (`engine/evaluation/digit_judge.py`)."""
-    path: str | None = None
+    path: PathText | None = None
     """Local folder or hub id of the weights; default the published ones on the hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Weights, arithmetic and features of the teacher."""
     resize: Literal["bicubic", "nearest"] = "bicubic"
     """How pictures are brought to as many of the teacher's patches as the denoiser has tokens: antialiased
     bicubic, or the nearest pixel, which is what Photoroom/PRX's code does."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder that keeps the features of each picture once computed; needs pictures that always look the same
     (data.crop center, data.flip 0)."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from millrace.engine.config.alignment import Alignment
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 
 class AutoencoderTuning(Section):
@@ -41,7 +41,7 @@ class AutoencoderTuning(Section):
     """Step at which the discriminator begins to learn and to count."""
     discriminator_width: int = Field(64, ge=1)
     """Channels of the discriminator's first layer."""
-    discriminator_path: str | None = None
+    discriminator_path: PathText | None = None
     """File of weights that the discriminator starts from; the authors start from the one that the autoencoder
     was trained with. Default random ones."""
     norm_momentum: float = Field(0.1, gt=0, le=1)

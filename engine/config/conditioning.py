@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from millrace.engine.config.autoencoder_tuning import AutoencoderTuning
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 
 class TextTower(Section):
@@ -14,7 +14,7 @@ class TextTower(Section):
     kind: Literal["hash", "t5gemma", "qwen3vl"] = "hash"
     """`hash` maps words to fixed Gaussian vectors: it has no weights and knows no language, and is there so
     that everything runs anywhere. `t5gemma` and `qwen3vl` are the towers of the PRX models."""
-    path: str | None = None
+    path: PathText | None = None
     """Local folder or hub id of the tower's weights; default the published one on the hub."""
     max_tokens: int = Field(256, ge=1)
     """Longer captions are cut here; the log counts how many were."""
@@ -29,7 +29,7 @@ class Autoencoder(Section):
 
     kind: Literal["pixels", "flux1", "flux2", "repa_e", "dc_ae"] = "flux1"
     """`pixels` trains on pixels in [-1, 1]; the others encode with that autoencoder."""
-    path: str | None = None
+    path: PathText | None = None
     """Local folder or hub id of the autoencoder's weights; default the published one on the hub."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Arithmetic of the encoder."""

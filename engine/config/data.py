@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from millrace.engine.config.section import AUTO, Section
+from millrace.engine.config.section import AUTO, PathText, Section
 
 LAST_STEP = 10_000_000
 """Last step that a schedule may name: what a mixture gives is counted step by step up to there."""
@@ -90,11 +90,11 @@ class Part(Section):
     """Names the part in keys, log and errors: letters, digits, `_`, `.` and `-`."""
     source: SourceKind = "folder"
     """As `data.source`."""
-    path: str | None = None
+    path: PathText | None = None
     """As `data.path`."""
     columns: Columns = Columns()
     """As `data.columns`."""
-    keys: str | None = None
+    keys: PathText | None = None
     """As `data.keys`."""
     weight: ScheduledWeight = 1.0
     """Share of the samples, up to a common factor; a number, or [[step, number], ...] with what lies between
@@ -117,11 +117,11 @@ class Data(Section):
     `folder`: images with a .txt or .json file of the same name beside each.
     `shards`: a folder that millrace prepare has made.
     `mds`: shards of MosaicML's streaming library. `mixture`: several of these."""
-    path: str | None = None
+    path: PathText | None = None
     """Folder of `source: folder`, `shards` and `mds`."""
     columns: Columns = Columns()
     """Which columns of `source: mds` are the picture and the captions."""
-    keys: str | None = None
+    keys: PathText | None = None
     """File that lists the pictures to keep, one key a line; null keeps all."""
     mixture: tuple[Part, ...] = ()
     """Parts of `source: mixture`."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 MetricName = Literal["fid", "cmmd", "dino_mmd"]
 TITLES: dict[MetricName, str] = {"fid": "FID", "cmmd": "CMMD", "dino_mmd": "DINO-MMD"}
@@ -13,12 +13,12 @@ TITLES: dict[MetricName, str] = {"fid": "FID", "cmmd": "CMMD", "dino_mmd": "DINO
 class FeaturePaths(Section):
     """Weights of the feature networks: a local file or folder, or a hub id."""
 
-    fid: str | None = None
+    fid: PathText | None = None
     """Inception of FID: the file of torch-fidelity or pytorch-fid, or a folder with it (docs/evaluation.md).
     There is no default, because it is not on the hub."""
-    cmmd: str | None = None
+    cmmd: PathText | None = None
     """CLIP; default openai/clip-vit-large-patch14-336."""
-    dino_mmd: str | None = None
+    dino_mmd: PathText | None = None
     """DINOv2; default facebook/dinov2-with-registers-large."""
 
 
@@ -35,7 +35,7 @@ class Evaluation(Section):
     samples: int = Field(10_000, ge=2)
     """Pictures that are sampled. Sample i has the caption of the i-th reference picture; where there are
     fewer, they come round again with other noise."""
-    reference: str | None = None
+    reference: PathText | None = None
     """Folder of pictures to compare with; null takes the pictures of `data`. Captions are those beside the
     pictures; for a folder without any they come from `data`."""
     reference_samples: int | None = Field(None, ge=2)
@@ -46,7 +46,7 @@ class Evaluation(Section):
     seed: int = Field(1138, ge=0, lt=2**63)
     """Of the samples' noise; sample i is a function of (seed, i)."""
     features: FeaturePaths = FeaturePaths()
-    cache: str = "runs/reference-statistics"
+    cache: PathText = "runs/reference-statistics"
     """Folder for statistics of reference pictures, which runs may share."""
 
     @model_validator(mode="after")

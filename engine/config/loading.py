@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -77,9 +78,13 @@ def parse_config(values: dict[str, Any], origin: str, given: Sequence[Given] = (
 
     Raises UserError with one line per problem.
     """
-    problems: list[Any] = []
+    merged, problems = merge(values, nested(given)), []
+    if half := _half_character(merged):
+        raise UserError(
+            f"{_words_of(half, origin, given)}: {half} holds half of a character, or bytes that are not UTF-8"
+        )
     try:
-        return validate(merge(values, nested(given)))
+        return validate(merged)
     except ValidationError as error:
         problems = error.errors()
     of_values = []
@@ -93,6 +98,20 @@ def parse_config(values: dict[str, Any], origin: str, given: Sequence[Given] = (
         known = not given or (problem["loc"], problem["msg"]) in of_values
         lines.append(_explain(problem, origin if known else _blamed(problem, origin, given), given))
     raise UserError("\n".join(lines))
+
+
+def _half_character(value: Any, key: str = "") -> str | None:
+    """Key of a text that cannot be written as UTF-8: a surrogate without its partner."""
+    if isinstance(value, str):
+        return key if any("\ud800" <= letter <= "\udfff" for letter in value) else None
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_half_character(item, f"{key}.{name}".lstrip(".")) for name, item in items)
+    return next((key for key in found if key), None)
+
+
+def _words_of(key: str, origin: str, given: Sequence[Given]) -> str:
+    """What was typed for a key, or the name of the file."""
+    return next((g.words for g in reversed(given) if f"{key}.".startswith(f"{g.key}.")), origin)
 
 
 def check_given(given: Sequence[Given]) -> None:
@@ -131,12 +150,12 @@ def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
-        values = json.loads(path.read_text(), object_pairs_hook=_object)
+        values = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file; {_near_files(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and objects as deep, too
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a JSON object, this is a {type(values).__name__}")
@@ -181,15 +200,30 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def parse_override(item: str) -> Given:
-    """A setting from `a.b=c`; the value is JSON where it parses as JSON, and text elsewhere."""
+    """A setting from `a.b=c`; the value is JSON where it parses as JSON, and text elsewhere, or where the key
+    takes text: a folder may be named 2024."""
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise UserError(f"--set {item}: write it as section.key=value")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        value = text
+    if value is not None and not isinstance(value, str) and _takes_text(key):
         value = text
     return Given(f"--set {item}", key, value)
+
+
+def _takes_text(key: str) -> bool:
+    """Whether the value of a key is any text."""
+    kind: Any = Config
+    for part in key.split("."):
+        fields = getattr(kind, "model_fields", {})
+        if part not in fields:
+            return False
+        kind = fields[part].annotation
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return any(str in (choice, getattr(choice, "__origin__", None)) for choice in choices)
 
 
 def nested(given: Iterable[Given]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from millrace.engine.config.conditioning import Autoencoder
 from millrace.engine.config.data import Data
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 _LEAST_SHARE = 0.01
 """Share of the time distribution that must lie above `time_floor`; with less, the floor would be the law."""
@@ -21,7 +21,7 @@ class Lpips(Section):
 
     weight: float = Field(0.0, ge=0)
     """0 is off; 0.1 in PRX's speedrun and in PixelGen (arXiv 2602.02493)."""
-    path: str | None = None
+    path: PathText | None = None
     """Weights of VGG16 and of the linear heads: one file (safetensors, or a state dict of the `lpips`
     package), or a folder with torchvision's `vgg16*.pth` and the package's `vgg.pth`."""
     resize: float = Field(0.5, gt=0, le=1)
@@ -40,7 +40,7 @@ class PerceptualDino(Section):
     """0 is off; 0.01 in PRX's speedrun and in PixelGen."""
     kind: Literal["dinov2", "dinov3"] = "dinov2"
     """Family of the network."""
-    path: str | None = None
+    path: PathText | None = None
     """Local folder or hub id of the weights; default the published ViT-B on the hub."""
     size: int = Field(224, ge=14)
     """Edge in pixels of the squares that both pictures are resized to, bilinearly; a multiple of the patch

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 
 class ActivationCheckpointing(Section):
@@ -21,7 +21,7 @@ class ActivationCheckpointing(Section):
 class Run(Section):
     """The run as a whole: where, how long, on what."""
 
-    output_dir: str = "runs/default"
+    output_dir: PathText = "runs/default"
     """Folder that receives checkpoints, log.jsonl, TensorBoard events and sample grids."""
     steps: int = Field(100_000, ge=1)
     """Optimizer steps of the whole run."""
@@ -32,7 +32,7 @@ class Run(Section):
     compile: bool = False
     """`torch.compile` each block (all blocks share one compiled graph)."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Start from these weights instead of random ones: a diffusers folder, a Photoroom/PRX state-dict
     file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
     max_bad_steps: int = Field(10, ge=1)
@@ -47,6 +47,9 @@ class Checkpoint(Section):
     """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
     keep: int = Field(3, ge=1)
     """How many of the newest checkpoints stay."""
+    blocking: bool = False
+    """Let training wait until a checkpoint is written. Otherwise it waits for a copy of the state in host
+    memory, from which another thread writes; a machine without room for the copies waits all the same."""
 
 
 class Logging(Section):

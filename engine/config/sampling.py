@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from millrace.engine.config.model import Routing
 from millrace.engine.config.objective import Objective
-from millrace.engine.config.section import Section
+from millrace.engine.config.section import PathText, Section
 
 SELF_ONLY = ("strong_drop", "weak_drop", "weak_unconditional", "weak_route")
 """Settings that belong to method `self`."""
@@ -44,7 +44,7 @@ class Sampling(Section):
     """Times t (0 is data, 1 noise; ends included) with guidance; at others only the strong branch runs."""
     contrastive: float = Field(0.0, ge=0, lt=1)
     """Lambda of contrastive flow matching, whose shift by the mean target is taken back; 0 leaves it."""
-    mean_target: str | None = None
+    mean_target: PathText | None = None
     """File with the mean target, which `contrastive` needs; `millrace sample --compute-mean-target`."""
     weights: Literal["auto", "model", "ema", "ema2"] = "auto"
     """`auto` takes EMA where the run has one; `ema2` is the second average (ema.second_decay)."""

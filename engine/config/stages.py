@@ -82,6 +82,19 @@ def resolve_stages(config: Config) -> list[Stage]:
     return _with_origins(_configured(base, parts), config.run.steps)
 
 
+def values_at(values: dict[str, Any], step: int) -> tuple[dict[str, Any], str]:
+    """Plain values of the stage that trained step number `step`, from 1, and its name, "" without stages.
+
+    Nothing is checked: a later version may have written them.
+    """
+    found, name = values | {"stages": []}, ""
+    for i, part in enumerate(values.get("stages") or []):
+        if part["at"] < step:
+            found = merge(found, {key: value for key, value in part.items() if key not in _OWN})
+            name = part.get("name", f"stage {i + 1}")
+    return found, name
+
+
 def stage_at(stages: list[Stage], step: int) -> Stage:
     """The stage that trains the step after `step` steps; the last one at the end of the run."""
     return next((stage for stage in stages if stage.first <= step < stage.last), stages[-1])

@@ -362,6 +362,6 @@ def _find(source: Source, index: int) -> tuple[Source, int]:
             part = int(np.searchsorted(source.offsets, index, side="right")) - 1
             source, index = source.sources[part], index - int(source.offsets[part])
         elif isinstance(source, KeptSource):
-            source, index = source.whole, source.kept[index]
+            source, index = source.whole, int(source.kept[index])
         else:
             return source, index

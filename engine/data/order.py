@@ -7,6 +7,7 @@ Both are closed forms of (seed, place): nothing depends on processes, micro-batc
 """
 
 from bisect import bisect_right
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,13 @@ from millrace.engine.util.randomness import Purpose, epoch_order, host_generator
 
 Size = tuple[int, int]
 """(h, w) in pixels."""
+_AHEAD_FROM = 1 << 18
+"""Permutations of so many pictures take long enough to be made ahead of their epoch."""
+_AHEAD_SHARE = 1 / 8
+"""Of an epoch that is left when the permutation of the next one is begun."""
+_CHUNK = 1 << 20
+"""Pictures whose buckets are looked at together."""
+_ahead = ThreadPoolExecutor(1, "permutations")
 
 
 class Pool(NamedTuple):
@@ -25,7 +33,7 @@ class Pool(NamedTuple):
     """Of the part of a mixture; empty without one."""
     part_size: int
     """Pictures of the part, of which a share may be unreadable."""
-    members: range | np.ndarray
+    members: "range | np.ndarray | Spans"
     """Their indices in the source, growing."""
     long_caption: float | Points
     size: Size | None = None
@@ -34,7 +42,10 @@ class Pool(NamedTuple):
     def after(self, picture: int) -> int:
         """Index of the member that comes after `picture`; after the last comes the first."""
         members = self.members
-        place = picture - members[0] if isinstance(members, range) else np.searchsorted(members, picture)
+        if isinstance(members, np.ndarray):
+            place = int(np.searchsorted(members, picture))
+        else:
+            place = members.index(picture)
         return int(members[(place + 1) % len(members)])
 
 
@@ -51,21 +62,75 @@ class Order(Protocol):
         """How many of the first `places` places each part has; empty without a mixture."""
 
 
+class Spans:
+    """Growing numbers that lie in few contiguous spans, as those of a bucket do, whose shards are contiguous.
+
+    Args:
+        starts, lengths: (K,) int64 of the spans, none empty.
+    """
+
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+        self._starts: list[int] = starts.tolist()
+        self._before: list[int] = np.cumsum([0, *lengths]).tolist()
+
+    def __len__(self) -> int:
+        return self._before[-1]
+
+    def __getitem__(self, place: int) -> int:
+        span = bisect_right(self._before, place) - 1
+        return self._starts[span] + int(place) - self._before[span]
+
+    def index(self, number: int) -> int:
+        """Place of a number that is among them."""
+        span = bisect_right(self._starts, number) - 1
+        return self._before[span] + number - self._starts[span]
+
+
+def members_of(bucket_of: np.ndarray, buckets: int, start: int) -> list[np.ndarray | Spans]:
+    """start + the indices of the pictures of each bucket, growing; `bucket_of` (n,) may be a mapped file.
+
+    Memory holds a chunk of it, and its spans, or all indices where there are more than a span in 64
+    pictures.
+    """
+    edges = [np.zeros(1, np.int64)]
+    for first in range(0, len(bucket_of), _CHUNK):
+        part = bucket_of[max(first - 1, 0) : first + _CHUNK]
+        edges.append(np.flatnonzero(part[1:] != part[:-1]) + max(first - 1, 0) + 1)
+        if sum(map(len, edges)) > max(first, _CHUNK) // 64:
+            return [start + np.flatnonzero(bucket_of == b) for b in range(buckets)]
+    starts = np.concatenate(edges)[: len(bucket_of)]
+    lengths, numbers = np.diff(starts, append=len(bucket_of)), bucket_of[starts]
+    return [Spans(start + starts[numbers == b], lengths[numbers == b]) for b in range(buckets)]
+
+
 class Epochs:
-    """Epoch e visits every picture of `pool` once, in the order `epoch_order(seed, e, size, purpose)`."""
+    """Epoch e visits every picture of `pool` once, in the order `epoch_order(seed, e, size, purpose)`.
+
+    The permutation of the next epoch is made in a thread while the last part of an epoch is given: of 100
+    million pictures that takes ten seconds.
+    """
 
     sizes = ()
 
     def __init__(self, pool: Pool, seed: int, purpose: str) -> None:
         self._pool, self._seed, self._purpose = pool, seed, purpose
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._size = len(pool.members)
+        self._epoch, self._order = -1, np.empty(0, np.uint32)
+        self._next: tuple[int, Future[np.ndarray]] | None = None
+        self._ahead_from = self._size * (1 - _AHEAD_SHARE) if self._size >= _AHEAD_FROM else self._size
 
     def picture(self, place: int) -> tuple[int, Pool]:
-        members = self._pool.members
-        epoch, place = divmod(place, len(members))
+        epoch, place = divmod(place, self._size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._seed, epoch, len(members), self._purpose)
-        return int(members[self._order[place]]), self._pool
+            made, self._next = self._next, None
+            self._order = made[1].result() if made and made[0] == epoch else self._permutation(epoch)
+            self._epoch = epoch
+        elif place >= self._ahead_from and self._next is None:
+            self._next = epoch + 1, _ahead.submit(self._permutation, epoch + 1)
+        return int(self._pool.members[int(self._order[place])]), self._pool
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return epoch_order(self._seed, epoch, self._size, self._purpose)
 
     def given(self, places: int) -> dict[str, int]:
         return {self._pool.name: places} if self._pool.name else {}
@@ -102,15 +167,15 @@ class BucketRuns:
     ) -> None:
         self._name, self._run, self._seed = name, run, seed
         self._purpose = Purpose.RUNS.of(name) if name else Purpose.RUNS
-        counts = np.bincount(bucket_of, minlength=len(buckets))
+        members_of_all = members_of(bucket_of, len(buckets), start)
+        counts = np.array([len(members) for members in members_of_all])
         # A list of keys may leave nothing of a bucket.
         filled = [b for b in range(len(buckets)) if counts[b]]
         self.sizes = tuple(buckets[b] for b in filled)
         self._counts = counts[filled].astype(np.int64)
         self._buckets = []
         for b in filled:
-            members = start + np.flatnonzero(bucket_of == b)
-            pool = Pool(name, len(bucket_of), members, long_caption, buckets[b])
+            pool = Pool(name, len(bucket_of), members_of_all[b], long_caption, buckets[b])
             # By part and size, so that buckets with as many pictures do not go through them in step.
             purpose = Purpose.ORDER.of(f"{name} {buckets[b][0]}x{buckets[b][1]}")
             self._buckets.append(Epochs(pool, seed, purpose))

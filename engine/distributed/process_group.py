@@ -1,7 +1,8 @@
 """Process group and devices: joining the job, and small agreements between ranks.
 
-Three groups hold all ranks: torch's default group, the training group, in which DeepSpeed reduces, and on the
-hosts a group over gloo. Each waits TIMEOUT for a rank that does not come.
+Four groups hold all ranks: torch's default group, the training group, in which DeepSpeed reduces, and on the
+hosts two over gloo, one for the main threads and one for those that save. Each waits TIMEOUT for a rank that
+does not come.
 """
 
 import os
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from millrace.engine.distributed.launchers import read_launcher
+from millrace.engine.util.descriptors import raise_limit
 from millrace.engine.util.errors import FailedElsewhere, UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -50,6 +52,7 @@ def cores_here() -> int:
 def join(wanted: str) -> torch.device:
     """Join the job on the device of `run.device`, and return it. Raises UserError."""
     read_launcher()
+    raise_limit()
     device = choose_device(wanted)
     initialize(device)
     return device
@@ -115,6 +118,7 @@ def initialize(device: torch.device) -> None:
         backend = _initialize_torch(device)
         deepspeed.init_distributed(dist_backend=backend, timeout=TIMEOUT, verbose=False)
         _host_group()
+        _saving_group()
         _training.append(_training_group())
     except (dist.DistError, RuntimeError) as error:
         raise UserError(_unreachable(error)) from error
@@ -230,6 +234,16 @@ def _host_group() -> dist.ProcessGroup:
     return _host[0]
 
 
+_saving: list[dist.ProcessGroup] = []
+
+
+def _saving_group() -> dist.ProcessGroup:
+    """Group of the threads that save: collectives of two threads in one group would meet each other's."""
+    if not _saving:
+        _saving.append(dist.new_group(backend="gloo", timeout=TIMEOUT))
+    return _saving[0]
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank. Collective."""
     if world_size() == 1:
@@ -246,10 +260,19 @@ def all_ranks(flag: bool) -> bool:
 
 def gather_objects(value: object) -> list:
     """The values of all ranks, in rank order, on every rank. Collective."""
+    return _gather(value, _host_group)
+
+
+def gather_apart(value: object) -> list:
+    """The same for one thread beside the main one, in a group of its own. Collective among these threads."""
+    return _gather(value, _saving_group)
+
+
+def _gather(value: object, group: Callable[[], dist.ProcessGroup]) -> list:
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
-    dist.all_gather_object(values, value, group=_host_group())
+    dist.all_gather_object(values, value, group=group())
     return values
 
 

@@ -6,10 +6,10 @@ sets a flag; the trainer asks every step, and what one rank was told all ranks o
     step k   │ ... norm read by the host │ poll k: MAX of one integer, begun ─┐
     step k+1 │ ... norm read by the host │ poll k + 1: begun; poll k is read ◀┘ ─▶ not 0: reasons are gathered
 
-The integer (0 nothing, 1 save, 2 stop) is reduced on the training group, so on the device that trains, in the
-order of its other collectives. A poll is read one step after it began, on all ranks alike: by then the device
-has passed it, since the host has waited for the norm of the step after, and reading costs no wait of its own.
-Words travel only when the integer is not 0.
+The integer (1 if there is something to say) is reduced on the training group, so on the device that trains,
+in the order of its other collectives. A poll is read one step after it began, on all ranks alike: by then the
+device has passed it, since the host has waited for the norm of the step after, and reading costs no wait of
+its own. Words travel only when the integer is not 0.
 """
 
 import os
@@ -39,7 +39,6 @@ DATA_SECONDS = 10.0
 LOOK_SECONDS = 1.0
 """Between two looks at the files and at the launcher: the folder may lie on a busy file system."""
 
-_SAVE, _STOP = 1, 2
 _STOP_KEY = "stop"
 
 
@@ -54,6 +53,8 @@ class Request:
     save: bool
     stop: str | None
     """Why to stop, in words; None to go on."""
+    saved: bool = False
+    """A save that was begun has ended."""
 
 
 class StopRequests:
@@ -145,15 +146,16 @@ class StopRequests:
     def _launcher_is_gone(self) -> bool:
         return bool(self._ancestors) and _launchers()[: len(self._ancestors)] != self._ancestors
 
-    def poll(self, now: bool = False) -> Request:
+    def poll(self, now: bool = False, saved: bool = False) -> Request:
         """What to do at this step boundary, the same on every rank. Collective when there are several.
 
         Args:
             now: read this poll instead of the one before, which waits for the other ranks and the device: for
                 boundaries that have no step after them.
+            saved: whether a save that was begun has ended here.
         """
         self._look()
-        code = _STOP if self._reason else _SAVE if self._save else 0
+        code = int(bool(self._reason) or self._save or saved)
         if world_size() > 1:
             before, self._pending = self._pending, _Poll(code)
             if now:
@@ -161,11 +163,10 @@ class StopRequests:
             code = 0 if before is None else before.result()
         if code == 0:
             return Request(False, None)
-        answers = gather_objects((self._save, self._reason))
+        answers = gather_objects((self._save, self._reason, saved))
         self._save, self._pending = False, None
-        return Request(
-            any(save for save, _ in answers), next((reason for _, reason in answers if reason), None)
-        )
+        saves, reasons, ended = zip(*answers, strict=True)
+        return Request(any(saves), next((reason for reason in reasons if reason), None), any(ended))
 
     def _look(self) -> None:
         """Note the files, and a launcher that is gone."""

@@ -10,7 +10,7 @@ all work on shards, so none of them knows about stages, and optimizer state is f
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -34,12 +34,31 @@ class Shard:
     """Tensor that the optimizer updates, and the key of its state."""
     offset: int
     """Place of the first element in the flattened `master`."""
-    writes: bool = True
-    """Whether this rank writes these elements to a checkpoint (at stage 0 every rank holds them all)."""
+    written: range | None = None
+    """The elements that this rank writes to a checkpoint, where they are not all that it holds: at stage 0,
+    where every rank holds everything, its equal share."""
 
     def of(self, like_master: Tensor) -> Tensor:
         """These elements (count,) in a tensor laid out like `master`: itself, a moment, an average."""
         return like_master.detach().view(-1)[self.offset : self.offset + self.count]
+
+    def part(self, elements: range) -> "Shard":
+        """Some of these elements, counted in the flattened parameter."""
+        place = self.offset + elements.start - self.start
+        return replace(self, start=elements.start, count=len(elements), offset=place, written=None)
+
+    @property
+    def to_write(self) -> "Shard":
+        """Those that this rank writes to a checkpoint."""
+        return self if self.written is None else self.part(self.written)
+
+    @property
+    def copies(self) -> "list[Shard]":
+        """Those that another rank writes: what lies before and after its own."""
+        if self.written is None:
+            return []
+        end = self.start + self.count
+        return [self.part(range(self.start, self.written.start)), self.part(range(self.written.stop, end))]
 
 
 def local_shards(
@@ -56,14 +75,23 @@ def local_shards(
         parameters = parameters.named_parameters()
     named = [(name, p) for name, p in parameters if p.requires_grad]
     if stage == 0:
-        return [
-            Shard(name, tuple(p.shape), 0, p.numel(), p, 0, writes=i % world_size() == rank())
-            for i, (name, p) in enumerate(named)
-        ]
+        return _whole(named)
     if stage == 3:
         return [_stage3_shard(optimizer, name, p) for name, p in named]
     groups = {id(p): i for i, group in enumerate(optimizer.bit16_groups) for p in group}
     return [_partition_shard(optimizer, name, p, groups[id(p)]) for name, p in named]
+
+
+def _whole(named: list[tuple[str, nn.Parameter]]) -> list[Shard]:
+    """Stage 0: all elements of all parameters, of which each rank writes one run of the same length."""
+    total, shards, before = sum(p.numel() for _, p in named), [], 0
+    first, stop = (total * number // world_size() for number in (rank(), rank() + 1))
+    for name, p in named:
+        low, high = (min(max(bound - before, 0), p.numel()) for bound in (first, stop))
+        written = None if (low, high) == (0, p.numel()) else range(low, high)
+        shards.append(Shard(name, tuple(p.shape), 0, p.numel(), p, 0, written))
+        before += p.numel()
+    return shards
 
 
 def _partition_shard(optimizer: object, name: str, parameter: nn.Parameter, group: int) -> Shard:

@@ -176,7 +176,9 @@ class Evaluation:
         """
         if self._of_reference:
             return
-        pictures, missing = _agreed(self.reference.identity), {}
+        # By one process: it reads a name of every picture.
+        named = _agreed(lambda: self.reference.identity() if process_group.rank() == 0 else None)
+        pictures, missing = process_group.gather_objects(named)[0], {}
         for metric, network in self.networks.items():
             identity = {
                 "metric": metric,

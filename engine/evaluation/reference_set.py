@@ -13,7 +13,7 @@ from millrace.engine.data import Source, evaluation_view, open_source
 from millrace.engine.data.crop import output_size
 from millrace.engine.data.names import PICTURES
 from millrace.engine.data.sources.folder import FolderSource
-from millrace.engine.data.sources.pictures import UnreadablePicture, read_picture
+from millrace.engine.data.sources.pictures import UnreadablePicture, key_alone, read_picture, stored_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 from millrace.engine.util.randomness import Purpose, epoch_order
@@ -70,8 +70,12 @@ class Reference:
                 self._pictures, self._captioned = Pictures(root), source or open_source(config.data)
         self._own_captions = self._pictures is self._captioned
         self.count = min(section.reference_samples or section.samples, len(self._pictures))
-        self._order = epoch_order(_ORDER_SEED, 0, len(self._pictures), Purpose.ORDER)
-        self._caption_order = epoch_order(_ORDER_SEED, 0, len(self._captioned), Purpose.ORDER)
+        order = epoch_order(_ORDER_SEED, 0, len(self._pictures), Purpose.ORDER)
+        self._order = order[: self.count].copy()  # of a large set the rest is not kept
+        self._caption_order = self._order
+        if not self._own_captions:
+            self._caption_order = epoch_order(_ORDER_SEED, 0, len(self._captioned), Purpose.ORDER)
+        self._identity = ""
 
     def view(self, place: int) -> Tensor:
         """Reference picture `place` < `count`, as training sees it without chance: uint8 (3, h, w).
@@ -88,21 +92,25 @@ class Reference:
 
     def size(self, sample: int) -> tuple[int, int]:
         """Height and width of sample number `sample`: with mixed aspects those of the picture that its
-        caption is of."""
+        caption is of, which is read where its source has no index of sizes."""
         resolution = self._data.resolution
         if self._data.aspect == "square":
             return resolution, resolution
-        image = self._captioned.image(self._captioned_picture(sample))
-        return output_size(image.width, image.height, self._data, self._edge)
+        picture = self._captioned_picture(sample)
+        size = stored_size(self._captioned, picture) or self._captioned.image(picture).size
+        return output_size(*size, self._data, self._edge)
 
     def identity(self) -> str:
-        """What the reference pictures are: their names in order, how they are cut, and pixels of some."""
-        digest, data = sha256(self._description()), self._data
-        return f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}"
+        """What the reference pictures are: their names in order, how they are cut, and pixels of some. The
+        first call reads the names."""
+        if not self._identity:
+            digest, data = sha256(self._description()), self._data
+            self._identity = f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}"
+        return self._identity
 
     def _description(self) -> Iterator[bytes]:
         for place in range(self.count):
-            yield self._pictures.key(int(self._order[place])).encode() + b"\0"
+            yield key_alone(self._pictures, int(self._order[place])).encode() + b"\0"
         for place in sorted({i * self.count // _LOOKED_AT for i in range(_LOOKED_AT)}):
             view = self.view(place)
             yield str(tuple(view.shape)).encode() + view.numpy().tobytes()

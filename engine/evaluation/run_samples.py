@@ -26,6 +26,7 @@ class RunSamples:
         flow, prepare, source: of the training; none of their state that training depends on changes.
         output: folder of the run.
         log: gets the grids and the metrics.
+        prompts: of the grids.
 
     Raises UserError for networks or reference pictures that cannot be used; the statistics of reference
     pictures are made now, before the first step. Collective.
@@ -39,8 +40,9 @@ class RunSamples:
         source: Source,
         output: Path,
         log: RunLog,
+        prompts: list[str],
     ) -> None:
-        self.config, self.flow, self.prepare, self.source = config, flow, prepare, source
+        self.config, self.flow, self.prepare, self.prompts = config, flow, prepare, prompts
         self.output, self.log = output, log
         self._evaluation: Evaluation | None = None
         if config.evaluation.every_steps:
@@ -107,7 +109,7 @@ class RunSamples:
 
     def _grid(self, step: int, sampler: Sampler) -> None:
         path = self._path(step)
-        draw_grid(sampler, self.config, self.source, path)
+        draw_grid(sampler, self.config, self.prompts, path)
         self.log.grid(path, step)
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
@@ -117,5 +119,7 @@ class RunSamples:
         except UserError as error:  # the same on all ranks; training goes on
             self.log.say(f"warning: step {step} has no evaluation: {error}")
             return
-        self.log.evaluation(step, scores.record())
-        self.log.say(f"step {step}: {scores.line()}")
+        asked = self.config.sampling.weights
+        weights = "model" if not self.config.ema.enabled else "ema" if asked == "auto" else asked
+        self.log.evaluation(step, scores.record() | {"weights": weights})
+        self.log.say(f"step {step}, {weights} weights, {self.config.data.resolution} px: {scores.line()}")

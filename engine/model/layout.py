@@ -1,9 +1,10 @@
 """Packed layout: from images to packed tokens and back, and what a packed batch needs besides its tokens."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from millrace.kernels.support.packed import to_device
 
+T = TypeVar("T")
 Grid = tuple[int, int]
 """Rows and columns of patches of one image."""
 
@@ -62,10 +64,11 @@ class _GridEntry:
 
 
 class LayoutCache:
-    """Builds layouts; RoPE tables and the offsets of recurring batches of grids are made once.
+    """Builds layouts; RoPE tables, the positions of each grid and what uniform batches need are made once.
 
     One table covers all (row, column) pairs of the largest side seen, row-major, so every grid of a batch
-    and every aspect ratio indexes the same table.
+    and every aspect ratio indexes the same table. A batch of several grids hardly ever comes again: it is put
+    together on the device from the positions of its grids, and not kept.
 
     Args:
         axes: head features that encode the row and the column.
@@ -73,13 +76,14 @@ class LayoutCache:
     """
 
     ENTRIES = 64
-    """Batches of grids remembered; a uniform batch is one entry."""
+    """Uniform batches remembered, by grid and samples; and grids."""
 
     def __init__(self, axes: tuple[int, int], theta: float) -> None:
         self._axes, self._theta = axes, theta
         self._side = 0
         self._cos = self._sin = torch.empty(0)
-        self._entries: OrderedDict[tuple[Grid, ...], _GridEntry] = OrderedDict()
+        self._uniform: OrderedDict[tuple[Grid, int], _GridEntry] = OrderedDict()
+        self._positions: OrderedDict[Grid, Tensor] = OrderedDict()
 
     def layout(self, grids: Sequence[Grid], cu_seqlens_text: Tensor, max_seqlen_text: int) -> Layout:
         """Layout of a batch; `cu_seqlens_text` (B+1,) int32 decides the device."""
@@ -89,13 +93,12 @@ class LayoutCache:
         if side > self._side or self._cos.device != device:
             self._side = max(side, self._side)
             self._cos, self._sin = rope_table(self._side, self._axes, self._theta, device)
-            self._entries.clear()
-        entry = self._entries.get(grids)
-        if entry is None:
-            entry = self._entries[grids] = self._build(grids, device)
-            if len(self._entries) > self.ENTRIES:
-                self._entries.popitem(last=False)
-        self._entries.move_to_end(grids)
+            self._uniform.clear()
+            self._positions.clear()
+        if len(set(grids)) == 1:
+            entry = _kept(self._uniform, (grids[0], len(grids)), lambda: self._build(grids, device))
+        else:
+            entry = self._build(grids, device)
         return Layout(
             grids=grids,
             cu_seqlens=entry.cu_seqlens,
@@ -110,15 +113,30 @@ class LayoutCache:
 
     def _build(self, grids: tuple[Grid, ...], device: torch.device) -> _GridEntry:
         starts = list(accumulate((rows * columns for rows, columns in grids), initial=0))
-        one_grid = {
-            (rows, columns): (torch.arange(rows)[:, None] * self._side + torch.arange(columns)).flatten()
-            for rows, columns in set(grids)
-        }
         return _GridEntry(
             cu_seqlens=to_device(torch.tensor(starts, dtype=torch.int32), device),
             sizes=to_device(torch.tensor(grids, dtype=torch.float32), device),
-            positions=to_device(torch.cat([one_grid[grid] for grid in grids]), device),
+            positions=torch.cat([self._positions_of(grid, device) for grid in grids]),
         )
+
+    def _positions_of(self, grid: Grid, device: torch.device) -> Tensor:
+        """(rows * columns,) int64 rows of the table."""
+
+        def make() -> Tensor:
+            rows, columns = (torch.arange(edge, device=device) for edge in grid)
+            return (rows[:, None] * self._side + columns).flatten()
+
+        return _kept(self._positions, grid, make)
+
+
+def _kept(cache: OrderedDict, key: Hashable, make: Callable[[], T]) -> T:
+    """What `cache` has under `key`; made where it is not there, in place of what was used the longest ago."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > LayoutCache.ENTRIES:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
 
 
 def rope_table(

@@ -1,6 +1,10 @@
 """Report of the planner: what `plan` and `train.py --plan` print."""
 
+import json
+import shlex
+
 from millrace.engine.config import Config
+from millrace.engine.config.loading import dict_from_overrides, merge
 from millrace.engine.config.stages import resolve_stages
 from millrace.engine.model.flops import dense_training_flops
 from millrace.engine.model.routing import describe as describe_routing
@@ -8,6 +12,7 @@ from millrace.engine.planning.automatic import automatic
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.search import TIE, Option, Planner
+from millrace.engine.planning.step_memory import saved_bytes
 from millrace.engine.planning.step_time import Step
 from millrace.engine.util.errors import UserError
 
@@ -28,21 +33,28 @@ def plan(
     lines: list[str] = []
     hours = 0.0
     stages = resolve_stages(config)
+    taken: dict[int, list[str]] = {}
     for stage in stages:
         if len(stages) > 1:
             lines += [f"== steps {stage.first} to {stage.last}{': ' + stage.name if stage.name else ''}"]
         planner = Planner(stage.config, gpus, device, images_per_second)
         best, found = planner.best()
-        lines += describe(planner, best, found, stage.last - stage.first)
+        lines += describe(planner, best, found, stage.last - stage.first, alone=len(stages) == 1)
         lines += ["", *alternatives(planner, best, found, stage.last - stage.first), ""]
         hours += best.step.seconds * (stage.last - stage.first) / 3600
+        taken[stage.first] = settings(best)
     if len(stages) > 1:
-        lines += [f"whole run: {hours / 24:.2f} days, {hours * gpus:,.0f} device hours", ""]
+        lines += [f"whole run: {hours / 24:.2f} days, {hours * gpus:,.0f} device hours"]
+        parts = [merge(part, dict_from_overrides(taken[part["at"]])) for part in config.stages]
+        lines += [_as_arguments([*taken[0], f"stages={json.dumps(parts)}"]), ""]
     return [*lines, *notes(planner.frozen.unknown, device)]
 
 
-def describe(planner: Planner, best: Option, found: list[Option], steps: int) -> list[str]:
-    """The setting to take, what it comes to, and why it was chosen."""
+def describe(
+    planner: Planner, best: Option, found: list[Option], steps: int, alone: bool = True
+) -> list[str]:
+    """The setting to take, what it comes to, and why it was chosen; of a run of one stage `alone` also how to
+    say it on the command line."""
     config, device, step, memory = planner.config, planner.device, best.step, best.memory
     batch = config.data.global_batch
     accumulation = batch // (best.micro_batch * planner.ranks)
@@ -62,13 +74,14 @@ def describe(planner: Planner, best: Option, found: list[Option], steps: int) ->
         f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
         f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
         f"{memory.held / 1e9:.1f} GB; at the peak {memory.table()}",
+        *_host_memory(planner),
         f"step: {step.seconds:.3g} s: {_terms(step)}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
         + (f", waiting for the loader {step.starving:.2g}" if step.starving else ""),
         f"speed: {images:,.0f} images/s, {images / planner.ranks:.1f} on each device{_mfu(planner, images)}",
         f"duration: {hours / 24:.2f} days, {hours * planner.ranks:,.0f} device hours for {steps:,} steps, "
         f"{steps * batch:,} images",
-        *settings(planner, best),
+        *([_as_arguments(settings(best))] if alone else []),
         *reasons(planner, best, found),
     ]
 
@@ -99,6 +112,16 @@ def _configured(planner: Planner, best: Option) -> list[str]:
     ]
 
 
+def _host_memory(planner: Planner) -> list[str]:
+    if planner.config.checkpoint.blocking:
+        return []
+    size = saved_bytes(planner.config, planner.ranks, planner.shape)
+    return [
+        f"host memory: {size / 1e9:.1f} GB for each process, of which checkpoints are written "
+        "(checkpoint.blocking=true needs none)"
+    ]
+
+
 def _terms(step: Step) -> str:
     return ", ".join(f"{name} {seconds:.3g}" for name, seconds in step.terms.items() if seconds)
 
@@ -108,14 +131,17 @@ def _mfu(planner: Planner, images: float) -> str:
     return f", MFU {planner.flops * images / planner.ranks / peak:.1%}" if peak else ""
 
 
-def settings(planner: Planner, best: Option) -> list[str]:
-    """The --set arguments that make a run of the configuration take the option."""
-    words = [
+def settings(best: Option) -> list[str]:
+    """The overrides that make a stage take the option."""
+    return [
         f"data.micro_batch={best.micro_batch}",
         f"run.activation_checkpointing.policy={best.policy}",
         f"deepspeed.zero_optimization.stage={best.stage}",
     ]
-    return ["settings: " + " ".join(f"--set {word}" for word in words)]
+
+
+def _as_arguments(overrides: list[str]) -> str:
+    return "settings: " + " ".join(f"--set {shlex.quote(item)}" for item in overrides)
 
 
 def reasons(planner: Planner, best: Option, compared: list[Option]) -> list[str]:

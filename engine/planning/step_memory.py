@@ -133,6 +133,14 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     return {name: float(size) for name, size in found.items() if size}
 
 
+def saved_bytes(config: Config, ranks: int, shape: Shape) -> float:
+    """Bytes of the training state that each of `ranks` processes writes to a checkpoint, the same at every
+    stage; unless `checkpoint.blocking` is set, it holds a copy of them in host memory."""
+    stored = 4 if config.precision.master == "float32" else 2
+    averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
+    return stored * ((1 + averages) * shape.parameters + sum(shape.state.values())) / ranks
+
+
 def memory_of(
     config: Config,
     stage: int,

@@ -2,7 +2,8 @@
 
 `failure.json` in the run's folder has how it failed last: where, error, with which configuration, and how
 often in a row. A run that ends well removes it; another place, error or configuration counts anew. A process
-that is killed leaves no record: `torchrun --max-restarts` bounds how often that is tried.
+that was killed could not say anything: the next one finds its lock, and counts that it died behind the newest
+checkpoint. A new checkpoint counts anew, so a run that is pre-empted without warning goes on.
 """
 
 import json
@@ -17,6 +18,9 @@ NAME = "failure.json"
 START = "while it started"
 TIMES = 3
 """Equal failures in a row, after which the run is not tried again."""
+DIED = "it died without a word: killed, or out of host memory"
+DEATHS = 5
+"""The same for deaths, which may have causes of their own each time."""
 
 
 class Failures:
@@ -33,8 +37,9 @@ class Failures:
             self.last = dict(json.loads(self.path.read_text()))
 
     def refuse_loop(self) -> None:
-        """Raise UserError if the last TIMES attempts failed at one step in one way."""
-        if self.last.get("times", 0) >= TIMES and self.last.get("config") == self.config:
+        """Raise UserError if the last TIMES attempts failed at one step in one way, or DEATHS died."""
+        most = DEATHS if self.last.get("error") == DIED else TIMES
+        if self.last.get("times", 0) >= most and self.last.get("config") == self.config:
             raise UserError(
                 f"{self.path.parent}: {self.last['times']} starts in a row failed {self.last['where']} in "
                 f"the same way ({self.last['error']}); mend that, then delete {self.path}"
@@ -47,12 +52,19 @@ class Failures:
         text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if isinstance(error, FailedElsewhere) or self._noted():
             return
+        self._count(where, text)
+
+    def note_death(self, saved: int) -> None:
+        """The attempt before this one died, and step `saved` is still the newest checkpoint."""
+        self._count(f"behind the checkpoint of step {saved}", DIED)
+
+    def _count(self, where: str, text: str) -> None:
         again = (where, self.config) == (self.last.get("where"), self.last.get("config"))
         again = again and _kind(text) == _kind(str(self.last.get("error")))
         times = self.last.get("times", 0) + 1 if again else 1
+        self.last = {"where": where, "error": text, "config": self.config, "times": times}
         with suppress(OSError):  # a full disk, say, which the error already is about
-            record = {"where": where, "error": text, "config": self.config, "times": times}
-            write_atomically(self.path, json.dumps(record) + "\n")
+            write_atomically(self.path, json.dumps(self.last) + "\n")
 
     def forget(self) -> None:
         """Training came to an end that was wanted."""

@@ -123,9 +123,7 @@ class RunLog:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether log.jsonl has the evaluation of a step; False on ranks other than 0."""
-        return self._leads and any(
-            record["step"] == step and "evaluation" in record for record in self._file.read()
-        )
+        return self._leads and any("evaluation" in record for record in self._file.of_step(step))
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Write what an evaluation found: a line {"step", "evaluation": values} of log.jsonl, and scalars."""
@@ -133,7 +131,8 @@ class RunLog:
             return
         with self.channels.tolerate("log.jsonl"):
             self._file.write({"step": step, "evaluation": _plain(values)}, sync=True)
-        scalars = {f"evaluation/{name}": value for name, value in values.items()}
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        scalars = {f"evaluation/{name}": value for name, value in numbers.items()}
         self._scalars(step, scalars, scalars)
 
     def say(self, message: str) -> None:

@@ -25,6 +25,8 @@ class StepLoss:
     """Mean flow loss of the samples whose t fell in each interval; None where there were none."""
     terms: dict[str, float]
     """Mean of each term."""
+    captions_cut: int
+    """Captions of the global batch that were longer than the text encoder takes."""
 
 
 class LossBuffer:
@@ -33,13 +35,14 @@ class LossBuffer:
 
     def __init__(self, capacity: int, device: torch.device, terms: tuple[str, ...] = ("flow",)) -> None:
         self._terms = terms
-        columns = len(terms) + 2 * TIME_BINS
+        columns = len(terms) + 2 * TIME_BINS + 1
         self._rows = torch.zeros(capacity, columns, dtype=torch.float64, device=device)
         self.filled = 0
 
-    def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
+    def add(self, losses: dict[str, Tensor], t: Tensor, captions_cut: int = 0) -> None:
         """Add a micro-batch's terms (B,) each, at times (B,), to the current step."""
-        row = self._rows[self.filled]
+        row, cut = self._rows[self.filled].tensor_split([-1])
+        cut += captions_cut
         parts = torch.stack([losses[term].detach() for term in self._terms]).double()
         row[: len(parts)] += parts.sum(1)
         interval = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
@@ -62,7 +65,8 @@ class LossBuffer:
         return [self._step_loss(row) for row in rows.tolist()]
 
     def _step_loss(self, row: list[float]) -> StepLoss:
+        *row, cut = row
         sums, counts = row[len(self._terms) : -TIME_BINS], row[-TIME_BINS:]
         by_time = [s / n if n else None for s, n in zip(sums, counts, strict=True)]
         terms = {term: total / sum(counts) for term, total in zip(self._terms, row, strict=False)}
-        return StepLoss(sum(terms.values()), by_time, terms)
+        return StepLoss(sum(terms.values()), by_time, terms, round(cut))

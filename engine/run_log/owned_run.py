@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.config import Config
 from millrace.engine.distributed import process_group
 from millrace.engine.distributed.run_lock import RunLock
@@ -23,16 +24,21 @@ def owned_run(config: Config, resume: bool) -> Iterator[Failures]:
     the same way too often.
     """
     output = Path(config.run.output_dir)
+    digest = sha256_json(config.model_dump(mode="json"))
     with ExitStack() as stack:
-        failures = Failures(output, sha256_json(config.model_dump(mode="json")))
 
         def own() -> None:
             make_output(output)
             lock = stack.enter_context(RunLock(output))
+            failures = Failures(output, digest)
             if lock.taken_over:
                 log.warning(lock.taken_over)
+            if lock.taken_over and resume:
+                failures.note_death(
+                    max((step for step, _ in list_checkpoints(output / "checkpoints")), default=0)
+                )
             if resume:
                 failures.refuse_loop()
 
         process_group.lead(own)
-        yield failures
+        yield Failures(output, digest)  # with what was counted just now, on all ranks

@@ -20,6 +20,10 @@ from millrace.engine.util.files import write_atomically
 log = logging.getLogger(__name__)
 
 
+_BLOCK = 1 << 16
+"""Bytes read at a time from the end of a file of records."""
+
+
 class SideChannels:
     """Counts what failed beside the training; `say` shows a line."""
 
@@ -76,11 +80,17 @@ class RecordFile:
         if sync:
             os.fsync(self._file.fileno())
 
-    def read(self) -> list[dict[str, Any]]:
-        """The records of the file, up to a line that was cut off; none if it cannot be read."""
-        with suppress(OSError):
-            return records_of(self._path)
-        return []
+    def of_step(self, step: int) -> list[dict[str, Any]]:
+        """The records of a step, last one first, found from the end; none if the file cannot be read."""
+        found = []
+        with suppress(OSError), self._path.open("rb") as file:
+            for _, line in lines_backwards(file):
+                record = _record(line)
+                if record is not None and record["step"] < step:
+                    break
+                if record is not None and record["step"] == step:
+                    found.append(record)
+        return found
 
     def close(self) -> None:
         """Nothing is written afterwards."""
@@ -89,18 +99,58 @@ class RecordFile:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Make a file of records end at `step`, and begin it if it is not there. Raises OSError."""
+    """Make a file of records, whose steps do not fall, end at `step`; begin it if it is not there.
+
+    Only what is dropped is read: the file is cut in place. Damaged lines at its end go too. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = [record for record in records_of(path) if record["step"] <= step] if path.exists() else []
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError:
+        write_atomically(path, "")
+        return
+    with file:
+        end, whole = 0, True
+        for start, line in lines_backwards(file):
+            record = _record(line)
+            if record is not None and record["step"] <= step:
+                end, whole = start + len(line), line.endswith(b"\n")
+                break
+        if end < file.seek(0, os.SEEK_END):
+            file.truncate(end)
+        if not whole:  # cut off between the record and the end of its line
+            file.seek(end)
+            file.write(b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def records_of(path: Path) -> list[dict[str, Any]]:
-    """Records of a file up to a line that was cut off. Raises OSError."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
+def lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(offset, line with its newline if it has one) of a file from its last line to its first."""
+    start, tail, size = file.seek(0, os.SEEK_END), b"", _BLOCK
+    while start > 0:
+        step = min(size, start)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+        lines = [line + b"\n" for line in tail.split(b"\n")]
+        lines[-1] = lines[-1][:-1]
+        if not lines[-1]:
+            lines.pop()
+        # The first may have begun before this block.
+        tail, at = lines[0], start + len(tail)
+        for line in reversed(lines[1:]):
+            at -= len(line)
+            yield at, line
+        size = _BLOCK if len(lines) > 1 else 2 * size
+    if tail:
+        yield 0, tail
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None of a damaged one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # of which UnicodeDecodeError is one
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -6,21 +6,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from millrace.engine.config import Config
+from millrace.engine.config import Config, Sampling
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, write_atomically
 
 
-def draw_grid(sampler: Sampler, config: Config, source: Source, path: Path) -> None:
-    """Sample `sampling.prompts`, or where there are none the first long captions of the data, as one PNG.
-
-    The prompts go into `prompts.txt` beside it, in the order of the pictures.
-    """
-    prompts = list(config.sampling.prompts) or [
-        source.captions(i).long for i in range(min(config.sampling.count, len(source)))
+def grid_prompts(sampling: Sampling, source: Source) -> list[str]:
+    """`sampling.prompts`, or where there are none the first long captions of the data."""
+    return list(sampling.prompts) or [
+        source.captions(i).long for i in range(min(sampling.count, len(source)))
     ]
+
+
+def draw_grid(sampler: Sampler, config: Config, prompts: list[str], path: Path) -> None:
+    """Sample the prompts as one PNG. They go into `prompts.txt` beside it, in the order of the pictures."""
     size = (config.data.resolution, config.data.resolution)
     save_grid(sampler(prompts, size, config.sampling, config.run.seed), path)
     write_atomically(path.parent / "prompts.txt", "\n".join(prompts) + "\n")

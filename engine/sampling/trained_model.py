@@ -4,15 +4,17 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from millrace.engine.checkpoint.model_weights import (
     checkpoint_config,
-    checkpoint_state,
+    choose_weights,
+    describe_checkpoint,
     pinned_checkpoint,
+    read_weights,
 )
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers, load_weights
@@ -30,6 +32,16 @@ from millrace.engine.model.guidance_branches import describe
 from millrace.engine.sampling.model_arguments import given_settings
 from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.util.errors import UserError
+
+
+class TrainedModel(NamedTuple):
+    """Weights, and what they are."""
+
+    weights: dict[str, Tensor]
+    config: Config
+    """With which they were trained, under the arguments of the command."""
+    origin: str
+    """For people: checkpoint, step, stage, EMA or not."""
 
 
 @contextmanager
@@ -53,9 +65,8 @@ def model_config(arguments: argparse.Namespace) -> Config:
     return _under_arguments(found.model_dump(mode="json"), arguments)
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config]:
-    """Weights, and the configuration that they were trained with under the arguments of
-    `add_model_arguments`; `arguments.checkpoint` is that of `pinned_model`."""
+def load_model(arguments: argparse.Namespace) -> TrainedModel:
+    """What the arguments of `add_model_arguments` name; `arguments.checkpoint` is that of `pinned_model`."""
     if _holds_weights_only(arguments.checkpoint):
         if not arguments.config:
             raise UserError(
@@ -67,9 +78,16 @@ def load_model(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Config
         )
         # Such weights are of no SPRINT model, whatever the run was that the configuration is for.
         found = {"model": model.model_dump(mode="json"), "routing": routing.model_dump(mode="json")}
-        return weights, _under_arguments(wanted.model_dump(mode="json") | found, arguments)
-    weights, config = checkpoint_state(arguments.checkpoint, arguments.weights)
-    return weights, _under_arguments(config.model_dump(mode="json"), arguments)
+        config = _under_arguments(wanted.model_dump(mode="json") | found, arguments)
+        return TrainedModel(
+            weights, config, f"weights of {arguments.checkpoint}, settings of {arguments.config}"
+        )
+    reader = CheckpointReader(arguments.checkpoint)
+    kind = choose_weights(reader, arguments.weights)
+    values = checkpoint_config(reader).model_dump(mode="json")
+    return TrainedModel(
+        read_weights(reader, kind), _under_arguments(values, arguments), describe_checkpoint(reader, kind)
+    )
 
 
 def _under_arguments(values: dict[str, Any], arguments: argparse.Namespace) -> Config:

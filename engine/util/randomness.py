@@ -82,5 +82,8 @@ def passing_generator(seed: int, index: int, purpose: str) -> np.random.Generato
 
 
 def epoch_order(seed: int, epoch: int, size: int, purpose: str) -> np.ndarray:
-    """Permutation (size,) int64 in which epoch `epoch` visits a data set of `size` samples."""
-    return host_generator(seed, epoch, purpose).permutation(size)
+    """Permutation (size,) in which epoch `epoch` visits a data set of `size` samples; uint32 where that
+    holds them, else int64. Other threads run meanwhile."""
+    order = np.arange(size, dtype=np.uint32 if size <= 1 << 32 else np.int64)
+    host_generator(seed, epoch, purpose).shuffle(order)
+    return order

@@ -203,8 +203,8 @@ def test_fp8_stands_beside_bf16_and_in_no_row_of_the_post():
 def test_an_fp8_case_is_the_configuration_with_the_backend(monkeypatch, tmp_path):
     seen = []
 
-    def measure(path, config, conditioning, arguments):
-        seen.append((config.precision.fp8.backend, arguments.overrides))
+    def measure(path, what, conditioning, arguments):
+        seen.append((what.config.precision.fp8.backend, arguments.overrides))
         return case("jit_1024")
 
     monkeypatch.setattr(measurement, "measure", measure)

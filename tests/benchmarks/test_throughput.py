@@ -258,15 +258,47 @@ def test_mistakes_are_told_before_anything_is_built(monkeypatch, capsys):
 def test_a_step_is_one_micro_batch_per_process_unless_accumulated(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
     given = SimpleNamespace(
-        overrides=["data.micro_batch=2"], warmup=3, steps=9, smoke=False, accumulate=False, profile=None
+        overrides=["data.micro_batch=2"],
+        warmup=3,
+        steps=9,
+        smoke=False,
+        accumulate=False,
+        profile=None,
+        stage=None,
     )
     path = str(ROOT / "configs" / "quickstart.json")
-    config = measurement.resolve(path, given, tmp_path)
-    assert (config.data.global_batch, config.run.steps) == (8, 13), "one step is left over"
-    assert config.run.output_dir == str(tmp_path)
-    assert measurement.resolve(
-        path, SimpleNamespace(**vars(given) | {"accumulate": True}), tmp_path
-    ).data == (load_config(path, given.overrides).data)
+    ((name, config),) = measurement.resolve(path, given, tmp_path)
+    assert (name, config.data.global_batch, config.run.steps) == ("quickstart", 8, 13), (
+        "one step is left over"
+    )
+    assert config.run.output_dir == str(tmp_path / "1")
+    whole = SimpleNamespace(**vars(given) | {"accumulate": True})
+    ((_, config),) = measurement.resolve(path, whole, tmp_path)
+    assert config.data == load_config(path, given.overrides).data
+
+
+def test_every_stage_of_a_run_is_measured_or_those_asked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    given = SimpleNamespace(
+        overrides=["evaluation.every_steps=5"],
+        warmup=1,
+        steps=1,
+        smoke=True,
+        accumulate=False,
+        profile=None,
+        stage=None,
+    )
+    first, second = measurement.resolve("speedrun_24h", given, tmp_path)
+    assert (first.name, second.name) == ("speedrun_24h, stage 1", "speedrun_24h, stage 2 1024 px")
+    assert second.config.data.resolution == 2 * first.config.data.resolution
+    assert first.config.alignment.kind != second.config.alignment.kind == "none"
+    for _, config in (first, second):
+        assert (config.run.steps, config.evaluation.every_steps) == (3, 0)
+    asked = SimpleNamespace(**vars(given) | {"stage": [2]})
+    assert [name for name, _ in measurement.resolve("speedrun_24h", asked, tmp_path)] == [second.name]
+    asked.stage = [3]
+    with pytest.raises(UserError, match="--stage 3: speedrun_24h has 2"):
+        measurement.resolve("speedrun_24h", asked, tmp_path)
 
 
 def test_an_automatic_micro_batch_is_chosen_before_the_step_is_one_of_it(monkeypatch, tmp_path, capsys):
@@ -279,8 +311,9 @@ def test_an_automatic_micro_batch_is_chosen_before_the_step_is_one_of_it(monkeyp
         smoke=False,
         accumulate=False,
         profile=None,
+        stage=None,
     )
-    config = measurement.resolve(str(ROOT / "configs" / "quickstart.json"), given, tmp_path)
+    ((_, config),) = measurement.resolve(str(ROOT / "configs" / "quickstart.json"), given, tmp_path)
     assert config.data.micro_batch == config.data.global_batch == 24
     assert capsys.readouterr().out.startswith("auto: micro-batch 24, ZeRO 0, no checkpointing: ")
 

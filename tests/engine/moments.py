@@ -12,14 +12,19 @@ from pathlib import Path
 import torch
 
 from millrace.engine import train as command
-from millrace.engine import trainer as module
+from millrace.engine.checkpoint import checkpoints
+from millrace.engine.checkpoint.background_saves import BackgroundSaves, HostCopy
+from millrace.engine.checkpoint.manifest import ShardIndex
 from millrace.engine.cli import run_command
+from millrace.engine.config.loading import parse_config
 from millrace.engine.data import SampleStream
 from millrace.engine.distributed import process_group, signals, watchdog
 from millrace.engine.evaluation.run_samples import RunSamples
 from millrace.engine.optim.optimizer_step import OptimizerStep
-from millrace.engine.trainer import Trainer
+from millrace.engine.trainer import Trainer, train
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import HashingFile
+from tests.engine.jobs import Job, run
 
 MOMENTS = {
     "it is built": (Trainer, "_build_model", 1),
@@ -27,8 +32,8 @@ MOMENTS = {
     "it computes": (Trainer, "sample_losses", 9),
     "gradients are applied": (OptimizerStep, "apply", 3),
     "it draws samples": (RunSamples, "make", 1),
-    "it saves": (module, "save_checkpoint", 1),
-    "a stage ends": (module, "save_checkpoint", 2),
+    "it saves": (BackgroundSaves, "begin", 1),
+    "a stage ends": (BackgroundSaves, "begin", 2),
     "the next stage is built": (Trainer, "_build_model", 2),
     "the last step": (OptimizerStep, "apply", 9),
 }
@@ -40,7 +45,7 @@ def run_until(words: list[str], moment: str, asked: int, stuck: int) -> None:
 
     At the moment "no data comes" rank `stuck` reads from a pipe that stays empty, from step 4 on.
     """
-    rank, ranks = (int(os.environ.get(name, value)) for name, value in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = process_rank(), int(os.environ.get("WORLD_SIZE", 1))
     signals.DATA_SECONDS, watchdog.LOOK = 1.0, 0.2
     if moment == "no data comes":
         _empty_pipe(SampleStream, 8 * 3, rank == stuck, rank == asked)
@@ -50,6 +55,53 @@ def run_until(words: list[str], moment: str, asked: int, stuck: int) -> None:
             number = (number - 1) // ranks + 1
         _at_call(owner, name, number, _sigterm)
     run_command(lambda: command.main(words))
+
+
+PHASES = {
+    "the state is copied": (BackgroundSaves, "begin", 2),
+    "the thread begins": (HostCopy, "wait", 2),
+    "a folder is made": (checkpoints, "_new_staging", 2),
+    "ranks agree on the folder": (process_group, "gather_apart", 4),
+    "a shard is begun": (checkpoints, "write_shard", 2),
+    "a shard is half written": (HashingFile, "write", 90),
+    "the index is written": (ShardIndex, "to_json", 2),
+    "ranks agree that all is written": (process_group, "gather_apart", 5),
+    "it is sealed": (checkpoints, "_seal", 2),
+    "the manifest is written": (checkpoints, "write_manifest", 2),
+    "its name is synced": (checkpoints, "sync_folder", 2),
+    "old ones are pruned": (checkpoints, "_prune", 2),
+    "ranks agree that it is published": (process_group, "gather_apart", 6),
+    "training takes note": (BackgroundSaves, "finish", 2),
+}
+"""Phases of the second background save, by the call that begins each."""
+OF_THE_FIRST = {
+    "a folder is made", "it is sealed", "the manifest is written", "its name is synced", "old ones are pruned"
+}  # fmt: skip
+"""Phases that the first rank alone goes through."""
+
+
+def die_in(job: Job, phase: str, dying: int) -> None:
+    """Train until rank `dying` comes to a phase of its second save, and is killed with -9 there."""
+    if process_rank() == dying:
+        _at_call(*(MOMENTS | PHASES)[phase], lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run(job)
+
+
+def watch_resources(job: Job, every: int) -> list[tuple[int, int, int]]:
+    """Train; after every so many steps resident KiB, open files and threads of this process."""
+    seen, take_step = [], Trainer.train_step
+
+    def watched(trainer: Trainer) -> bool:
+        taken = take_step(trainer)
+        if trainer.step % every == 0:
+            status = Path("/proc/self/status").read_text()
+            resident = int(status.partition("VmRSS:")[2].split()[0])
+            seen.append((resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+        return taken
+
+    Trainer.train_step = watched
+    train(parse_config(job.config, job.name))
+    return seen
 
 
 def polls(folder: Path, asked: int, at: int, count: int) -> tuple[list[str | None], int, int]:
@@ -94,6 +146,11 @@ def run_slowly(words: list[str], slow: int, seconds: float) -> None:
     if int(os.environ["RANK"]) == slow:
         _at_call(Trainer, "next_batch", 3 * 2 + 1, lambda: time.sleep(seconds))
     run_command(lambda: command.main(words))
+
+
+def process_rank() -> int:
+    """Of this process, before it has joined its job."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _sigterm() -> None:

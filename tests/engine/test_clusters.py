@@ -12,8 +12,9 @@ import pytest
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.distributed.run_lock import NAME
+from millrace.engine.run_log.failures import DEATHS
 from tests.engine.forks import run_script, wait_for
-from tests.engine.moments import MOMENTS, fetch, polls, run_slowly, run_until
+from tests.engine.moments import MOMENTS, die_in, fetch, polls, run_slowly, run_until
 from tests.engine.test_resume import assert_same_run
 from tests.programs import environment
 
@@ -264,6 +265,17 @@ def failing(self, batch):
 trainer.Trainer.sample_losses = failing
 run_command(lambda: main(sys.argv[1:]))
 """
+
+
+def test_deaths_behind_one_checkpoint_end_in_a_crash_loop(runs, tmp_path):
+    """Killed at its first save each time: no record of its own, and nothing published."""
+    for _ in range(DEATHS):
+        dying = runs._start(
+            1, die_in, runs.job(tmp_path, {"run": {"steps": 2}}, resume="auto"), "it saves", 0
+        )
+        assert wait_for(dying) == [-signal.SIGKILL]
+    result = runs.here(tmp_path, {"run": {"steps": 2}}, resume="auto")
+    assert "5 starts in a row failed behind the checkpoint of step 0 in the same way (it died" in result.error
 
 
 def test_supervised_restarts_end_in_a_crash_loop(runs, tmp_path):

@@ -46,9 +46,10 @@ def test_report_and_table(command):
     assert report["images_per_second"] > 0
     lines = told.out.splitlines()
     assert [line.split()[0] for line in lines] == [
-        "FID", "CMMD", "DINO-MMD", "samples", "reference", "sampling", "MFU", "feature", "device"
+        "FID", "CMMD", "DINO-MMD", "model", "samples", "reference", "sampling", "MFU", "feature", "device"
     ]  # fmt: skip
     assert f"{report['metrics']['fid']:.6g}" in lines[0]
+    assert lines[3].endswith("EMA weights of " + report["checkpoint"] + ", step 2; 16 px")
     assert "guidance cfg with scale 2" in told.out
     assert told.err.count("is comparable to no other") == 3
     again, told = command()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from millrace.engine import plan
 from millrace.engine.config.loading import load_config
+from millrace.engine.config.stages import resolve_stages
 from millrace.engine.planning import search
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.report import plan as plan_lines
@@ -29,8 +31,8 @@ def lines(*words):
 def test_the_recommendation_and_its_reasons():
     found = lines("--gpus", "8", "--set", "data.global_batch=64")
     heads = [line.partition(":")[0] for line in found]
-    wanted = ["model", "routing", "devices", "ZeRO stage", "micro-batch", "activation checkpointing"]
-    wanted += ["memory", "step", "speed", "duration", "settings"]
+    wanted = ["model", "routing", "devices", "as configured", "ZeRO stage", "micro-batch"]
+    wanted += ["activation checkpointing", "memory", "host memory", "step", "speed", "duration", "settings"]
     assert heads[: len(wanted)] == wanted
     values = {line.partition(": ")[0]: line.partition(": ")[2] for line in found}
     assert values["devices"] == "8 x H200 SXM"
@@ -52,7 +54,7 @@ def test_the_recommendation_and_its_reasons():
 
 
 def test_the_configuration_as_it_is():
-    """The same settings by hand cost the same; what does not divide the batch is no run."""
+    """The same settings by hand cost the same; what does not divide the batch is no run, and it says so."""
     zero = ["--set", "deepspeed.zero_optimization.stage=0"]
     given = ["--gpus", "2", "--set", "data.global_batch=32", "--set", "data.micro_batch=16", *zero]
     found = lines(*given)
@@ -62,7 +64,9 @@ def test_the_configuration_as_it_is():
     ).groups()
     row = next(line.split() for line in found if line.split()[:3] == ["0", "16", "none"])
     assert (row[3], row[5]) == (memory, seconds)
-    assert not any(line.startswith("as configured") for line in lines(*given, "--set", "data.micro_batch=12"))
+    other = lines(*given, "--set", "data.micro_batch=12")
+    (reason,) = (line for line in other if line.startswith("as configured"))
+    assert reason.startswith("as configured: data.global_batch 32 is not a multiple of data.micro_batch 12")
 
 
 def test_a_faster_row_that_is_not_taken_has_its_reason(monkeypatch):
@@ -100,6 +104,13 @@ def test_every_stage_of_a_run_is_planned():
     ]
     assert sum("256 tokens of an image" in line for line in found) == 1
     assert any(line.startswith("whole run: ") for line in found)
+    # What is printed can be typed, and sets every stage.
+    (settings,) = (line for line in found if line.startswith("settings: "))
+    typed = ["--set", f"stages={second}", *shlex.split(settings.removeprefix("settings: "))]
+    config = load_config(QUICK, [word for word in typed if word != "--set"])
+    sizes = [line.split()[1].rstrip(",") for line in found if line.startswith("micro-batch: ")]
+    assert [str(stage.config.data.micro_batch) for stage in resolve_stages(config)] == sizes
+    assert resolve_stages(config)[1].config.data.resolution == 64
 
 
 def test_this_machine():

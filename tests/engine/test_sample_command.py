@@ -95,3 +95,38 @@ def test_refusals(command, words, message):
     with pytest.raises(UserError, match=message) as caught:
         command(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["0x0", "0x32", "32x0", "-1x32", "32X32", "32", "999999x32"])
+def test_sizes_that_are_none(size, monkeypatch, capsys):
+    words = ["sample.py", "--checkpoint", "x", "--prompt", "a", "--size", size, "--grid", "x.png"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as left:
+        sample.main()
+    assert left.value.code == 2
+    assert "--size: " in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_utf8(trained, monkeypatch, tmp_path):
+    words = [
+        "sample.py",
+        "--checkpoint",
+        str(trained),
+        "--prompt",
+        "caf\udce9",
+        "--grid",
+        str(tmp_path / "x.png"),
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match=r"^--prompt 'caf.udce9': not UTF-8"):
+        sample.main()
+
+
+def test_a_prompts_file_may_begin_with_a_mark_and_hold_any_line(command, tmp_path):
+    """A byte order mark is none of the caption, and only a new line ends one."""
+    pictures = []
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n")):
+        (tmp_path / "prompts.txt").write_bytes(end.join(["a\u2028cat", "", "two dogs"]).encode(encoding))
+        command(prompts=("--prompts-file", str(tmp_path / "prompts.txt")))
+        pictures.append((tmp_path / "grid.png").read_bytes())
+    assert pictures[0] == pictures[1]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import time
 import types
 
 import pytest
@@ -42,8 +43,20 @@ def test_the_checkpoint_of_a_step_comes_before_its_samples(runs, tmp_path, monke
         seen.append((step, published(tmp_path)[-1]))
 
     monkeypatch.setattr("millrace.engine.evaluation.run_samples.RunSamples._grid", draw)
-    assert runs.here(tmp_path, CHANGES, SAMPLES).error is None
+    assert runs.here(tmp_path, CHANGES, {"checkpoint": {"blocking": True}}, SAMPLES).error is None
     assert seen == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_a_checkpoint_is_published_while_samples_are_drawn(runs, tmp_path, monkeypatch, capsys):
+    def draw(_samples, step, _sampler):
+        deadline = time.monotonic() + 60
+        while step not in published(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert published(tmp_path)[-1] == step
+
+    monkeypatch.setattr("millrace.engine.evaluation.run_samples.RunSamples._grid", draw)
+    assert runs.here(tmp_path, CHANGES, SAMPLES).error is None
+    assert warnings(capsys) == []
 
 
 class FullDisk:

@@ -1,14 +1,18 @@
 """Runs of several stages: they train, say what changes, and go on from anywhere as if never stopped."""
 
+import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
+from millrace.engine import evaluate, export, sample
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
+from millrace.engine.evaluation.features import tiny_features, tiny_networks
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +81,7 @@ def test_the_log_tells_the_stages(runs, staged):
     records = runs.log(staged / "whole-0")
     assert [record["step"] for record in records] == list(range(1, 10))
     assert [record["stage"] for record in records] == [""] * 3 + ["larger"] * 3 + ["sft"] * 3
-    assert [set(record.get("losses", {})) for record in records] == [{"flow", "repa"}] * 3 + [set()] * 6
+    assert [set(record["losses"]) for record in records] == [{"flow", "repa"}] * 3 + [{"flow"}] * 6
     # The cosine of the first two stages ends at `final` before the third; that one warms up again.
     assert [record["lr"] for record in records[5:]] == pytest.approx([0.05 * 5e-4, 2.5e-4, 5e-4, 5e-4])
 
@@ -85,6 +89,56 @@ def test_the_log_tells_the_stages(runs, staged):
 @pytest.mark.parametrize("i", range(KILLS))
 def test_killed_anywhere_and_resumed_is_bit_identical(runs, staged, i):
     runs.assert_same_bits(staged / f"killed-{i}", staged / f"whole-{2 * (i % 2)}")
+
+
+@pytest.mark.parametrize(("step", "stage", "pixels"), [(3, None, 16), (4, "larger", 24), (9, "sft", 24)])
+def test_commands_take_the_settings_of_the_checkpoint_s_stage(staged, tmp_path, capsys, step, stage, pixels):
+    """A checkpoint at a boundary is the last of the stage before it."""
+    folder = dict(list_checkpoints(staged / "whole-0" / "checkpoints"))[step]
+    grid = tmp_path / "grid.png"
+    words = ["--checkpoint", str(folder), "--prompt", "a cat", "--steps", "1", "--grid", str(grid)]
+    assert sample.main(words) == 0
+    assert Image.open(grid).size == (pixels, pixels)
+    where = f"EMA weights of {folder}, step {step}{f', stage {stage!r}' if stage else ''}"
+    assert f"{where}: {pixels} x {pixels} pixels\n" in capsys.readouterr().out
+    assert export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")]) == 0
+    assert f"{where}, in float32, format diffusers\n" in capsys.readouterr().out
+
+
+def test_the_command_evaluates_what_the_run_evaluated(runs, tmp_path, capsys):
+    """Of a later stage with another size, time shift and guidance: every digit of the log."""
+    changes = {
+        "run": {"steps": 4},
+        "sampling": {"steps": 2, "every_steps": 2},
+        "evaluation": {
+            "every_steps": 2,
+            "samples": 6,
+            "cache": str(tmp_path / "statistics"),
+            "features": tiny_features(tiny_networks(tmp_path / "networks")),
+        },
+        "stages": [
+            {
+                "at": 2,
+                "name": "larger",
+                "data": {"resolution": 32},
+                "objective": {"time_shift": 3.0},
+                "sampling": {"guidance": 1.5},
+            }
+        ],
+    }
+    run = tmp_path / "run"
+    assert runs.here(run, changes).error is None
+    assert "step 4, ema weights, 32 px: FID" in capsys.readouterr().err
+    logged = {line["step"]: line["evaluation"] for line in runs.log(run) if "evaluation" in line}
+    for step, folder in list_checkpoints(run / "checkpoints"):
+        assert evaluate.main(["--checkpoint", str(folder), "--output", str(tmp_path / "scores.json")]) == 0
+        report = json.loads((tmp_path / "scores.json").read_text())
+        assert report["metrics"] == {name: logged[step][name] for name in report["metrics"]}
+        assert report["resolution"] == (16 if step == 2 else 32)
+    assert (
+        Image.open(run / "samples" / "step-00000004.png").width
+        == 2 * Image.open(run / "samples" / "step-00000002.png").width
+    )
 
 
 def test_a_boundary_is_a_checkpoint_and_is_announced(runs, tmp_path, capsys):

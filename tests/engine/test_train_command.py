@@ -75,6 +75,13 @@ def test_print_config_is_the_resolved_configuration(runs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_print_config_looks_into_the_stages(runs, tmp_path):
+    stages = 'stages=[{"at": 3, "dta": {}}]'
+    done = runs.train(tmp_path / "run", arguments=("--print-config", "--set", stages))
+    assert done.returncode == 2
+    assert done.stderr == "error: stage 'stage 1': unknown key 'dta'; did you mean 'data'?\n"
+
+
 def test_print_schema_is_json(runs):
     done = runs.script("train", "--print-schema")
     assert done.returncode == 0

@@ -4,12 +4,15 @@
     DATASET/768x1344/00000.tar    pictures 768 high and 1344 wide or larger: 000000123.jpg 000000123.json ...
     DATASET/768x1344/00000.idx    the same tar for DALI's reader
     DATASET/768x1344/00000.npy    (samples,) of ROW: where each file lies in the tar
+    DATASET/768x1344/00000.keys   (samples, 2) <u8: `key_digest` of each sample's key; older sets have none
 
 Both are checked completely when they are read, so nothing that comes later meets an offset outside a file.
 """
 
+import hashlib
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,8 @@ class Shard(BaseModel):
     """Of the tar."""
     index_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Of the .npy file."""
+    keys_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Of the .keys file; None where a shard was made without one."""
 
     @model_validator(mode="after")
     def _folder(self) -> "Shard":
@@ -194,6 +199,32 @@ def parse_index(data: bytes, shard: Shard, refuse: Any) -> np.ndarray:
     if not sound:
         raise refuse("its offsets do not fit the tar file")
     return rows
+
+
+def key_digest(key: str) -> bytes:
+    """16 bytes of BLAKE2b that stand for a key: a list of keys is compared by them."""
+    return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def digests_of(keys: Iterable[str]) -> np.ndarray:
+    """(n, 2) uint64 of the digests of keys."""
+    return np.frombuffer(b"".join(map(key_digest, keys)), "<u8").reshape(-1, 2)
+
+
+def read_keys(root: str | Path, shard: Shard) -> np.ndarray:
+    """(samples, 2) uint64, `key_digest` of the keys of a shard that has them. Raises UserError."""
+    path = (Path(root) / shard.file).with_suffix(".keys")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; restore it or run millrace prepare again"
+        ) from None
+    if sha256(data) != shard.keys_sha256 or len(data) != 16 * shard.samples:
+        raise UserError(
+            f"{path}: its SHA-256 is not that of the manifest; restore it or run millrace prepare again"
+        )
+    return np.frombuffer(data, "<u8").reshape(-1, 2)
 
 
 def _npy_header(samples: int) -> bytes:

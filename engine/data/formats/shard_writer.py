@@ -1,6 +1,6 @@
 """Shard writer: the same samples give the same bytes, and a file is there whole or not at all.
 
-A shard's tar appears last, after its two indexes, and manifest.json after all shards; so what has a manifest
+A shard's tar appears last, after its indexes, and manifest.json after all shards; so what has a manifest
 is complete.
 """
 
@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_index import BLOCK, ROW, Manifest, Shard, bucket_name, padded
+from millrace.engine.data.formats.shard_index import (
+    BLOCK,
+    ROW,
+    Manifest,
+    Shard,
+    bucket_name,
+    key_digest,
+    padded,
+)
 from millrace.engine.data.sources.pictures import Captions
 from millrace.engine.util.files import HashingFile, atomic_file, sha256, write_atomically
 
@@ -50,14 +58,15 @@ def shard_bytes(picture_bytes: int, record_bytes: int) -> int:
 def write_shard(
     root: Path, bucket: tuple[int, int], number: int, samples: Iterable[StoredSample], first: int
 ) -> Shard:
-    """Write shard `number` of a bucket (h, w): .npy, .idx and at last .tar, each replacing what is there.
+    """Write shard `number` of a bucket (h, w): .npy, .keys, .idx and at last .tar, each replacing what is
+    there.
 
     `first` is the number of the first sample in the whole data set. Memory holds one sample at a time.
     Raises ValueError for no samples, OSError where nothing can be written.
     """
     tar = root / bucket_name(bucket) / f"{number:05d}.tar"
     tar.parent.mkdir(parents=True, exist_ok=True)
-    rows, lines = [], []
+    rows, lines, keys = [], [], bytearray()
     with atomic_file(tar) as opened:
         file = HashingFile(opened)
 
@@ -77,6 +86,7 @@ def write_shard(
             rows.append(
                 (at, len(sample.picture), json_at, len(sample.record), sample.width, sample.height, crc)
             )
+            keys += key_digest(json.loads(sample.record)["key"])
             lines.append(
                 f"jpg {at} {len(sample.picture)} {name}.jpg json {json_at} {len(sample.record)} {name}.json\n"
             )
@@ -86,6 +96,7 @@ def write_shard(
         index = io.BytesIO()
         np.lib.format.write_array(index, np.array(rows, ROW), version=(1, 0), allow_pickle=False)
         write_atomically(tar.with_suffix(".npy"), index.getvalue())
+        write_atomically(tar.with_suffix(".keys"), bytes(keys))
         write_atomically(tar.with_suffix(".idx"), f"{INDEX_VERSION} {len(rows)}\n{''.join(lines)}")
     return Shard(
         file=f"{tar.parent.name}/{tar.name}",
@@ -94,6 +105,7 @@ def write_shard(
         bytes=file.bytes,
         sha256=file.sha256(),
         index_sha256=sha256(index.getvalue()),
+        keys_sha256=sha256(bytes(keys)),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from millrace.engine.data.formats.shard_index import BLOCK, Shard, read_index, read_manifest
+from millrace.engine.data.formats.shard_index import BLOCK, Shard, read_index, read_keys, read_manifest
 from millrace.engine.data.formats.shard_writer import INDEX_VERSION
 from millrace.engine.data.prepare.progress import Progress
 from millrace.engine.util.errors import UserError
@@ -40,6 +40,8 @@ def _problems(root: Path, shard: Shard) -> list[str]:
     path = root / shard.file
     try:
         rows = read_index(root, shard)
+        if shard.keys_sha256 is not None:
+            read_keys(root, shard)
     except UserError as error:
         return [str(error)]
     found = []

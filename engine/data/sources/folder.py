@@ -5,16 +5,19 @@
 
 Which files are samples is the rule of `names`, what their captions are that of `captions`, as in
 `millrace prepare`. Every caption is read and checked when the folder is opened, so a run does not fail on one
-a day later; pictures are decoded when their turn comes.
+a day later; of a large folder by one process of a machine (`caption_store`). Pictures are decoded when their
+turn comes.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
+from millrace.engine.data.formats.caption_store import Note, stored_captions
 from millrace.engine.data.names import PICTURES, Entry, list_folder
 from millrace.engine.data.prepare.settings import readable
 from millrace.engine.data.reject_reasons import Reason, Rejected
@@ -54,40 +57,44 @@ class FolderSource:
         self._root = Path(root)
         if not self._root.is_dir():
             raise UserError(f"{root}: no such folder; set data.path to a folder of pictures with captions")
+        self._samples = stored_captions(self._root, self._read_all)
+        for level, note in self._samples.notes:
+            log.log(level, "%s: %s", self._root, note)
+
+    def _read_all(self, note: Note) -> Iterator[tuple[str, Captions]]:
+        """Key and captions of each picture."""
         listing = list_folder(self._root)
         alone = [entry for entry in listing.entries if entry.reason is Reason.MISSING_PICTURE]
         found = [entry for entry in listing.entries if entry.reason is not Reason.MISSING_PICTURE]
         if not found:
-            raise UserError(f"{root}: no pictures in this folder; it needs {' '.join(PICTURES)} files")
-        self._keys = [entry.path for entry in found]
-        self._captions = [self._read(entry) for entry in found]
+            raise UserError(f"{self._root}: no pictures in this folder; it needs {' '.join(PICTURES)} files")
+        for entry in found:
+            yield entry.path, self._read(entry)
         if alone:
-            log.warning(
-                "%s: %d captions without a picture are left alone, such as %s",
-                *(self._root, len(alone), alone[0].path),
-            )
-        for note in listing.notes():
-            log.info("%s: %s", self._root, note)
+            said = f"{len(alone)} captions without a picture are left alone, such as {alone[0].path}"
+            note(logging.WARNING, said)
+        for said in listing.notes():
+            note(logging.INFO, said)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._samples)
 
     def key(self, index: int) -> str:
-        return self._keys[index]
+        return self._samples.key(index)
 
     def captions(self, index: int) -> Captions:
-        return self._captions[index]
+        return self._samples.captions(index)
 
     def image(self, index: int) -> Image.Image:
-        return decode_picture(self._file(index), str(self._root / self._keys[index]))
+        return decode_picture(self._file(index), str(self._root / self.key(index)))
 
     def encoded(self, index: int) -> bytes | None:
         """The file of a picture; None where its name is not a JPEG's. Raises UnreadablePicture."""
-        is_jpeg = self._keys[index].lower().endswith((".jpg", ".jpeg"))
+        is_jpeg = self.key(index).lower().endswith((".jpg", ".jpeg"))
         return self._file(index) if is_jpeg else None
 
     def _file(self, index: int) -> bytes:
-        path = self._root / self._keys[index]
+        path = self._root / self.key(index)
         try:
             return read_picture_file(path)
         except Rejected as problem:

@@ -17,7 +17,7 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.order import BucketRuns, Epochs, Order, Pool, deal
 from millrace.engine.data.sources.mixture_shares import SharePlan
-from millrace.engine.data.sources.pictures import Captions, Source, encoded, stored_size
+from millrace.engine.data.sources.pictures import Captions, Source, encoded, key_alone, stored_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose, host_generator
 
@@ -37,6 +37,11 @@ class MixtureSource:
     def key(self, index: int) -> str:
         part, place = self._find(index)
         return f"{self.parts[part].name}/{self.sources[part].key(place)}"
+
+    def key_alone(self, index: int) -> str:
+        """As `key`, of a picture that is not read."""
+        part, place = self._find(index)
+        return f"{self.parts[part].name}/{key_alone(self.sources[part], place)}"
 
     def captions(self, index: int) -> Captions:
         part, place = self._find(index)

@@ -12,18 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.captions import Captions
 from millrace.engine.data.first_bytes import kind_of
+from millrace.engine.data.formats.shard_index import digests_of
 from millrace.engine.data.png_chunks import transparent_value, without_text
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sample_files import read_picture_file
 from millrace.engine.data.srgb import PROFILE, to_srgb
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
+_KEYS_AT_A_TIME = 1 << 16
 MAX_SCANS = 500
 """A progressive JPEG has about ten. Each costs a pass over all pixels but only a few bytes, so that a small
 file with very many of them would decode for hours."""
@@ -82,9 +85,19 @@ def stored_size(source: Source, index: int) -> tuple[int, int] | None:
     return source.stored_size(index) if hasattr(source, "stored_size") else None
 
 
-def keys_of(source: Source) -> list[str]:
-    """Keys of all pictures of a source, in order; one that would read pictures for them has `keys`."""
-    return source.keys() if hasattr(source, "keys") else [source.key(i) for i in range(len(source))]
+def key_alone(source: Source, index: int) -> str:
+    """Key of a picture of which nothing else is wanted; a source that would read the picture for it has
+    `key_alone`."""
+    return source.key_alone(index) if hasattr(source, "key_alone") else source.key(index)
+
+
+def key_digests(source: Source) -> Iterator[np.ndarray]:
+    """(n, 2) uint64, `key_digest` of the keys of all pictures of a source, in order and in parts."""
+    if hasattr(source, "key_digests"):
+        yield from source.key_digests()
+        return
+    for first in range(0, len(source), _KEYS_AT_A_TIME):
+        yield digests_of(source.key(i) for i in range(first, min(first + _KEYS_AT_A_TIME, len(source))))
 
 
 def holds_files(source: Source) -> bool:

@@ -4,21 +4,26 @@
 a few open files.
 """
 
+import errno
 import json
+import logging
 import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakSet
 
 import numpy as np
 from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.formats.shard_index import Manifest, Shard, read_index, read_manifest
+from millrace.engine.data.formats.joined_index import check_sizes, open_index
+from millrace.engine.data.formats.shard_index import Manifest, digests_of, read_keys, read_manifest
 from millrace.engine.data.sources.pictures import (
     Captions,
     OpenSource,
@@ -26,14 +31,18 @@ from millrace.engine.data.sources.pictures import (
     UnreadablePicture,
     decode_picture,
 )
+from millrace.engine.distributed import process_group
+from millrace.engine.util.descriptors import raise_limit
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
 from millrace.engine.util.transient import retried
 
-OPEN_FILES = 64
-"""Tar files that one source keeps open."""
+log = logging.getLogger(__name__)
+
+OPEN_SHARE = 0.5
+"""Of the files that a process may have open, those that all its sources keep."""
 _OPENING_THREADS = 16
-"""Indexes read at a time; where files are far away, waiting for them is all that opening does."""
+"""Shards whose records are read at a time."""
 
 
 class Record(NamedTuple):
@@ -63,17 +72,16 @@ class ShardsSource:
         """Folder of the data set."""
         self.manifest: Manifest = read_manifest(root)
         shards = self.manifest.shards
-        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            self._rows = np.concatenate(list(threads.map(self._open_index, shards)))
+        if process_group.local_rank() == 0:  # once a machine: the others would ask for the same
+            check_sizes(self._root, self.manifest)
+        self._rows, self.bucket_of = open_index(self._root, self.manifest)
+        """`bucket_of` is (N,) int32: index into `buckets` of every sample."""
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self.buckets: tuple[tuple[int, int], ...] = self.manifest.buckets
         """(h, w) in pixels, sorted."""
-        numbers = [self.buckets.index(shard.bucket) for shard in shards]
-        self.bucket_of: np.ndarray = np.repeat(np.array(numbers, np.int32), np.diff(self._starts))
-        """(N,) int32: index into `buckets` of every sample."""
         self.digest: str = self.manifest.digest
         """Which samples these are and their order, by the checksums of the manifest."""
-        self._files = _OpenFiles(OPEN_FILES)
+        self._files = _OpenFiles()
         self._last = threading.local()
         self._verified: dict[int, threading.Lock | None] = {i: threading.Lock() for i in range(len(shards))}
 
@@ -99,14 +107,7 @@ class ShardsSource:
         except UnreadablePicture:
             return self._name(index)
 
-    def keys(self) -> list[str]:
-        """Keys of all samples, read without their pictures: a few hundred bytes each."""
-        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
-            shards = zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)
-            parts = threads.map(lambda shard: [self._key_alone(i) for i in range(*shard)], shards)
-            return [key for part in parts for key in part]
-
-    def _key_alone(self, index: int) -> str:
+    def key_alone(self, index: int) -> str:
         """As `key`, of a record whose checksum is not computed because its picture is not read."""
         shard, row = self.place(index)[0], self._rows[index]
         offset, size = int(row["json_offset"]), int(row["json_bytes"])
@@ -114,6 +115,29 @@ class ShardsSource:
             return str(json.loads(retried(lambda: self._files.read(self._path(shard), offset, size)))["key"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return self._name(index)
+
+    def key_digests(self) -> Iterator[np.ndarray]:
+        """(n, 2) uint64, `key_digest` of the keys of each shard, in order; where a shard was made without
+        them, from its records."""
+        count = sum(shard.samples for shard in self.manifest.shards if shard.keys_sha256 is None)
+        if count:
+            log.info(
+                "%s: keys of %d samples are read from its tars; a data set that is prepared now has them in "
+                "an index",
+                self._root,
+                count,
+            )
+        numbers = range(len(self.manifest.shards))
+        with ThreadPoolExecutor(_OPENING_THREADS) as threads:
+            for first in numbers[::_OPENING_THREADS]:  # as many at a time, so that memory is bounded
+                yield from threads.map(self._digests_of, numbers[first : first + _OPENING_THREADS])
+
+    def _digests_of(self, number: int) -> np.ndarray:
+        shard = self.manifest.shards[number]
+        if shard.keys_sha256 is not None:
+            return read_keys(self._root, shard)
+        places = range(*self._starts[number : number + 2].tolist())
+        return digests_of(self.key_alone(place) for place in places)
 
     def captions(self, index: int) -> Captions:
         """Raises UnreadablePicture where the record is damaged."""
@@ -163,21 +187,6 @@ class ShardsSource:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UnreadablePicture(self._where(index), "its JSON is not that of a sample") from None
 
-    def _open_index(self, shard: Shard) -> np.ndarray:
-        path = self._root / shard.file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read: {error.strerror}; restore it or run millrace prepare again"
-            ) from None
-        if size != shard.bytes:
-            raise UserError(
-                f"{path}: has {size} bytes, the manifest says {shard.bytes}; "
-                "restore it or run millrace prepare again"
-            )
-        return read_index(self._root, shard)
-
     def _check_shard(self, number: int) -> None:
         """Compare the checksum of a tar, once; other threads that want the shard wait for it."""
         lock = self._verified[number]
@@ -221,10 +230,16 @@ class _Descriptor:
 
 
 class _OpenFiles:
-    """The last few files that were read. A file that leaves stays open as long as a thread reads from it."""
+    """The files that were read last. A file that leaves stays open as long as a thread reads from it.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    Those of all sources share what the process may have open.
+    """
+
+    _all: ClassVar[WeakSet[Self]] = WeakSet()
+
+    def __init__(self) -> None:
+        self._all.add(self)
+        self._budget = int(raise_limit() * OPEN_SHARE)
         self._lock = threading.Lock()
         self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
 
@@ -251,11 +266,19 @@ class _OpenFiles:
             if file is not None:
                 self._open.move_to_end(path)
                 return file
-        file = _Descriptor(path)  # outside the lock: opening may wait for a network
+        try:
+            file = _Descriptor(path)  # outside the lock: opening may wait for a network
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with self._lock:  # others have taken what was left
+                self._budget = max(1, len(self._open) // 2)
+                self._open.clear()
+            file = _Descriptor(path)
         with self._lock:
             self._open[path] = file
             self._open.move_to_end(path)
-            while len(self._open) > self._limit:
+            while len(self._open) > max(1, self._budget // len(self._all)):
                 self._open.popitem(last=False)
         return file
 

@@ -135,6 +135,12 @@ class TestOverrides:
         assert config.model.depth == 5
         assert config.deepspeed == {"zero_optimization": {"stage": 2}}
 
+    @pytest.mark.parametrize("word", ["2024", "true", "[text]", "1e5", '{"a": 1}'])
+    def test_any_word_is_a_text_where_a_text_is_wanted(self, word):
+        assert parse(f"data.path={word}").data.path == word
+        assert parse(f"run.init_from={word}", f"logging.project={word}").logging.project == word
+        assert parse("run.init_from=null").run.init_from is None
+
     def test_they_lie_over_the_file(self, write):
         path = write("run.json", {"run": {"steps": 7, "seed": 3}})
         config = load_config(path, ["run.steps=8"])
@@ -156,6 +162,17 @@ class TestUnusableFiles:
     def test_extends_that_is_no_name(self, write):
         with pytest.raises(UserError, match="extends is 5; it is the name of another configuration file"):
             read_json(write("five.json", {"extends": 5}))
+
+    @pytest.mark.parametrize("text", ["[" * 10**5, '{"run": {"seed": ' + "9" * 10**4 + "}}"])
+    def test_what_the_parser_itself_cannot_take(self, write, text):
+        with pytest.raises(UserError, match="not valid JSON: ") as error:
+            read_json(write("deep.json", text))
+        assert "\n" not in str(error.value)
+
+    def test_a_byte_order_mark_is_no_mistake(self, tmp_path):
+        path = tmp_path / "bom.json"
+        path.write_text('{"run": {"steps": 1}}', encoding="utf-8-sig")
+        assert read_json(path) == {"run": {"steps": 1}}
 
     def test_a_folder(self, write, tmp_path):
         with pytest.raises(UserError, match="cannot be read as a configuration file: Is a directory"):
@@ -214,6 +231,69 @@ class TestBlame:
         with pytest.raises(UserError, match=r"^--steps many: sampling.steps: "):
             check_given([Given("--steps many", "sampling.steps", "many")])
         check_given(given)  # wrong beside some configurations only
+
+
+class TestHalfCharacters:
+    def test_of_a_file(self, write):
+        path = write("half.json", '{"sampling": {"prompts": ["a", "\\ud83d b"]}}')
+        with pytest.raises(UserError, match=r"half.json: sampling\.prompts\.1 holds half of a character"):
+            load_config(path)
+
+    def test_of_the_command_line(self):
+        with pytest.raises(
+            UserError, match=r"^--set data.path=.*: data\.path holds .* bytes that are not UTF-8"
+        ):
+            load_config("quickstart", ["run.steps=5", "data.path=caf\udce9"])
+
+    def test_a_whole_one_is_taken(self, write):
+        path = write("whole.json", '{"sampling": {"prompts": ["\\ud83d\\ude00"]}}')
+        assert load_config(path).sampling.prompts == ("\U0001f600",)
+
+
+class TestPaths:
+    """`~` and variables in every path mean what they mean in a shell."""
+
+    PATHS = (
+        *(
+            "run.output_dir",
+            "run.init_from",
+            "data.path",
+            "data.keys",
+            "evaluation.cache",
+            "evaluation.reference",
+        ),
+        *("conditioning.text.path", "conditioning.autoencoder.path", "alignment.teacher.path"),
+        *("evaluation.features.fid", "objective.lpips.path", "sampling.mean_target"),
+    )
+
+    @pytest.mark.parametrize("key", PATHS)
+    def test_every_one(self, key, monkeypatch):
+        monkeypatch.setenv("HOME", "/home/ada")
+        monkeypatch.setenv("SCRATCH", "/scratch/ada")
+        for typed, meant in {
+            "~/x": "/home/ada/x",
+            "$SCRATCH/x": "/scratch/ada/x",
+            "${SCRATCH}y": "/scratch/aday",
+            "s3://bucket/~x": "s3://bucket/~x",
+            "google/t5gemma": "google/t5gemma",
+        }.items():
+            value = parse(f"{key}={typed}").model_dump()
+            for part in key.split("."):
+                value = value[part]
+            assert value == meant
+
+    @pytest.mark.parametrize(
+        ("typed", "said"),
+        [
+            ("$NOWHERE/x", "has no NOWHERE"),
+            ("${NOWHERE}", "has no NOWHERE"),
+            ("~nobody-here/x", "no user 'nobody-here'"),
+        ],
+    )
+    def test_what_has_no_meaning(self, typed, said, monkeypatch):
+        monkeypatch.delenv("NOWHERE", raising=False)
+        with pytest.raises(UserError, match=rf"^--set run.output_dir=.*: run.output_dir: .*{said}"):
+            load_config("quickstart", [f"run.output_dir={typed}"])
 
 
 def test_a_missing_file_is_answered_with_the_nearest(tmp_path, monkeypatch):

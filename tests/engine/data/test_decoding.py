@@ -70,9 +70,9 @@ def test_auto_takes_dali_where_there_are_files(folder):
 def test_files_of_parts_and_lists_are_those_of_their_sources(folder):
     config = Data(source="mixture", mixture=[{"name": "d", "source": "digits"}, {"name": "f", "path": "x"}])
     digits = open_source(Data(source="digits", resolution=32))
-    mixed = MixtureSource(config.mixture, [digits, KeptSource(folder, [1, 0])])
+    mixed = MixtureSource(config.mixture, [digits, KeptSource(folder, np.array([0, 1]))])
     assert holds_files(mixed)
-    assert not holds_files(KeptSource(digits, [3]))
+    assert not holds_files(KeptSource(digits, np.array([3])))
     assert encoded(mixed, 0) is None
     assert encoded(mixed, len(digits)) == encoded(folder, 0)
     assert encoded(folder, 0).startswith(b"\xff\xd8")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, UnreadablePicture
-from millrace.engine.data.order import BucketRuns, Pool, deal
+from millrace.engine.data import order as orders
+from millrace.engine.data.order import BucketRuns, Epochs, Pool, deal, members_of
 from millrace.engine.data.sources.key_subset import KeptSource
 from millrace.engine.data.sources.mixture import MixtureSource, order_of
 from millrace.engine.data.sources.mixture_shares import SharePlan
@@ -278,12 +279,12 @@ def test_a_source_without_buckets_is_refused():
     with pytest.raises(UserError, match=r"^data\.source builtin is not sorted into buckets; prepare shards"):
         order_of(source, settings(), 0, 0)
     with pytest.raises(UserError, match=r"^data\.source builtin is not sorted"):
-        order_of(KeptSource(source, [0, 1]), settings(), 0, 0)
+        order_of(KeptSource(source, np.array([0, 1])), settings(), 0, 0)
 
 
 def test_a_list_of_keys_keeps_the_buckets():
     source = Bucketed()
-    kept = KeptSource(source, list(range(0, N, 2)))
+    kept = KeptSource(source, np.arange(0, N, 2))
     order = order_of(kept, settings(), 3, 0)
     for place in range(80):
         picture, pool = order.picture(place)
@@ -338,3 +339,46 @@ class TestMixture:
             config, source = self.made(micro_batch=2)
             halves |= taken(stream(config, source, rank=rank, world_size=2, first_sample=32), 16)
         assert same(halves, {i: whole[i] for i in range(32, 96)})
+
+
+@pytest.mark.parametrize(
+    "bucket_of",
+    [
+        [],
+        [0],
+        [1, 1, 1, 0, 0, 1, 2, 2],
+        [0, 1] * 40,
+        np.repeat([2, 0, 2, 1, 0], [700, 1, 333, 50, 2]),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 2, 64, 1 << 20])
+def test_members_of_buckets_are_their_indices(monkeypatch, bucket_of, chunk):
+    monkeypatch.setattr(orders, "_CHUNK", chunk)
+    bucket_of = np.array(bucket_of, np.int32)
+    for b, members in enumerate(members_of(bucket_of, 3, 100)):
+        wanted = (100 + np.flatnonzero(bucket_of == b)).tolist()
+        assert len(members) == len(wanted)
+        assert [int(members[i]) for i in range(len(members))] == wanted
+        pool = Pool("", len(bucket_of), members, 0.5)
+        assert [pool.after(n) for n in wanted] == wanted[1:] + wanted[:1]
+
+
+def test_buckets_in_any_order_are_not_kept_as_spans():
+    members = members_of(np.random.default_rng(0).integers(0, 2, 200_000, np.int32), 2, 0)
+    assert all(isinstance(each, np.ndarray) for each in members)
+
+
+def test_a_permutation_made_ahead_is_the_one_made_in_time(monkeypatch):
+    def pictures(places):
+        epochs = Epochs(Pool("", 50, range(50), 0.5), 3, "order")
+        return [epochs.picture(place)[0] for place in places]
+
+    ways = [range(250), [*range(149), 320, 149, 0, *range(140, 160)]]
+    plain = [pictures(places) for places in ways]
+    begun = []
+    submit = orders._ahead.submit
+    monkeypatch.setattr(orders, "_AHEAD_FROM", 1)
+    monkeypatch.setattr(orders._ahead, "submit", lambda *call: begun.append(call[1]) or submit(*call))
+    assert pictures(ways[0]) == plain[0]
+    assert begun == [1, 2, 3, 4, 5]
+    assert pictures(ways[1]) == plain[1]

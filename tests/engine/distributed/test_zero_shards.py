@@ -40,7 +40,8 @@ def test_each_shard_holds_its_elements(sharded):
     for shard in shards:
         whole = values[shard.name]
         assert shard.shape == tuple(whole.shape)
-        assert (shard.start, shard.count, shard.writes) == (0, whole.numel(), True)
+        assert (shard.start, shard.count) == (0, whole.numel())
+        assert (shard.to_write, shard.copies) == (shard, [])
         assert torch.equal(shard.of(shard.master), whole.flatten())
 
 

@@ -7,8 +7,11 @@ from PIL import Image
 
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import evaluation_view, open_source
+from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.evaluation import reference_set
 from millrace.engine.evaluation.reference_set import Reference, levels
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import sha256
 
 
 def config(**evaluation):
@@ -123,3 +126,21 @@ def test_refusals(tmp_path, folder):
     large = Reference(config(reference=str(root), data={"resolution": 64}), 4)
     with pytest.raises(UserError, match="its crop needs 64x64"):
         [large.view(place) for place in range(6)]
+
+
+def test_sizes_of_shards_come_from_their_index(tmp_path, write_shards, monkeypatch):
+    write_shards(tmp_path, {(16, 24): 5, (24, 16): 4}, patch=4)
+    settings = config(data={"source": "shards", "path": str(tmp_path), "aspect": "mixed", "resolution": 20})
+    found = Reference(settings, 4)
+    wanted = [found.view(i).shape[1:] for i in range(8)]
+    names = [found._pictures.key(int(place)) for place in found._order]
+    first = found.identity()
+    monkeypatch.setattr(ShardsSource, "record", lambda *_: pytest.fail("a picture was read"))
+    assert [found.size(i) for i in range(8)] == wanted
+    assert len(set(wanted)) == 2
+    other = Reference(settings, 4)
+    monkeypatch.setattr(Reference, "view", lambda *_: torch.zeros(1))
+    digest = sha256([name.encode() + b"\0" for name in names])
+    monkeypatch.setattr(reference_set, "_LOOKED_AT", 0)
+    assert digest[:32] in other.identity()
+    assert found.identity() == first

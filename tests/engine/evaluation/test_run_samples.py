@@ -48,7 +48,7 @@ def test_same_bits_where_the_weights_themselves_are_sampled_from(runs, tmp_path,
 def test_samples_are_drawn_after_the_checkpoint_of_their_step(runs, tmp_path, monkeypatch):
     """A stop is heard after them; an error of the drawing ends nothing."""
     seen, run = [], tmp_path / "run"
-    drawn = {"sampling": {"every_steps": 1}, "checkpoint": {"every_steps": 2}}
+    drawn = {"sampling": {"every_steps": 1}, "checkpoint": {"every_steps": 2, "blocking": True}}
 
     def draw(_sampler, _config, _source, path):
         seen.append((path.stem, [step for step, _ in list_checkpoints(run / "checkpoints")]))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,9 @@ def test_layout_places_each_token_in_its_image():
 
 def test_recurring_batches_share_their_tensors():
     cache = LayoutCache((4, 4), 100.0)
-    first = _layout(cache, [(2, 3), (3, 2)])
+    first = _layout(cache, [(3, 2), (3, 2)])
     other = _layout(cache, [(3, 3)])
-    again = _layout(cache, [(2, 3), (3, 2)])
+    again = _layout(cache, [(3, 2), (3, 2)])
     assert again.cu_seqlens is first.cu_seqlens
     assert again.positions is first.positions
     assert again.cos is first.cos is other.cos
@@ -94,6 +95,21 @@ def test_only_the_latest_batches_are_remembered():
         _layout(cache, [(1, 1)] * count)
     assert _layout(cache, [(1, 1)]).positions is kept.positions
     assert _layout(cache, [(1, 2)]).positions is not dropped.positions
+
+
+def test_of_mixed_batches_only_the_grids_are_kept():
+    random, cache = np.random.default_rng(0), LayoutCache((4, 4), 100.0)
+    sizes = [(rows, columns) for rows in range(1, 6) for columns in range(1, 5)]
+    _layout(cache, [(5, 5)])
+    for _ in range(50):
+        grids = [sizes[i] for i in random.integers(0, len(sizes), 12)]
+        layout = _layout(cache, grids)
+        places = [5 * r + c for rows, columns in grids for r in range(rows) for c in range(columns)]
+        assert layout.positions.tolist() == places
+        assert layout.positions.dtype == torch.int64
+        assert layout.cu_seqlens.tolist() == [0, *np.cumsum(layout.lengths)]
+    kept = [tensor for tensor in vars(cache).values() if isinstance(tensor, dict)]
+    assert sum(map(len, kept)) == len(sizes) + 2  # and the grid of the first batch, and the batch itself
 
 
 def test_text_offsets_are_passed_through():

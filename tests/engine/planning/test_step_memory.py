@@ -4,7 +4,7 @@ import pytest
 
 from millrace.engine.distributed.zero_settings import zero_section
 from millrace.engine.planning.activations import Traced
-from millrace.engine.planning.step_memory import Shape, memory_of, shape_of
+from millrace.engine.planning.step_memory import Shape, memory_of, saved_bytes, shape_of
 
 TRACED = Traced(kept=1, peak=10**9, peak_without_gradients=6 * 10**8, moved=0)
 NOTHING = Traced(0, 0, 0, 0)
@@ -105,3 +105,9 @@ def test_samples_are_a_phase_of_their_own(runs, tmp_path, config, psi):
     assert drawing.worst == "sampling"
     assert "an FP32 copy for sampling" in drawing.table()
     assert found(on, 0, 4).worst == "backward"
+
+
+def test_what_is_saved_is_divided_over_the_processes(config, psi):
+    """Weights, two moments and an average, of which nothing depends on the stage."""
+    assert saved_bytes(config, 1, shape_of(config)) == 4 * psi
+    assert saved_bytes(config, 8, shape_of(config)) == psi / 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from millrace.engine.run_log.failures import NAME, START, TIMES, Failures
+from millrace.engine.run_log.failures import DEATHS, NAME, START, TIMES, Failures
 from millrace.engine.util.errors import FailedElsewhere, UserError
 
 
@@ -53,3 +53,17 @@ def test_only_the_first_rank_of_an_attempt_counts(tmp_path):
     second.note("after step 17", RuntimeError("connection closed by peer"))
     second.note("after step 17", FailedElsewhere("bad"))
     assert "ValueError" in (tmp_path / NAME).read_text()
+
+
+def test_deaths_behind_one_checkpoint(tmp_path):
+    for _ in range(DEATHS):
+        Failures(tmp_path, "a").refuse_loop()
+        Failures(tmp_path, "a").note_death(saved=300)
+    with pytest.raises(UserError, match=r"5 starts in a row failed behind the checkpoint of step 300 .*died"):
+        Failures(tmp_path, "a").refuse_loop()
+
+
+def test_a_new_checkpoint_between_deaths_counts_anew(tmp_path):
+    for number in range(3 * DEATHS):
+        Failures(tmp_path, "a").note_death(saved=300 + 100 * (number // (DEATHS - 1)))
+        Failures(tmp_path, "a").refuse_loop()

@@ -49,8 +49,9 @@ def test_the_key_is_that_of_the_device(seed, index):
 @pytest.mark.parametrize("size", [0, 1, 2, 1000])
 def test_an_epoch_visits_every_sample_once(size):
     order = epoch_order(3, 7, size, "order")
-    assert order.dtype == np.int64
+    assert order.dtype == np.uint32
     assert np.array_equal(np.sort(order), np.arange(size))
+    assert np.array_equal(order, host_generator(3, 7, "order").permutation(size))
 
 
 def test_epochs_and_seeds_have_their_own_order():

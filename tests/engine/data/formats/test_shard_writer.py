@@ -67,7 +67,7 @@ def test_size_is_known_before_writing(tmp_path):
 def test_same_samples_give_the_same_bytes(tmp_path):
     shards = [write_shard(tmp_path / name, (16, 32), 0, samples(5), first=0) for name in "ab"]
     assert shards[0] == shards[1]
-    for name in ("00000.tar", "00000.idx", "00000.npy"):
+    for name in ("00000.tar", "00000.idx", "00000.npy", "00000.keys"):
         assert (tmp_path / "a/16x32" / name).read_bytes() == (tmp_path / "b/16x32" / name).read_bytes()
 
 

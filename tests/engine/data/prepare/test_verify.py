@@ -24,6 +24,9 @@ def test_every_damaged_file_is_named(dataset):
     flip("16x32/00001.npy", -1)
     flip("32x16/00000.idx", -3)
     tar, index, dali = verify(dataset, 2)
+    flip("32x16/00000.idx", -3)
+    flip("32x16/00000.keys", 5)
+    assert "32x16/00000.keys: its SHA-256" in verify(dataset, 2)[2]
     assert "16x32/00000.tar: its SHA-256" in tar
     assert "damaged records: 0" in tar
     assert "16x32/00001.npy: its SHA-256" in index

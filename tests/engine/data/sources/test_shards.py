@@ -1,7 +1,10 @@
+import errno
+import gc
 import io
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -59,7 +62,7 @@ def test_samples_come_in_the_order_of_the_manifest(dataset):
 
 
 def test_any_thread_may_read_any_sample_with_few_open_files(dataset, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_FILES", 1)
+    monkeypatch.setattr(shards, "OPEN_SHARE", 0)
     source = ShardsSource(dataset)
     before = len(os.listdir("/proc/self/fd"))
     expected = [source.encoded(i) for i in range(9)]
@@ -67,6 +70,37 @@ def test_any_thread_may_read_any_sample_with_few_open_files(dataset, monkeypatch
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(source.encoded, order)) == [expected[i] for i in order]
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_a_process_that_may_open_no_more_files_gives_back_its_own(dataset, monkeypatch):
+    source = ShardsSource(dataset)
+    expected = [source.encoded(i) for i in range(9)]
+    fresh, real = ShardsSource(dataset), os.open
+
+    def limited(path, *rest):
+        if len(fresh._files._open) >= 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, *rest)
+
+    monkeypatch.setattr(shards.os, "open", limited)
+    assert [fresh.encoded(i) for i in range(9)] == expected
+    assert len(fresh._files._open) == 1
+
+
+def test_sources_share_what_a_process_may_have_open(dataset, monkeypatch):
+    monkeypatch.setattr(shards, "raise_limit", lambda: 8)
+    gc.collect()
+    monkeypatch.setattr(shards._OpenFiles, "_all", WeakSet())
+    first, second = ShardsSource(dataset), ShardsSource(dataset)
+    for source in (first, second):
+        for i in range(9):
+            source.encoded(i)
+        assert len(source._files._open) == 2
+    del source, second
+    gc.collect()
+    for i in range(9):
+        first.encoded(i)
+    assert len(first._files._open) == 3  # all there are
 
 
 def test_a_copy_for_another_process_reads_the_same(dataset):

@@ -1,0 +1,440 @@
+"""Measure how costs of data and logs grow: opening, order, lists of keys, logs, layouts, metrics.
+
+python -m benchmarks scale                             # 10 k and 1 M samples, a minute
+python -m benchmarks scale --rows 10000 1000000 100000000 --output benchmarks/results/scale.json
+python -m benchmarks scale --smoke                     # try the program
+
+Data sets are synthetic: indexes, digests of keys and a manifest as `millrace prepare` writes them, beside
+tars that are holes of the right size, so 100 M samples take 11 GB while they are measured. Each number is of
+a process of its own. Memory is what that process has more than after its imports: `held` of its own, `mapped`
+the pages of files that it looked at, which the processes of a machine share, and `peak` of both.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from millrace.benchmarks.report import recording
+from millrace.engine.cli import run_command
+from millrace.engine.config import Data
+from millrace.engine.data import fingerprint
+from millrace.engine.data.crop import buckets
+from millrace.engine.data.formats.shard_index import (
+    BLOCK,
+    ROW,
+    Manifest,
+    Shard,
+    bucket_name,
+    digests_of,
+    padded,
+)
+from millrace.engine.data.formats.shard_writer import write_manifest
+from millrace.engine.data.sources.key_subset import keep_listed, write_keys
+from millrace.engine.data.sources.mixture import order_of
+from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.data.stream import SampleStream
+from millrace.engine.evaluation.statistics import FeatureRows, FeatureSums, Statistics
+from millrace.engine.model.layout import LayoutCache
+from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.run_log.sample_log import SampleLog
+from millrace.engine.run_log.side_channels import RecordFile
+from millrace.engine.util.files import sha256
+from millrace.engine.util.node_cache import VARIABLE
+
+log = logging.getLogger("millrace.benchmarks.scale")
+
+PER_SHARD = 5000
+LISTED = 100_000
+"""Keys in a list, at most a tenth of the samples."""
+STEP, BATCH = 900_000, 1024
+"""Step at which a run is continued, and its global batch."""
+PLACES = 100_000
+"""Places of the order that are asked for one after another."""
+EDGE = 16
+"""Of a token in pixels."""
+
+
+class Measured(NamedTuple):
+    """One number of the table."""
+
+    what: str
+    size: int
+    seconds: float
+    held: float
+    """MB."""
+    mapped: float
+    """MB."""
+    peak: float
+    """MB."""
+    note: str = ""
+
+
+def make_set(root: Path, rows: int) -> None:
+    """A data set of `rows` samples in 27 buckets; the first samples i of each shard have the key `k{i}`."""
+    sizes = buckets(512, EDGE)
+    random, shards, first = np.random.default_rng(0), [], 0
+    counts = np.diff(np.linspace(0, rows, len(sizes) + 1).astype(int))
+    for bucket, count in zip(sizes, counts.tolist(), strict=True):
+        (root / bucket_name(bucket)).mkdir(parents=True)
+        for number, start in enumerate(range(0, count, PER_SHARD)):
+            n = min(PER_SHARD, count - start)
+            shards.append(_make_shard(root, bucket, number, n, first, random))
+            first += n
+    filled = tuple(sorted({shard.bucket for shard in shards}))
+    manifest = Manifest(resolution=512, aspect="mixed", patch=EDGE, buckets=filled, shards=tuple(shards))
+    write_manifest(root, manifest)
+
+
+def _make_shard(
+    root: Path, bucket: tuple[int, int], number: int, n: int, first: int, random: np.random.Generator
+) -> Shard:
+    rows = np.zeros(n, ROW)
+    rows["picture_bytes"] = random.integers(20_000, 100_000, n)
+    rows["json_bytes"] = random.integers(200, 400, n)
+    ends = np.cumsum(2 * BLOCK + padded(rows["picture_bytes"]) + padded(rows["json_bytes"]))
+    rows["picture_offset"] = np.concatenate([[0], ends[:-1]]) + BLOCK
+    rows["json_offset"] = rows["picture_offset"] + padded(rows["picture_bytes"]) + BLOCK
+    rows["height"], rows["width"] = bucket
+    keys = random.integers(0, 1 << 63, (n, 2), np.uint64)
+    listed = min(n, PER_SHARD // 10)
+    keys[:listed] = digests_of(f"k{i}" for i in range(first, first + listed))
+    tar = root / bucket_name(bucket) / f"{number:05d}.tar"
+    size = int(ends[-1]) + 2 * BLOCK
+    with tar.open("wb") as file:
+        file.truncate(size)
+    with tar.with_suffix(".npy").open("wb") as file:
+        np.lib.format.write_array(file, rows, version=(1, 0))
+    tar.with_suffix(".keys").write_bytes(keys.tobytes())
+    return Shard(
+        file=f"{tar.parent.name}/{tar.name}",
+        bucket=bucket,
+        samples=n,
+        bytes=size,
+        sha256=sha256(f"{tar}".encode()),
+        index_sha256=sha256(tar.with_suffix(".npy").read_bytes()),
+        keys_sha256=sha256(keys.tobytes()),
+    )
+
+
+def memory() -> tuple[float, float, float]:
+    """MB of this process now: its own, mapped from files; and the most of both until now."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, mapped, peak = (float(fields[name].split()[0]) / 1000 for name in ("RssAnon", "RssFile", "VmHWM"))
+    return own, mapped, peak
+
+
+def _in_process(pipe: Any, what: str, size: int, action: Callable[..., str | None], words: tuple) -> None:
+    set_up_logging()
+    before = memory()
+    begun = time.perf_counter()
+    note = action(*words)
+    seconds = time.perf_counter() - begun
+    after = memory()
+    if note is not None and ":seconds:" in note:  # what was prepared before does not count
+        note, _, own = note.partition(":seconds:")
+        seconds = float(own)
+    peak = after[2] - before[0] - before[1]
+    pipe.send(Measured(what, size, seconds, after[0] - before[0], after[1] - before[1], peak, note or ""))
+
+
+def measured(what: str, size: int, action: Callable[..., str | None], *words: Any) -> Measured:
+    """Run `action` in a process of its own; what it returns is a note, after `:seconds:` its own time."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_in_process, args=(there, what, size, action, words))
+    process.start()
+    there.close()
+    found = here.recv()
+    process.join()
+    log.info("%s", line(found))
+    return found
+
+
+_kept: list[Any] = []
+"""What a measured action leaves in memory."""
+
+
+def open_set(root: Path, local_rank: int) -> str:
+    """As a process of a job does."""
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    source = ShardsSource(root)
+    _kept.append((source, fingerprint(source)))
+    return f"{len(source.manifest.shards)} shards"
+
+
+def walk_order(root: Path, aspect: str) -> str:
+    """Continue at a late step: the first place, then the next ones."""
+    source = ShardsSource(root)
+    config = Data(source="shards", path=str(root), aspect=aspect, global_batch=BATCH, resolution=512)
+    begun = time.perf_counter()
+    order = order_of(source, config, 0, 0)
+    order.picture(STEP * BATCH)
+    first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    for place in range(STEP * BATCH, STEP * BATCH + PLACES):
+        order.picture(place)
+    steady = (time.perf_counter() - begun) / PLACES
+    _kept.append(order)
+    return f"then {steady * 1e6:.2f} us a place:seconds:{first}"
+
+
+def continue_stream(root: Path, world_size: int) -> str:
+    """A stream of one of `world_size` processes at a late step: which samples its first micro-batch has."""
+    source = ShardsSource(root)
+    config = Data(
+        source="shards",
+        path=str(root),
+        aspect="mixed",
+        resolution=512,
+        global_batch=4 * world_size,
+        micro_batch=4,
+        workers=0,
+    )
+    begun = time.perf_counter()
+    stream = SampleStream(
+        source,
+        config,
+        seed=0,
+        patch=EDGE,
+        caption_drop=0.1,
+        rank=world_size - 1,
+        world_size=world_size,
+        first_sample=STEP * config.global_batch,
+    )
+    for index in stream._next_indices():
+        stream._place(index)
+    seconds = time.perf_counter() - begun
+    _kept.append(stream)
+    return f":seconds:{seconds}"
+
+
+def list_keys(root: Path, listed: Path) -> str:
+    """Keep the pictures that a file names."""
+    source = ShardsSource(root)
+    begun = time.perf_counter()
+    kept = keep_listed(source, listed)
+    _kept.append(kept)
+    return f"{len(kept)} listed:seconds:{time.perf_counter() - begun}"
+
+
+def continue_log(path: Path, lines: int) -> None:
+    """Open a log at the step before its last ten."""
+    file = RecordFile(path, lines - 10)
+    file.write({"step": lines - 9})
+    file.of_step(lines - 10)
+
+
+def continue_keys(folder: Path, steps: int) -> None:
+    """Open the keys of a run's samples at the step before its last ten."""
+    sample_log = SampleLog(folder, steps - 10, keep_keys=True)
+    sample_log.step(steps - 9, ["a"], {})
+
+
+def reject(folder: Path, count: int) -> None:
+    """Note unreadable pictures, one after another."""
+    folder.mkdir()
+    sample_log, bad = SampleLog(folder, 0, keep_keys=False), {}
+    for number in range(count):
+        bad[f"pictures/{number:09d}.jpg"] = "its bytes are not those that were written (CRC-32)"
+        sample_log.reject(bad)
+
+
+def lay_out(batch: int, resolution: int) -> str:
+    """Layouts of batches that mix all sizes; the time of one."""
+    grids = [(h // EDGE, w // EDGE) for h, w in buckets(resolution, EDGE)]
+    cache, random = LayoutCache((32, 32), 10_000.0), np.random.default_rng(0)
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    batches = [[grids[i] for i in random.integers(0, len(grids), batch)] for _ in range(100)]
+    cache.layout([max(grids, key=max)], starts, 1)
+    begun = time.perf_counter()
+    for each in batches:
+        cache.layout(each, starts, 1)
+    seconds = (time.perf_counter() - begun) / len(batches)
+    _kept.append(cache)
+    return f"{len(grids)} sizes, {batch} samples:seconds:{seconds}"
+
+
+def compare(kind: type[Statistics], count: int, dim: int) -> str:
+    """A metric of two sets of random features, which come in batches of 64."""
+    sets = []
+    for seed in range(2):
+        statistics, generator = kind(), torch.Generator().manual_seed(seed)
+        for first in range(0, count, 64):
+            features = torch.randn(min(64, count - first), dim, generator=generator)
+            statistics.add(first, features / features.norm(dim=1, keepdim=True))
+        statistics.together()
+        sets.append(statistics)
+    sets[0].distance(sets[1])
+    return f"{dim} features"
+
+
+def _write_log(path: Path, lines: int) -> None:
+    record = {"loss": 0.123456789, "loss_by_time": [0.1] * 16, "parts": {"a": 1, "b": 2}, "seconds": 0.1}
+    rest = json.dumps(record)[1:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        file.writelines(f'{{"step": {step}, {rest}\n' for step in range(1, lines + 1))
+
+
+def _write_sample_keys(folder: Path, steps: int) -> None:
+    (folder / "keys").mkdir(parents=True)
+    keys = json.dumps([f"pictures/{number:09d}.jpg" for number in range(128)])
+    with (folder / "keys" / "rank-00000.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {step}, "keys": {keys}}}\n' for step in range(1, steps + 1))
+
+
+@contextmanager
+def scratch(parent: Path | None) -> Iterator[Path]:
+    """A folder that is removed in the end, with a node cache of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="millrace-scale-", dir=parent))
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder / "cache")
+    try:
+        yield folder
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+        shutil.rmtree(folder)
+
+
+def of_data(parent: Path | None, rows: int) -> list[Measured]:
+    """All numbers of a data set of `rows` samples."""
+    with scratch(parent) as folder:
+        root, listed = folder / "set", folder / "listed"
+        begun = time.perf_counter()
+        make_set(root, rows)
+        log.info("%d samples: made in %.1f s", rows, time.perf_counter() - begun)
+        starts = [shard.samples for shard in ShardsSource(root).manifest.shards]
+        named = (
+            f"k{i}"
+            for start, n in zip(np.cumsum([0, *starts[:-1]]).tolist(), starts, strict=True)
+            for i in range(start, start + min(n, PER_SHARD // 10))
+        )
+        write_keys(listed, islice(named, min(LISTED, max(rows // 10, 1))))
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        return [
+            measured("open, the first time on a machine", rows, open_set, root, 0),
+            measured("open, first process", rows, open_set, root, 0),
+            measured("open, other processes", rows, open_set, root, 1),
+            measured(f"order, mixed: place {STEP * BATCH}", rows, walk_order, root, "mixed"),
+            measured(f"order, buckets: place {STEP * BATCH}", rows, walk_order, root, "bucket"),
+            *(
+                measured(
+                    f"stream of {world_size} processes at step {STEP}",
+                    rows,
+                    continue_stream,
+                    root,
+                    world_size,
+                )
+                for world_size in (8, 256, 1024)
+            ),
+            measured("data.keys, the first time on a machine", rows, list_keys, root, listed),
+            measured("data.keys, other processes", rows, list_keys, root, listed),
+        ]
+
+
+def of_logs(parent: Path | None, sizes: list[int]) -> list[Measured]:
+    """Logs of so many lines, and a tenth as many unreadable pictures."""
+    found = []
+    for lines in sizes:
+        with scratch(parent) as folder:
+            _write_log(folder / "log.jsonl", lines)
+            found.append(measured("continue log.jsonl", lines, continue_log, folder / "log.jsonl", lines))
+            _write_sample_keys(folder, lines // 10)
+            found.append(measured("continue sample keys", lines // 10, continue_keys, folder, lines // 10))
+            found.append(measured("rejects.jsonl", lines // 10, reject, folder / "rejects", lines // 10))
+    return found
+
+
+def of_layouts() -> list[Measured]:
+    """Packing of ragged batches."""
+    return [
+        measured(f"layout of a batch of all sizes, {resolution} px", batch, lay_out, batch, resolution)
+        for resolution in (256, 1024)
+        for batch in (32, 128)
+    ]
+
+
+def of_evaluation(sizes: list[int]) -> list[Measured]:
+    """Distances between features of so many pictures, and of as many others."""
+    return [
+        measured(name, count, compare, kind, count, dim)
+        for count in sizes
+        for name, kind, dim in (("MMD", FeatureRows, 768), ("FID", FeatureSums, 2048))
+    ]
+
+
+def line(found: Measured) -> str:
+    """A row of the table."""
+    return (
+        f"| {found.what} | {found.size:,} | {found.seconds:.4f} | {found.held:.0f} | {found.mapped:.0f} | "
+        f"{found.peak:.0f} | {found.note} |"
+    )
+
+
+def table(rows: list[Measured]) -> str:
+    """All numbers as Markdown."""
+    head = "| cost | size | seconds | held MB | mapped MB | peak MB | |\n|---|---|---|---|---|---|---|"
+    return "\n".join([head, *map(line, sorted(rows, key=lambda row: (row.what, row.size)))])
+
+
+def parse() -> argparse.Namespace:
+    """Arguments of the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="examples:\n" + __doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, nargs="+", metavar="N", help="samples; default 10000 1000000")
+    parser.add_argument("--lines", type=int, nargs="+", metavar="N", help="of logs; default 10000 1000000")
+    parser.add_argument(
+        "--pictures", type=int, nargs="+", metavar="N", help="of metrics; default 2500 5000 10000"
+    )
+    parser.add_argument("--folder", type=Path, help="where the data sets are made; default the system's")
+    parser.add_argument("--smoke", action="store_true", help="a few samples and lines")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers here as JSON")
+    arguments = parser.parse_args()
+    arguments.rows = arguments.rows or ([2000] if arguments.smoke else [10_000, 1_000_000])
+    arguments.pictures = arguments.pictures or ([100] if arguments.smoke else [2500, 5000, 10_000])
+    arguments.lines = arguments.lines or ([200] if arguments.smoke else [10_000, 1_000_000])
+    return arguments
+
+
+def main() -> int:
+    """Make, measure, and report."""
+    arguments = parse()
+    set_up_logging()
+    # A process of its own, whose memory is its own; to try the program a copy of this one will do.
+    multiprocessing.set_start_method("fork" if arguments.smoke else "spawn")
+    rows = [row for size in arguments.rows for row in of_data(arguments.folder, size)]
+    rows += of_logs(arguments.folder, arguments.lines)
+    rows += of_layouts()
+    rows += of_evaluation(arguments.pictures)
+    print(table(rows))
+    if arguments.output:
+        recording.write(
+            arguments.output,
+            {
+                "benchmark": "scale",
+                "environment": recording.environment(),
+                "rows": [row._asdict() for row in rows],
+            },
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

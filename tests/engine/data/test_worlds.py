@@ -1,0 +1,128 @@
+"""Worlds of many processes: every place is given once, in the order of one process, from any step on."""
+
+import numpy as np
+import pytest
+
+from millrace.engine.config import Data
+from millrace.engine.config.data import Part
+from millrace.engine.data import SampleStream, order
+from millrace.engine.data.sources.mixture import MixtureSource
+
+SIZES = ((16, 32), (24, 24), (32, 16))
+MICRO = 4
+
+
+class Numbered:
+    """`count` pictures in runs of a bucket, as shards have them, that are never read."""
+
+    def __init__(self, count):
+        self.buckets = SIZES
+        self.bucket_of = np.repeat(
+            np.arange(3, dtype=np.int32), [count // 2, count // 3, count - count // 2 - count // 3]
+        )
+
+    def __len__(self):
+        return len(self.bucket_of)
+
+    def encoded(self, index):
+        raise AssertionError("a picture is read")
+
+
+def settings(aspect, global_batch, mixture=()):
+    source = "mixture" if mixture else "shards"
+    return Data(
+        source=source,
+        path=None if mixture else "x",
+        mixture=mixture,
+        resolution=24,
+        aspect=aspect,
+        global_batch=global_batch,
+        micro_batch=MICRO,
+        bucket_run=16,
+        workers=0,
+        loader="python",
+    )
+
+
+def streams(kind, world_size, first, ranks=None):
+    """A stream of each of the ranks that begins at sample `first`."""
+    mixture = ()
+    source = Numbered(5003)
+    if kind == "mixture":
+        mixture = tuple(
+            Part(name=name, source="shards", path="x", weight=weight)
+            for name, weight in (("a", 3.0), ("b", ((0, 1.0), (40, 4.0))))
+        )
+        source = MixtureSource(mixture, [source, Numbered(777)])
+    config = settings("mixed" if kind == "mixed" else "bucket", 4096, mixture)
+    return [
+        SampleStream(
+            source,
+            config,
+            seed=7,
+            patch=8,
+            caption_drop=0.1,
+            rank=rank,
+            world_size=world_size,
+            first_sample=first,
+        )
+        for rank in (range(world_size) if ranks is None else ranks)
+    ]
+
+
+def micro_batch(stream):
+    """(sample, picture, size in common) of the next micro-batch, which is not read."""
+    places = [stream._place(i) for i in stream._next_indices()]
+    return [(i, picture, pool.size) for i, picture, pool in places]
+
+
+def samples_of_steps(kind, world_size, first, steps):
+    """What all ranks consume in some steps, in the order of samples."""
+    found = []
+    for stream in streams(kind, world_size, first):
+        for _ in range(steps * 4096 // world_size // MICRO):
+            batch = micro_batch(stream)
+            assert len({size for *_, size in batch}) == 1
+            found += batch
+    return sorted(found)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "bucket", "mixture"])
+def test_many_processes_give_what_one_gives(kind):
+    """Two steps are more than an epoch."""
+    alone = samples_of_steps(kind, 1, 0, 2)
+    assert [i for i, *_ in alone] == list(range(2 * 4096))
+    for world_size in (8, 256, 1024):
+        assert samples_of_steps(kind, world_size, 0, 2) == alone
+
+
+@pytest.mark.parametrize("kind", ["mixed", "bucket"])
+def test_no_picture_is_lost_or_doubled(kind):
+    counts = np.bincount([picture for _, picture, _ in samples_of_steps(kind, 1024, 0, 5)], minlength=5003)
+    epochs = 5 * 4096 // 5003
+    if kind == "mixed":
+        assert set(counts) == {epochs, epochs + 1}
+    else:  # of a bucket less than a run is carried into the next epoch
+        assert epochs - 1 <= counts.min()
+        assert counts.max() <= epochs + 2
+    assert counts.sum() == 5 * 4096
+
+
+@pytest.mark.parametrize("kind", ["mixed", "bucket", "mixture"])
+def test_a_late_step_is_found_without_those_before_it(kind):
+    """The first batch of a stream that begins late is that of one that came there, for each rank asked."""
+    late = samples_of_steps(kind, 256, 23 * 4096, 1)
+    came = samples_of_steps(kind, 1, 0, 24)[23 * 4096 :]
+    assert late == came
+    ranks = (0, 77, 1023)
+    for rank, stream in zip(ranks, streams(kind, 1024, 23 * 4096, ranks), strict=True):
+        assert micro_batch(stream) == came[rank * MICRO : (rank + 1) * MICRO]
+
+
+def test_a_step_far_away_makes_one_permutation(monkeypatch):
+    made = []
+    real = order.epoch_order
+    monkeypatch.setattr(order, "epoch_order", lambda *call: made.append(call[1]) or real(*call))
+    (stream,) = streams("mixed", 1024, 900_000 * 4096, [1023])
+    micro_batch(stream)
+    assert made == [(900_000 * 4096 + 1023 * MICRO) // 5003]
