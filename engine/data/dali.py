@@ -228,7 +228,12 @@ def size_if_simple(data: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             simple = image.format == "JPEG" and image.mode == "RGB"
-            if not simple or orientation(image) != 1 or transform_of(image.info, image.mode) is not None:
+            marked = "exif" in image.info or "xmp" in image.info
+            if (
+                not simple
+                or (marked and orientation(image) != 1)
+                or transform_of(image.info, "RGB") is not None
+            ):
                 return None
             # Once it has all rows of a picture in one scan, DALI does not look at what follows; Pillow does.
             if "progressive" in image.info:

@@ -18,6 +18,7 @@ from millrace.engine.data.decoding import Encoded, PythonDecoder
 from millrace.engine.data.sample_choices import View
 from millrace.engine.data.sources.pictures import decode_picture
 from millrace.engine.util.errors import UserError
+from tests.engine.data.odd_pictures import P3, rgb_profile, srgb_profile, xmp_packet
 from tests.rehearsal.pretended_cuda import DEVICE, pretended_cuda
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
@@ -126,6 +127,14 @@ def test_what_dali_is_given(variety, photograph):
     assert size_if_simple(whole[: len(whole) // 2] + b"\xff\xd9") == (70, 50)  # Pillow takes it too
     assert size_if_simple(whole + b"trailing") is None
     assert size_if_simple(whole[:-2] + b"\xff\xc4\xff\xd9") is None
+    for name, options, size in (
+        ("an orientation in XMP", {"xmp": xmp_packet(6)}, None),
+        ("upright in XMP", {"xmp": xmp_packet(1)}, (70, 50)),
+        ("sRGB", {"icc_profile": srgb_profile()}, (70, 50)),
+        ("Display P3", {"icc_profile": rgb_profile(P3)}, None),
+        ("no profile at all", {"icc_profile": b"x"}, None),  # Pillow counts it
+    ):
+        assert size_if_simple(jpeg(photograph, 70, 50, **options)) == size, name
     assert size_if_simple(b"") is size_if_simple(b"\xff\xd8\xff\xd9") is None
 
 
