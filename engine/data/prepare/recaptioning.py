@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from millrace.engine.data.captions import Captions, checked
 from millrace.engine.data.formats.shard_index import Manifest, Shard, bucket_name, read_index, read_manifest
 from millrace.engine.data.formats.shard_writer import (
     StoredSample,
@@ -26,7 +27,6 @@ from millrace.engine.data.formats.shard_writer import (
     write_shard,
 )
 from millrace.engine.data.latent_cache import CacheRecord, cache_path, record_of
-from millrace.engine.data.prepare.captions import checked
 from millrace.engine.data.prepare.known_items import INDEX
 from millrace.engine.data.prepare.parts import key_hash
 from millrace.engine.data.prepare.progress import Progress
@@ -34,7 +34,6 @@ from millrace.engine.data.prepare.publishing import READY, remove_shards
 from millrace.engine.data.prepare.reports import caption_summary, draw_caption_lengths
 from millrace.engine.data.prepare.workers import Workers
 from millrace.engine.data.reject_reasons import Reason, Rejected
-from millrace.engine.data.sources.pictures import Captions
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, sha256_file, write_atomically
 
