@@ -58,13 +58,15 @@ def test_columns_are_as_the_keys_of_json(tmp_path, bad):
 
 
 def test_which_column_was_taken_is_said(tmp_path, bad):
-    path = write(tmp_path / "a.parquet", {"image": [bad.jpeg()], "text": ["t"], "caption": ["c\r\nd"]})
+    (tmp_path / "in").mkdir()
+    columns = {"image": [bad.jpeg()], "text": ["t"], "caption": ["c\r\nd"]}
+    path = write(tmp_path / "in" / "a.parquet", columns)
     assert read(path)[0].captions.long == "c\nd"
     (note,) = table_shape(path, SETTINGS).notes(path)
     assert note.startswith("a.parquet: captions are of column caption; not read: text")
     named = Settings(resolution=32, patch=8, caption_columns=("text",))
     assert table_shape(path, named).notes(path) == []
-    _, notes = prepare(tmp_path, tmp_path / "out", SETTINGS, 0, 0.0)
+    _, notes = prepare(tmp_path / "in", tmp_path / "out", SETTINGS, 0, 0.0)
     assert note in notes
 
 
