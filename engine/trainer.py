@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -104,6 +104,15 @@ def train(
             failures.note(watchdog.place(), error)
             raise
         failures.forget()
+
+
+class Seen(NamedTuple):
+    """What is kept of a micro-batch until its step ends."""
+
+    keys: list[str]
+    which: list[str]
+    """Its captions: long, short or empty."""
+    losses: Tensor
 
 
 class Trainer:
@@ -445,7 +454,7 @@ class Trainer:
         started = time.perf_counter()
         begun, end = self.stage.schedule_step, self.stage.schedule_end
         rates = set_learning_rates(self.optimizer, self.step - begun, self.config.schedule, end - begun)
-        seen: list[tuple[list[str], Tensor]] = []
+        seen: list[Seen] = []
         flops = 0.0
         for _ in range(self.accumulate - 1):
             flops += self._micro_batch(seen)
@@ -467,7 +476,8 @@ class Trainer:
             self.bad_in_row = 0
             if self.ema is not None:
                 self.ema.update(self.step)
-        self.sample_log.step(self.step, [key for keys, _ in seen for key in keys], self.stream.bad)
+        keys, captions = ([name for part in seen for name in part[i]] for i in (0, 1))
+        self.sample_log.step(self.step, keys, captions, self.stream.bad)
         self._record(rates, norm, applied, time.perf_counter() - started, flops)
         if not applied:
             self._report_bad(seen)
@@ -475,7 +485,7 @@ class Trainer:
             self._stop_for([self.stream.too_many_bad()])
         return True
 
-    def _micro_batch(self, seen: list[tuple[list[str], Tensor]], last: bool = False) -> float:
+    def _micro_batch(self, seen: list[Seen], last: bool = False) -> float:
         """Forward and backward of one micro-batch, maybe the stage's `last`; returns its model FLOPs."""
         self.watchdog.enter(self.step, "data")
         batch = self.next_batch()
@@ -489,7 +499,7 @@ class Trainer:
         if not last:  # the stage's last would take a micro-batch that nobody trains on
             self.look_ahead()
         self.loss_buffer.add(terms, t, batch.captions_cut)
-        seen.append((batch.keys, per_sample.detach()))
+        seen.append(Seen(batch.keys, batch.which, per_sample.detach()))
         text_tokens = len(batch.text) / len(batch.keys)
         return sum(training_flops(self.config, n, text_tokens) for n in batch.layout.lengths)
 
@@ -557,7 +567,7 @@ class Trainer:
                 f"conditioning.text.max_tokens {self.config.conditioning.text.max_tokens}"
             )
 
-    def _report_bad(self, seen: list[tuple[list[str], Tensor]]) -> None:
+    def _report_bad(self, seen: list[Seen]) -> None:
         """Name the samples of a skipped step, and give up after too many in a row."""
         self.skipped += 1
         self.bad_in_row += 1
@@ -566,8 +576,8 @@ class Trainer:
             self._stop_damaged(DamagedState(found), self.step)
         bad = [
             key
-            for keys, losses in seen
-            for key, loss in zip(keys, losses.tolist(), strict=True)
+            for part in seen
+            for key, loss in zip(part.keys, part.losses.tolist(), strict=True)
             if not math.isfinite(loss)
         ]
         bad = [key for keys in process_group.gather_objects(bad) for key in keys]

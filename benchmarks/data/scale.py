@@ -245,7 +245,7 @@ def continue_log(path: Path, lines: int) -> None:
 def continue_keys(folder: Path, steps: int) -> None:
     """Open the keys of a run's samples at the step before its last ten."""
     sample_log = SampleLog(folder, steps - 10, keep_keys=True)
-    sample_log.step(steps - 9, ["a"], {})
+    sample_log.step(steps - 9, ["a"], ["long"], {})
 
 
 def reject(folder: Path, count: int) -> None:

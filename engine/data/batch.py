@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.latent_cache import CachedText
 
 
@@ -23,6 +24,8 @@ class Batch:
     mixture after the name of its part and a slash."""
     sample_index: Tensor
     """(B,) int64: global index of each sample in the training stream, the root of all its randomness."""
+    which: list[WhichCaption] = field(default_factory=list)
+    """Which caption of its picture each is."""
     text: list[CachedText | None] = field(default_factory=list)
     """Rows of each sample's caption where they are cached; empty if no sample's are."""
     posteriors: list[Tensor | None] = field(default_factory=list)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.data.batch import Batch
+from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.crop import check_bucket, check_resolution
 from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder, parts
 from millrace.engine.data.latent_cache import CachedText, Caches
@@ -43,6 +44,7 @@ class _Sample(NamedTuple):
     pool: Pool
     key: str
     caption: str
+    which: WhichCaption
     pixels: Tensor | Encoded | None
     bad: Bad
     text: CachedText | None = None
@@ -213,7 +215,7 @@ class SampleStream:
                 which = self._choices.caption(i, pool)
                 caption = self._source.captions(picture).chosen(which)
                 text = None if self._caches is None else self._caches.text(picture, which)
-                return _Sample(i, picture, pool, key, caption, pixels, bad, text, moments)
+                return _Sample(i, picture, pool, key, caption, which, pixels, bad, text, moments)
             except UnreadablePicture as problem:
                 bad = (*bad, (key, problem))
                 self._check_passed(bad, pool)
@@ -257,6 +259,7 @@ class SampleStream:
             captions=[sample.caption for sample in samples],
             keys=[sample.key for sample in samples],
             sample_index=torch.tensor(indices, dtype=torch.int64),
+            which=[sample.which for sample in samples],
             text=[sample.text for sample in samples] if self._caches else [],
             posteriors=[sample.moments for sample in samples] if self._caches else [],
         )

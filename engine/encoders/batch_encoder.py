@@ -1,12 +1,13 @@
 """Batch encoder: frozen networks and packing, from pictures and captions to what a training step consumes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from millrace.engine.data import Batch, signed_unit
+from millrace.engine.data.captions import WhichCaption
 from millrace.engine.encoders.autoencoder import Autoencoder, Posterior
 from millrace.engine.encoders.teacher import Teacher, TeacherFeatures
 from millrace.engine.encoders.text_encoder import TextEncoder
@@ -31,6 +32,8 @@ class EncodedBatch:
     """(B,) bool, samples whose caption was dropped."""
     keys: list[str]
     """Names of the samples, for messages."""
+    which: list[WhichCaption] = field(default_factory=list)
+    """Which of its captions each was trained with, for the log."""
     images: tuple[Tensor, ...] = ()
     """B pictures (3, h, w) FP32 in [-1, 1], if a term of the loss looks at them."""
     teacher: TeacherFeatures | None = None
@@ -127,6 +130,7 @@ class BatchEncoder:
             sample_index=sample_index,
             unconditional=to_device(batch.dropped, self.device),
             keys=batch.keys,
+            which=batch.which,
             images=tuple(images) if self.keep_images else (),
             teacher=self.teacher.features(images, grids, batch.keys) if self.teacher else None,
             captions_cut=text.truncated,

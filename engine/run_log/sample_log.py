@@ -19,8 +19,9 @@ class SampleLog:
     """Files in the run's folder.
 
     `rejects.jsonl` has a line {"key", "reason"} for each unreadable picture that any process met, once.
-    `keys/rank-00000.jsonl` and so on, with `keep_keys`, have a line {"step", "keys"} for each step: what that
-    process consumed, in order. The lines of all processes for a step, by rank, are the step's samples.
+    `keys/rank-00000.jsonl` and so on, with `keep_keys`, have a line {"step", "keys", "captions"} for each
+    step: what that process consumed, in order, and with which caption (long, short or empty). The lines of
+    all processes for a step, by rank, are the step's samples.
 
     Lines after `step` are dropped, to be made again, maybe by fewer processes: rank r cuts the files of the
     ranks r, r + W, r + 2 W of the process before.
@@ -43,11 +44,12 @@ class SampleLog:
                         drop_after(path, step)
             self._file = RecordFile(output / KEYS / f"rank-{rank:05d}.jsonl", step)
 
-    def step(self, step: int, keys: list[str], bad: dict[str, str]) -> None:
-        """Tell what this process consumed in a step, and the reasons of all bad pictures so far by key."""
+    def step(self, step: int, keys: list[str], captions: list[str], bad: dict[str, str]) -> None:
+        """Tell what this process consumed in a step, with which captions, and the reasons of all bad pictures
+        so far by key."""
         if self._file is not None:
             with self._channels.tolerate(KEYS):
-                self._file.write({"step": step, "keys": keys})
+                self._file.write({"step": step, "keys": keys, "captions": captions})
         self.reject(bad)
 
     def reject(self, bad: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ def write(monkeypatch, output, rank, first, last, world_size=2):
     as_rank(monkeypatch, rank, world_size)
     log = SampleLog(output, first, keep_keys=True)
     for step in range(first + 1, last + 1):
-        log.step(step, [f"{step}{rank}a", f"{step}{rank}b"], {})
+        log.step(step, [f"{step}{rank}a", f"{step}{rank}b"], ["long", "empty"], {})
     log.close()
 
 
@@ -32,6 +32,8 @@ def test_the_keys_of_a_step_are_those_of_all_processes_in_order(monkeypatch, tmp
         "rank-00000.jsonl",
         "rank-00001.jsonl",
     ]
+    first = lines(tmp_path / "keys" / "rank-00000.jsonl")[0]
+    assert first == {"step": 1, "keys": ["10a", "10b"], "captions": ["long", "empty"]}
     assert keys_of_steps(tmp_path) == {1: ["10a", "10b", "11a", "11b"], 2: ["20a", "20b", "21a", "21b"]}
 
 
@@ -51,7 +53,7 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_dropped_from_all_files(
 def test_without_the_setting_there_are_no_keys(monkeypatch, tmp_path):
     as_rank(monkeypatch, 0)
     log = SampleLog(tmp_path, 0, keep_keys=False)
-    log.step(1, ["a"], {})
+    log.step(1, ["a"], ["long"], {})
     log.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -64,9 +66,9 @@ def test_rejects_are_written_once_by_any_process_and_after_resuming(monkeypatch,
     ):
         as_rank(monkeypatch, rank)
         log = SampleLog(tmp_path, 0, keep_keys=False)
-        log.step(1, [], {})
-        log.step(2, [], bad)
-        log.step(3, [], bad)
+        log.step(1, [], [], {})
+        log.step(2, [], [], bad)
+        log.step(3, [], [], bad)
         log.close()
     wanted = [("a", "torn"), ("b", 'not a "JPEG"\n'), ("c", "x")]
     assert [(line["key"], line["reason"]) for line in lines(tmp_path / "rejects.jsonl")] == wanted
