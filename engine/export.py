@@ -79,6 +79,7 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
         describe_checkpoint,
         read_weights,
     )
+    from millrace.engine.checkpoint.weight_meaning import as_metadata
 
     config = checkpoint_config(reader)
     if arguments.autoencoder:
@@ -90,7 +91,8 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
     weights = choose_weights(reader, arguments.weights)
     save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
     dtype = getattr(torch, arguments.dtype)
-    save(read_weights(reader, weights), config.model, arguments.output, dtype=dtype)
+    state, metadata = read_weights(reader, weights), as_metadata(config)
+    save(state, config.model, arguments.output, dtype=dtype, metadata=metadata)
     origin = describe_checkpoint(reader, weights)
     print(f"{arguments.output}: {origin}, in {arguments.dtype}, format {arguments.format}")
     space, size = config.conditioning.autoencoder.kind, config.data.resolution

@@ -27,6 +27,7 @@ from millrace.engine.checkpoint.checkpoints import (
 from millrace.engine.checkpoint.damage import RECORD, DamagedState, record_damage, total
 from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.weight_formats import start_from
+from millrace.engine.checkpoint.weight_meaning import differing_meaning
 from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import resolve_stages, stage_at
@@ -226,6 +227,7 @@ class Trainer:
             messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
         elif config.run.init_from:
             messages += start_from(self.denoiser, config.run.init_from)
+            messages += differing_meaning(config.run.init_from, config)
         self.model.to(getattr(torch, config.precision.master))
         use_fp8(self.denoiser, config.precision.fp8, self.device)
         self.working_weights = None

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 STEM = "diffusion_pytorch_model"
 PRX_FILE = "denoiser.safetensors"
+_NO_METADATA: Mapping[str, str] = {}
 SHARD_BYTES = 5 * 10**9
 """Largest file of an exported folder, unless one tensor alone is larger."""
 
@@ -219,8 +220,9 @@ def save_diffusers(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = _NO_METADATA,
 ) -> None:
-    """Write our weights as `PRXTransformer2DModel.from_pretrained` reads them.
+    """Write our weights as `PRXTransformer2DModel.from_pretrained` reads them, with `metadata` in the headers.
 
     Needs memory for one shard beyond `state`. config.json is written last, so a folder that has it is
     complete. Raises UserError if `folder` has content, or for weights that do not fit `config`.
@@ -229,12 +231,12 @@ def save_diffusers(
     folder = new_folder(folder)
     shards = _shard(theirs, dtype, max_shard_bytes)
     if len(shards) == 1:
-        _write_tensors(theirs, shards[0], dtype, folder / f"{STEM}.safetensors")
+        _write_tensors(theirs, shards[0], dtype, folder / f"{STEM}.safetensors", metadata)
     else:
         weight_map = {}
         for i, names in enumerate(shards, start=1):
             file = f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors"
-            _write_tensors(theirs, names, dtype, folder / file)
+            _write_tensors(theirs, names, dtype, folder / file, metadata)
             weight_map |= dict.fromkeys(names, file)
         total = sum(part.numel() for part in theirs.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -242,10 +244,16 @@ def save_diffusers(
     _write_json(folder / "config.json", {"_class_name": CLASS_NAME, **diffusers_config(config)})
 
 
-def save_prx(state: State, config: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+def save_prx(
+    state: State,
+    config: Model,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> None:
     """Write our weights as a Photoroom/PRX state dict, `denoiser.safetensors` in an empty `folder`."""
     theirs = prx_state(state, config)
-    _write_tensors(theirs, theirs, dtype, new_folder(folder) / PRX_FILE)
+    _write_tensors(theirs, theirs, dtype, new_folder(folder) / PRX_FILE, metadata)
 
 
 def new_folder(folder: str | Path) -> Path:
@@ -275,10 +283,13 @@ def _shard(state: State, dtype: torch.dtype, limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_tensors(state: State, names: Iterable[str], dtype: torch.dtype, path: Path) -> None:
+def _write_tensors(
+    state: State, names: Iterable[str], dtype: torch.dtype, path: Path, metadata: Mapping[str, str]
+) -> None:
+    tensors = {name: state[name].to(dtype) for name in names}
     try:
         with atomic_file(path) as file:
-            write_safetensors(file, {name: state[name].to(dtype) for name in names}, {"format": "pt"})
+            write_safetensors(file, tensors, {"format": "pt", **metadata})
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
 
