@@ -222,7 +222,7 @@ def save_diffusers(
     max_shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] = _NO_METADATA,
 ) -> None:
-    """Write our weights as `PRXTransformer2DModel.from_pretrained` reads them, with `metadata` in the headers.
+    """Write our weights as `PRXTransformer2DModel.from_pretrained` reads them; `metadata` is for the headers.
 
     Needs memory for one shard beyond `state`. config.json is written last, so a folder that has it is
     complete. Raises UserError if `folder` has content, or for weights that do not fit `config`.

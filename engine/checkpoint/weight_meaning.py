@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from millrace.engine.checkpoint.model_weights import checkpoint_config, checkpoint_folder
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
-from millrace.engine.checkpoint.weight_formats import is_diffusers
+from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers
 from millrace.engine.config import Config
 from millrace.engine.util.errors import UserError
 
@@ -41,8 +41,9 @@ def stored_meaning(path: Path) -> dict[str, str]:
     for folder in (path, path / "transformer"):
         if is_diffusers(folder):
             return _of_files(sorted(folder.glob("*.safetensors")))
-    if path.is_file() or (files := list(path.glob("*.safetensors"))):
-        return _of_files([path] if path.is_file() else files)
+    for file in (path, path / PRX_FILE):
+        if file.is_file():
+            return _of_files([file])
     return meaning_of(checkpoint_config(CheckpointReader(checkpoint_folder(path), verify=False)))
 
 
@@ -56,9 +57,7 @@ def differing_meaning(path: str | Path, config: Config) -> list[str]:
     ]
     if not differing:
         return []
-    return [
-        f"warning: {path} was trained with other meaning: {'; '.join(differing)}; training has to undo that"
-    ]
+    return [f"warning: {path} means something else: {'; '.join(differing)}; training has to undo that"]
 
 
 def _of_files(files: list[Path]) -> dict[str, str]:

@@ -33,7 +33,7 @@ def test_every_form_keeps_it(runs, trained, tmp_path, form):
     other = runs.config(tmp_path, {"objective": {"prediction": "velocity"}})
     (line,) = differing_meaning(trained / form, other)
     assert line.startswith(
-        f"warning: {trained / form} was trained with other meaning: prediction sample, here vel"
+        f"warning: {trained / form} means something else: prediction sample, here velocity"
     )
     assert "(objective.prediction)" in line
 
@@ -41,7 +41,7 @@ def test_every_form_keeps_it(runs, trained, tmp_path, form):
 def test_a_run_that_starts_from_them_says_so(runs, trained, tmp_path, capsys):
     changes = {"run": {"steps": 1, "init_from": str(trained / "diffusers")}}
     assert runs.here(tmp_path / "same", changes).error is None
-    assert "other meaning" not in capsys.readouterr().err
+    assert "something else" not in capsys.readouterr().err
     assert runs.here(tmp_path / "other", changes, {"objective": {"prediction": "velocity"}}).error is None
     assert "prediction sample, here velocity (objective.prediction)" in capsys.readouterr().err
 
