@@ -61,7 +61,7 @@ SAID = {
     ("--plan", "0"): "--plan: '0' is not a whole number of 1 or more",
     ("--gpus", "0"): "--gpus: '0' is not a whole number of 1 or more",
     ("--device", "rtx4900"): "--device: 'rtx4900' is unknown; did you mean 'rtx4090'?",
-    ("--size", "3"): "--size: 3: write it as HEIGHTxWIDTH",
+    ("--size", "3"): "--size: '3': write it as HEIGHTxWIDTH",
     ("--samples", "many"): "--samples: 'many' is not a whole number of 2 or more",
     ("--dtype", "int8"): "--dtype: invalid choice: 'int8'",
     ("--config", "no"): "no: no such configuration file",
