@@ -147,10 +147,7 @@ def gpu_table(points: list[Result]) -> Table:
 
 def _gpu_points(points: list[Result]) -> str:
     if not points:
-        return (
-            "On GPUs: no measured step among the results yet, so the figures below rest on data sheets and "
-            "assumptions alone."
-        )
+        return "On GPUs: no measured step among the results yet."
     return (
         "Steps measured on GPUs (inputs from memory) beside the model as it was then; slack: the one that "
         f"would have been right.\n\n{gpu_table(points).markdown()}"
@@ -161,40 +158,23 @@ def _far(rows: list[Result]) -> Iterable[str]:
     """What was modelled; none of it is measured, and the text says so."""
     if rows:
         first = rows[0]
-        yield f"### Modelled: `{first['config']}` on {first['device']}"
         assumed = ", ".join(f"{key} {ASSUMED[key]:g}" for key in first["assumed"])
+        most = max(row["devices"] for row in rows)
         yield (
-            f"No measurement. {first['micro_batch']} images on each device at any number, inputs from "
-            "memory, reductions beside the backward pass at stages 1 to 3 (`overlap_comm`, buckets of 1e8 "
-            f"elements). Data sheets: `engine/planning/devices.py`. Slack {first['slack']:.2f}. Assumed: "
-            f"{assumed}. Waiting: the share of the step that communication adds to it. Sent: through each "
-            "GPU in a step. Memory in brackets does not fit."
+            f"The chart on the right is no measurement: the model of `{first['config']}` on "
+            f"{first['device']}, {first['micro_batch']} images on each device, up to {most} of them, inputs "
+            "from memory, reductions beside the backward pass at stages 1 to 3. It rests on data sheets "
+            f"(`engine/planning/devices.py`), slack {first['slack']:.2f} and what is assumed: {assumed}. "
+            "Hollow points do not fit into memory."
         )
-        head = ["ZeRO", "GPUs", "step ms", "images/s", "on each", "memory GB", "waiting", "sent GB"]
-        lines = []
-        for row in rows:
-            memory = f"{row['memory'] / 1e9:.1f}"
-            lines.append(
-                [
-                    str(row["stage"]),
-                    str(row["devices"]),
-                    f"{row['seconds'] * 1e3:.0f}",
-                    f"{row['images_per_second']:,.0f}",
-                    f"{row['images_per_second_per_device']:.1f}",
-                    memory if row["fits"] else f"({memory})",
-                    f"{row['communication_share']:.1%}",
-                    f"{row['sent_bytes'] / 1e9:.1f}",
-                ]
-            )
-        yield Table(head, lines).markdown()
 
 
 def draw(content: Result, path: Path) -> None:
-    """Write the chart of a result: prediction beside measurement."""
-    rows = content["rows"]
-    figure, axes = new_figure(1, 2)
+    """Write the chart of a result: prediction beside measurement, and what is modelled far away."""
+    rows, far = content["rows"], content["modelled"]
+    figure, axes = new_figure(1, 3 if far else 2, width=15.0 if far else 10.0)
     panels = (("seconds", 1.0, "step, s"), ("memory", 2**20, "peak memory, MiB"))
-    for axis, (name, unit, title) in zip(axes, panels, strict=True):
+    for axis, (name, unit, title) in zip(axes, panels, strict=False):
         places = range(len(rows))
         axis.bar([i - 0.2 for i in places], [row[name] / unit for row in rows], 0.4, label="measured")
         predicted = [row[f"predicted_{name}"] / unit for row in rows]
@@ -203,4 +183,25 @@ def draw(content: Result, path: Path) -> None:
         axis.set_xticks(list(places), labels, fontsize=8)
         axis.set_title(f"{title}, {_where(content)}", fontsize=10)
         axis.legend()
+    if far:
+        _draw_far(axes[-1], far)
     save(figure, path)
+
+
+def _draw_far(axis: Any, rows: list[Result]) -> None:
+    """Images/s of each device over their number by ZeRO stage; hollow where memory does not suffice."""
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        line = [row for row in rows if row["stage"] == stage]
+        devices, speeds = (
+            [row[name] for row in line] for name in ("devices", "images_per_second_per_device")
+        )
+        (drawn,) = axis.plot(devices, speeds, "--" if stage == 2 else "-", label=f"ZeRO {stage}")
+        for row, x, y in zip(line, devices, speeds, strict=True):
+            face = drawn.get_color() if row["fits"] else "none"
+            axis.plot(x, y, "o", color=drawn.get_color(), markerfacecolor=face)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted({row["devices"] for row in rows}), sorted({row["devices"] for row in rows}))
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("GPUs")
+    axis.set_title(f"modelled, not measured: images/s a GPU, {rows[0]['device']}", fontsize=10)
+    axis.legend(loc="lower left")

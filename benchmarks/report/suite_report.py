@@ -14,6 +14,13 @@ from millrace.engine.model.flops import dense_training_flops, training_flops
 Row = dict[str, Any]
 
 NOT_MEASURED = "Not measured: no result of `benchmarks/throughput.py --suite post` from a GPU."
+MEANINGS = (
+    "post, cached, live: speed relative to the row named under `against`, with the same inputs; the post's "
+    "is of its whole job, on GPUs whose model and count it does not say",
+    "ideal: that speed if time followed the FLOPs of all that runs, or of the denoiser alone",
+    "saved: share of the baseline's time saved over share of its FLOPs saved",
+)
+"""What the columns that set a row against its baseline mean."""
 LEAST_SAVED = 0.01
 """Share of FLOPs below which time saved over FLOPs saved is noise."""
 
@@ -50,12 +57,11 @@ def saved_per_saved(speedup: float, flop_ratio: float) -> float | None:
     return (1 - 1 / speedup) / (1 - flop_ratio)
 
 
-def derive(cases: Iterable[Row], routing: Row | None) -> list[Row]:
+def derive(cases: Iterable[Row]) -> list[Row]:
     """One row for each of the post's, from the measured cases.
 
     Args:
         cases: of the suite, with `status`.
-        routing: result of `routing.py` whose efficiencies stand beside TREAD's and SPRINT's.
 
     Returns:
         post: batches/s, relative to its baseline, saved time over saved FLOPs (FLOPs of the denoiser with
@@ -70,7 +76,6 @@ def derive(cases: Iterable[Row], routing: Row | None) -> list[Row]:
         name, base = row["config"], row["baseline"]
         flops, dense = config_flops(name)
         relative = row["batches_per_second"] / speeds[base]
-        policy = load_config(report.CONFIGS / f"{name}.json").routing.policy
         entry = {
             "method": row["method"],
             "resolution": row["resolution"],
@@ -83,7 +88,6 @@ def derive(cases: Iterable[Row], routing: Row | None) -> list[Row]:
                 "ideal": dense / flops,
                 "saved_time_per_saved_flops": saved_per_saved(relative, flops / dense),
             },
-            "routing": _routing_figures(routing, policy),
         }
         for kind in kinds:
             entry[kind] = _ours(measured.get((name, kind)), measured.get((base, kind)))
@@ -109,16 +113,8 @@ def _ours(case: Row | None, base: Row | None) -> Row | None:
     }
 
 
-def _routing_figures(routing: Row | None, policy: str) -> dict[str, float] | None:
-    """Saved time over saved FLOPs by side, of the result of `routing.py`."""
-    if routing is None or policy == "none":
-        return None
-    rows = (row for row in routing["rows"] if row["variant"] == policy)
-    return {row["side"]: row["saved_time_per_saved_flops"] for row in rows}
-
-
 def speed_table(rows: list[Row]) -> Table:
-    """speed and utilisation of every row."""
+    """Speed and utilisation of every row."""
     kinds = kinds_of(rows)
     head = ["row", "px", "post"]
     for kind in kinds:
@@ -138,15 +134,14 @@ def speed_table(rows: list[Row]) -> Table:
 
 
 def relative_table(rows: list[Row]) -> Table:
-    """every row against its own baseline."""
+    """Every row against its own baseline."""
     kinds = kinds_of(rows)
     head = ["row", "px", "against", "post", *kinds]
     head += [f"ideal {kind}" for kind in kinds] or ["ideal, denoiser"]
-    head += ["saved post", *(f"saved {kind}" for kind in kinds), "routing.py ours", "routing.py peer"]
+    head += ["saved post", *(f"saved {kind}" for kind in kinds)]
     lines = []
     for row in rows:
         ours = [row[kind] or {} for kind in kinds]
-        figures = row["routing"] or {}
         cells = [row["method"], str(row["resolution"]), row["baseline"], _ratio(row["post"]["relative"])]
         cells += [
             _ratio(one.get("relative")) + ("" if one.get("same_micro_batch", True) else "~") for one in ours
@@ -154,7 +149,6 @@ def relative_table(rows: list[Row]) -> Table:
         cells += [_ratio(one.get("ideal")) for one in ours] or [_ratio(row["post"]["ideal"])]
         cells.append(_ratio(row["post"]["saved_time_per_saved_flops"]))
         cells += [_ratio(one.get("saved_time_per_saved_flops")) for one in ours]
-        cells += [_ratio(figures.get(side)) for side in ("ours", "peer")]
         lines.append(cells)
     return Table(head, lines)
 
@@ -165,7 +159,7 @@ def kinds_of(rows: list[Row]) -> list[str]:
 
 
 def peer_table(cases: list[Row]) -> Table:
-    """every peer beside our step with the same inputs."""
+    """Every peer beside our step with the same inputs."""
     ours = {case["config"]: case for case in cases if _plain(case) and case["conditioning"] == "cached"}
     head = ["configuration", "peer", "batch", "step ms", "images/s/device", "MFU", "GiB", "ours to peer"]
     lines = []
@@ -190,7 +184,7 @@ def peer_table(cases: list[Row]) -> Table:
 
 
 def fp8_table(cases: list[Row]) -> Table:
-    """every step in FP8 beside the same step in BF16."""
+    """Every step in FP8 beside the same step in BF16."""
     plain = {case["config"]: case for case in cases if _plain(case) and case["conditioning"] == "cached"}
     head = ["configuration", "FP8 by", "batch", "step ms", "images/s/device", "GiB", "to BF16"]
     lines = []
@@ -243,7 +237,7 @@ def notes(result: Row) -> list[str]:
         f"{', '.join(steps) or 'no'} images",
         "MFU: model FLOPs of the denoiser over the dense BF16 peak; with frozen: and those of teacher, "
         "autoencoder and text encoder where they run",
-        *meanings(result),
+        *MEANINGS,
     ]
     overrides = [case["overrides"] for case in cases if case["overrides"] and not case.get("fp8")]
     if overrides:
@@ -253,22 +247,6 @@ def notes(result: Row) -> list[str]:
     if any(case["skipped_steps"] for case in cases):
         lines.append("some steps had no finite gradient and were skipped; do not use these times")
     lines.append("~: micro-batches of another size than the baseline's")
-    return lines
-
-
-def meanings(result: Row) -> list[str]:
-    """What the columns that set a row against its baseline mean."""
-    lines = [
-        "post, cached, live: speed relative to the row named under `against`, with the same inputs; "
-        "the post's is of its whole job, on GPUs whose model and count it does not say",
-        "ideal: that speed if time followed the FLOPs of all that runs, or of the denoiser alone",
-        "saved: share of the baseline's time saved over share of its FLOPs saved",
-    ]
-    if result["routing_file"]:
-        lines.append(
-            f"routing.py: the same share from {result['routing_file']} ({result['routing_device']}), "
-            "forward and backward alone"
-        )
     return lines
 
 
@@ -293,12 +271,11 @@ def section(results: list[Result]) -> str:
     """Of the performance page: the newest suite of each GPU; without one what is known of the post's rows."""
     text = ["## The post's rows"]
     newest = {gpu_of(result): result for result in of(results, "suite") if result["device"] == "cuda"}
-    routing = newest_routing(of(results, "routing"), "cuda")
     if not newest:
-        text += [NOT_MEASURED, relative_table(derive([], routing)).markdown()]
-        text.append(" ".join(f"{line}." for line in meanings(named(routing))))
+        text += [NOT_MEASURED, relative_table(derive([])).markdown()]
+        text.append(" ".join(f"{line}." for line in MEANINGS))
     for gpu, result in newest.items():
-        shown = result | named(routing) | {"table": derive(result["cases"], routing)}
+        shown = result | {"table": derive(result["cases"])}
         text += [f"### {gpu}", origin(result)]
         for title, table in tables(shown).items():
             text += [title, table.markdown()]
@@ -306,24 +283,6 @@ def section(results: list[Result]) -> str:
             text += ["Without figures:", "\n".join(f"- {line}" for line in others)]
         text.append("\n".join(f"- {line}" for line in notes(shown)))
     return "\n\n".join(text)
-
-
-def newest_routing(results: list[Row], device_type: str) -> Row | None:
-    """The newest result on a kind of device, or where there is none, the newest of all."""
-    return max(
-        results, key=lambda r: (r["options"]["device"] == device_type, r["time"], r["file"]), default=None
-    )
-
-
-def named(routing: Row | None) -> Row:
-    """What a suite says about the result of `routing.py` that it shows."""
-    if routing is None:
-        return {"routing_file": None, "routing_device": None}
-    on_gpu = routing["options"]["device"] == "cuda"
-    return {
-        "routing_file": routing["file"],
-        "routing_device": routing["gpus"][0]["name"] if on_gpu else routing["cpu"],
-    }
 
 
 def _ratio(value: float | None) -> str:

@@ -111,7 +111,6 @@ class Run:
 
     def _begin(self) -> Row:
         kind = "cpu" if self.arguments.smoke or not torch.cuda.is_available() else "cuda"
-        routing = report.newest_routing(recording.of(recording.read_results(), "routing"), kind)
         return {
             "benchmark": "suite",
             "suite": self.arguments.suite,
@@ -119,10 +118,9 @@ class Run:
             "device": kind,
             "smoke": self.arguments.smoke,
             "seconds_limit": self.arguments.seconds,
-            **report.named(routing),
             "running": None,
             "cases": [],
-            "table": report.derive([], routing),
+            "table": report.derive([]),
         }
 
     def run(self) -> None:
@@ -260,11 +258,7 @@ def read(output: Path) -> Row | None:
 
 def write(result: Row, output: Path | None) -> None:
     """Derive the table and write the result, if it has a file."""
-    routing = None
-    if result["routing_file"]:
-        path = recording.RESULTS / result["routing_file"]
-        routing = json.loads(path.read_text())
-    result["table"] = report.derive(result["cases"], routing)
+    result["table"] = report.derive(result["cases"])
     if output is not None:
         recording.write(output, result)
 

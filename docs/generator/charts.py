@@ -3,22 +3,16 @@
 Every number comes from a file, whose name stands under the chart. What has no file says so.
 """
 
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import svg
 
-from millrace.benchmarks.report import suite_report
 from millrace.benchmarks.report.recording import Result, read_results
-
-ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = ROOT / "benchmarks" / "published.json"
 
 LEFT, RIGHT, BAR, GAP, INSIDE = 236, 50, 18, 8, 70
 """Pixels: names, figures, a bar, between two of one group, and how long a bar is to hold its figure."""
-OURS, THEIRS, POST = "green", "grey", "blue"
+OURS, THEIRS = "green", "grey"
 
 
 class Bar(NamedTuple):
@@ -28,7 +22,6 @@ class Bar(NamedTuple):
     colour: str
     mark: float | None = None
     """Where a tick stands, in the bars' unit."""
-    mark_shown: str = ""
 
 
 class Group(NamedTuple):
@@ -69,7 +62,6 @@ def bars(title: str, groups: list[Group], notes: list[str], width: int = 760) ->
             if bar.mark is not None:
                 x = LEFT + bar.mark * scale
                 canvas.line((x, y - 3), (x, y + BAR + 3), colour="ink", width=2)
-                canvas.text(x + 7, y + 13.5, bar.mark_shown, size=12, colour="soft")
             y += BAR + GAP
         canvas.line((LEFT, y - 24 - len(group.bars) * (BAR + GAP) + 22), (LEFT, y - GAP + 3))
         y += 2
@@ -175,126 +167,6 @@ def traffic(results: list[Result]) -> str:
 
 def _total(row: Result) -> float:
     return sum(part["bytes"] for part in row["totals"].values())
-
-
-def speed(results: list[Result]) -> str:
-    """README's picture: images/s beside the post's where a GPU was measured, else relative speed."""
-    gpu = [
-        row | {"file": result["file"], "gpu": result["gpus"][0]["name"], "time": result["time"]}
-        for result in results
-        if result["benchmark"] in ("throughput", "suite") and result.get("gpus")
-        for row in result.get("rows") or result.get("cases") or []
-        if row.get("status", "measured") == "measured"
-        and row.get("device", "cuda") == "cuda"
-        and not row.get("peer")
-    ]
-    return _images_per_second(gpu) if gpu else _relative_speed(results)
-
-
-def _post_speeds() -> dict[str, float]:
-    """Images/s of the post's whole job, by configuration."""
-    post = json.loads(PUBLISHED.read_text())
-    return {
-        row["config"]: row["batches_per_second"] * post["global_batch"]
-        for table in post["tables"]
-        for row in table["rows"]
-        if row["config"] and row["batches_per_second"]
-    }
-
-
-def _images_per_second(rows: list[Result]) -> str:
-    """The newest measured row of each configuration of the post, cached inputs first."""
-    post = _post_speeds()
-    chosen: dict[str, Result] = {}
-    for row in rows:
-        if row["config"] in post and not row.get("overrides"):
-            known = chosen.get(row["config"])
-            if known is None or row["conditioning"] == "cached" or known["conditioning"] != "cached":
-                chosen[row["config"]] = row
-    groups = [
-        Group(
-            config,
-            [
-                Bar("the post, its whole job", post[config], f"{post[config]:.0f}", POST),
-                Bar(
-                    f"Millrace, {row['devices']} x {row['gpu'].removeprefix('NVIDIA ')}",
-                    row["images_per_second"],
-                    f"{row['images_per_second']:.0f}",
-                    OURS,
-                ),
-            ],
-        )
-        for config, row in chosen.items()
-    ]
-    files = ", ".join(sorted({row["file"] for row in chosen.values()}))
-    inputs = ", ".join(sorted({row["conditioning"] for row in chosen.values()}))
-    notes = [
-        "The post does not say on what GPUs, or on how many, its figures were taken.",
-        f"Inputs: {inputs}. benchmarks/results/: {files}; the post: benchmarks/published.json",
-    ]
-    return bars("Images per second of training", groups, notes)
-
-
-def _relative_speed(results: list[Result]) -> str:
-    """Speed of TREAD and SPRINT relative to the dense step of the same side, and where the FLOPs put it."""
-    result = newest(results, "routing")
-    if result is None:
-        return "Not measured: no result of python -m benchmarks routing."
-    cpu = result["options"]["device"] == "cpu"
-    sides = (
-        {"ours": "Millrace, small model on a CPU", "peer": "diffusers, the same model and CPU"}
-        if cpu
-        else {"ours": "Millrace, blocks on a GPU", "peer": "diffusers, the same on that GPU"}
-    )
-    dense = {row["side"]: row["seconds_median"] for row in result["rows"] if row["variant"] == "dense"}
-    groups = []
-    for method in ("TREAD", "SPRINT"):
-        found = [
-            Bar(
-                f"the post, {row['resolution']} px",
-                row["relative"],
-                f"{row['relative']:.2f}",
-                POST,
-                row["ideal"],
-                f"{row['ideal']:.2f}",
-            )
-            for row in _post_relative(method)
-        ]
-        found += [
-            Bar(
-                sides[row["side"]],
-                dense[row["side"]] / row["seconds_median"],
-                f"{dense[row['side']] / row['seconds_median']:.2f}",
-                OURS if row["side"] == "ours" else THEIRS,
-                1 / row["flop_ratio"],
-                f"{1 / row['flop_ratio']:.2f}",
-            )
-            for row in result["rows"]
-            if row["variant"] == method.lower()
-        ]
-        groups.append(Group(method, found))
-    options = result["options"]
-    where = f"No GPU measurement yet. CPU: {result['cpu']}, {result['threads']} threads"
-    if not cpu:
-        where = f"GPU: {result['gpus'][0]['name']}; forward and backward, no training step measured yet"
-    notes = [
-        "Each to the dense step of the same model; the tick is the speed it had if time followed the FLOPs.",
-        f"{where}, width {options['width']}, {options['depth']} blocks, {options['image_tokens']} tokens.",
-        f"benchmarks/results/{result['file']}, {result['time'][:10]}; the post: benchmarks/published.json",
-    ]
-    return bars("Training speed, routed to dense", groups, notes)
-
-
-def _post_relative(method: str) -> list[Result]:
-    """The post's rows of a routing method: speed relative to their baseline, and that by FLOPs."""
-    speeds = {row["config"]: row["batches_per_second"] for row in suite_report.post_rows()}
-    found = []
-    for row in suite_report.post_rows():
-        if row["method"] == method:
-            flops, dense = suite_report.config_flops(row["config"])
-            relative = row["batches_per_second"] / speeds[row["baseline"]]
-            found.append({"resolution": row["resolution"], "relative": relative, "ideal": dense / flops})
-    return found
 
 
 CHARTS: dict[str, Callable[[list[Result]], str]] = {

@@ -1,4 +1,4 @@
-"""Draw the committed pictures: the diagrams in docs/diagrams/ and README's docs/pictures/speed.svg.
+"""Draw the committed pictures: the diagrams in docs/diagrams/ and README's docs/pictures/traffic.svg.
 
 python docs/generator/pictures.py            # write those that changed
 python docs/generator/pictures.py --check    # exit code 1 if one is not what the code and the results say
@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parents[1]
 def pictures() -> dict[Path, str]:
     """Every committed picture and what it should be."""
     found = {DOCS / "diagrams" / f"{name}.svg": draw() for name, draw in diagrams.DIAGRAMS.items()}
-    return found | {DOCS / "pictures" / "speed.svg": charts.speed(charts.load())}
+    return found | {DOCS / "pictures" / "traffic.svg": charts.traffic(charts.load())}
 
 
 def main() -> int:

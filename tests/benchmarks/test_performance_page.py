@@ -149,31 +149,9 @@ def test_training_steps():
     assert text.count("`jit_1024`") == 1
 
 
-def routing_result(device, saved):
-    rows = [
-        {"variant": variant, "side": side, "saved_time_per_saved_flops": saved}
-        for variant in ("tread", "sprint")
-        for side in ("ours", "peer")
-    ]
-    options = {"device": device}
-    return ORIGIN | {
-        "benchmark": "routing",
-        "file": f"routing-{device}.json",
-        "options": options,
-        "rows": rows,
-    }
-
-
-def suite_section(suites, routings):
-    return suite_report.section([*suites, *routings])
-
-
 def test_the_posts_rows_stand_there_without_a_measurement():
-    text = suite_section([], [routing_result("cpu", 0.875)])
+    text = suite_report.section([])
     assert "Not measured: no result of `benchmarks/throughput.py --suite post`" in text
-    (tread,) = (line for line in text.splitlines() if line.startswith("| TREAD | 1024"))
-    assert tread.endswith("| 0.88 | 0.88 |"), "of routing.py"
-    assert "routing-cpu.json (Some CPU)" in text
     assert text.count("| Baseline |") == 2
 
 
@@ -213,7 +191,7 @@ def test_the_newest_suite_of_each_gpu():
         "smoke": False,
         "cases": cases,
     }
-    text = suite_section([result | {"cases": []}, result], [routing_result("cuda", 0.5)])
+    text = suite_report.section([result | {"cases": []}, result])
     assert "| TREAD | 1024 | 1.64 | 125.0 | 0.488 | 40.0% | 41.0% |" in text
     assert "| TREAD | 1024 | jit_1024 | 1.23 | 1.25 | 2.00 |" in text
     assert "| jit_1024 | diffusers | 32 | 100.0 | 40.0 | 40.0% | 1.0 | 2.50 |" in text
@@ -315,11 +293,12 @@ def test_compiled_kernels_show_what_they_take():
         "instructions": "wgmma",
         "problems": 1,
     }
-    result = {"benchmark": "resources", "kernels": [kernel], "file": "resources.json", "minutes": 7.5}
+    other = kernel | {"chip": 80, "registers": 40, "occupancy": 6, "instructions": "mma", "problems": 0}
+    result = {"benchmark": "resources", "kernels": [kernel, other], "file": "resources.json", "minutes": 7.5}
     result |= {"versions": {"triton": "3.7.1", "ptxas": "12.8"}, "processes": 2}
     text = performance_page.page([result])
-    assert "| geglu | geglu_fwd_kernel | 90 | 2 | 64 | 8 | 16 | 1 | 3.0 | wgmma | 1 |" in text
-    assert "triton 3.7.1, ptxas 12.8; `resources.json`, 7.5 minutes in 2 processes" in text
+    assert "| geglu | geglu_fwd_kernel | 2 | 4 | 64 | 6 | 16 | 1 | 3.0 | wgmma mma | 1 |" in text
+    assert "sm 90, 80 (triton 3.7.1, ptxas 12.8; `resources.json`, which has a row for each chip" in text
 
 
 def test_loaders_are_ranked_and_set_against_the_targets():

@@ -170,8 +170,8 @@ def test_section_says_what_is_measured_and_what_is_not(trial, monkeypatch):
     assert "![Measured and modelled steps](../benchmarks/results/scaling.png)" in text
     assert "| 0 | 1 | " in text
     assert "fitted" in text
-    assert "No measurement. 8 images on each device" in text
-    assert "Assumed: share of the peak FLOP/s in matrix products 0.8" in text
+    assert "no measurement: the model of `quickstart` on H200 SXM, 8 images on each device" in text
+    assert "assumed: share of the peak FLOP/s in matrix products 0.8" in text
     assert "On GPUs: no measured step among the results yet" in text
     empty = page.section([])
     assert page.NOT_MEASURED in empty

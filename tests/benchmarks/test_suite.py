@@ -96,27 +96,12 @@ def case(name, kind="cached", images=100.0, flops=4.0, teacher=0.0, **changes):
     return row | changes
 
 
-ROUTING = {
-    "benchmark": "routing",
-    "file": "routing.json",
-    "time": "2026",
-    "cpu": "Some CPU",
-    "gpus": [],
-    "options": {"device": "cpu"},
-    "rows": [
-        {"variant": "tread", "side": "ours", "saved_time_per_saved_flops": 0.8},
-        {"variant": "tread", "side": "peer", "saved_time_per_saved_flops": 0.4},
-    ],
-}
-
-
 def result(cases):
     """A run with these cases."""
     return {
         "cases": cases,
-        "table": report.derive(cases, ROUTING),
+        "table": report.derive(cases),
         "smoke": False,
-        **report.named(ROUTING),
     }
 
 
@@ -127,14 +112,13 @@ def test_figures_are_arithmetic_on_the_cases():
         case("latent_256", images=400.0, flops=1.0),
         case("latent_256_repa_dinov3", images=320.0, flops=1.0, teacher=0.25, micro_batch=16),
     ]
-    rows = {row["config"]: row for row in report.derive(cases, ROUTING)}
+    rows = {row["config"]: row for row in report.derive(cases)}
     assert list(rows) == NAMES
     tread = rows["jit_1024_tread"]
     assert tread["cached"]["relative"] == pytest.approx(1.25)
     assert tread["cached"]["ideal"] == pytest.approx(2.0)
     # A fifth of the time is saved, with half of the FLOPs.
     assert tread["cached"]["saved_time_per_saved_flops"] == pytest.approx(0.2 / 0.5)
-    assert tread["routing"] == {"ours": 0.8, "peer": 0.4}
     assert tread["post"]["relative"] == pytest.approx(1.64 / 1.33)
     ratio = tread["post"]["flop_ratio"]
     assert ratio == pytest.approx(0.658, abs=0.001), "as counted by hand for full captions"
@@ -157,13 +141,10 @@ def test_the_text_has_all_rows_peers_and_failures():
     speeds, relatives, beside, failures, notes = text.split("\n\n")
     assert [line.split()[0] for line in speeds.splitlines()[2:]] == [row["method"] for row in ROWS]
     assert len(relatives.splitlines()) == 14
-    (tread,) = (line for line in relatives.splitlines() if line.startswith("TREAD") and " 1024 " in line)
-    assert tread.split()[-2:] == ["0.80", "0.40"], "the figures of routing.py"
     assert "1.00~" in relatives, "another micro-batch than the baseline's"
     assert beside.splitlines()[2].split()[-1] == "2.00", "ours to the peer"
     assert failures == "latent_256_sprint/cached: failed: RuntimeError: no"
     assert "derived: measured images/s over 256" in notes
-    assert "routing.json (Some CPU)" in notes
 
 
 def test_the_dense_baselines_are_measured_in_fp8_too():
@@ -185,7 +166,7 @@ def test_fp8_stands_beside_bf16_and_in_no_row_of_the_post():
         case("latent_256", images=50.0, **fp8, micro_batch=16),
         suite.without(suite.Case("jit_1024", "cached", None, "torchao"), "left out", "not installed"),
     ]
-    rows = {row["config"]: row for row in report.derive(cases, None)}
+    rows = {row["config"]: row for row in report.derive(cases)}
     assert rows["jit_1024"]["cached"]["images_per_second_per_device"] == 100.0
     assert rows["latent_256"]["cached"] is None
     fast, alone = report.fp8_table(cases).rows
@@ -216,15 +197,6 @@ def test_an_fp8_case_is_the_configuration_with_the_backend(monkeypatch, tmp_path
     plain, fp8, other = run.result["cases"]
     assert (plain["fp8"], fp8["fp8"], other["status"]) == (None, "torch", "left out")
     assert other["reason"].startswith("transformer_engine ")
-
-
-def test_the_newest_routing_result_on_the_device_is_taken():
-    gpu = ROUTING | {"options": {"device": "cuda"}, "time": "2025", "gpus": [{"name": "H200"}]}
-    assert report.newest_routing([gpu, ROUTING], "cuda") is gpu
-    assert report.newest_routing([gpu, ROUTING], "cpu") is ROUTING
-    assert report.newest_routing([ROUTING], "cuda") is ROUTING
-    assert report.newest_routing([], "cpu") is None
-    assert report.named(gpu)["routing_device"] == "H200"
 
 
 def given(**changes):
@@ -295,7 +267,7 @@ path.write_text(json.dumps(result))
 
 def test_a_process_that_dies_costs_one_case(tmp_path):
     output = tmp_path / "out.json"
-    output.write_text(json.dumps({"routing_file": None, "running": None, "cases": [], "table": []}))
+    output.write_text(json.dumps({"running": None, "cases": [], "table": []}))
     suite.watch([sys.executable, "-c", CHILD, str(output)], output, None)
     died, after = json.loads(output.read_text())["cases"]
     assert (died["case"], died["status"]) == ("latent_256/cached", "failed")
@@ -480,7 +452,6 @@ def test_the_whole_suite_on_small_models(tmp_path):
         assert entry["cached"]["relative"] > 0
         assert entry["live"]["relative"] > 0
         routed = entry["method"] in ("TREAD", "SPRINT")
-        assert bool(entry["routing"]) == routed
         assert (entry["cached"]["saved_time_per_saved_flops"] is not None) == routed
     assert done.stdout.count("REPA-Dinov3") == 2
     assert "diffusers, FSDP2" in done.stdout

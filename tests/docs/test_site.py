@@ -183,43 +183,6 @@ def test_all_operations_are_listed(site):
     assert "traffic.json" in page
 
 
-GPU = {
-    "benchmark": "throughput",
-    "file": "throughput-x.json",
-    "time": "2026-01-02T03:04:05+00:00",
-    "cpu": "Some CPU",
-    "gpus": [{"name": "NVIDIA H200"}],
-    "rows": [
-        {
-            "config": "jit_1024",
-            "overrides": [],
-            "conditioning": "cached",
-            "device": "cuda",
-            "devices": 8,
-            "images_per_second": 678.9,
-        }
-    ],
-}
-
-
-def test_the_picture_of_readme_shows_a_gpu_once_there_is_one():
-    charts = load("charts")
-    post = {
-        row["config"]: row
-        for table in json.loads(charts.PUBLISHED.read_text())["tables"]
-        for row in table["rows"]
-    }
-    drawn = charts.speed([*charts.load(), GPU])
-    assert ">679<" in drawn
-    assert f">{post['jit_1024']['batches_per_second'] * 256:.0f}<" in drawn
-    assert "8 x H200" in drawn
-    assert "throughput-x.json" in drawn
-    assert "does not say on what GPUs" in drawn
-    drawn = charts.speed([result for result in charts.load() if not result.get("gpus")])
-    assert "small model on a CPU" in drawn
-    assert "No GPU measurement yet" in drawn
-
-
 def test_charts_say_what_was_not_measured():
     charts = load("charts")
     for name, chart in charts.CHARTS.items():
