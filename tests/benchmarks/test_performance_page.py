@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from millrace.benchmarks.report import kernels_report, pages, performance_page, recording, suite_report
+from millrace.benchmarks.report import kernels_report, performance_page, recording, suite_report
 from millrace.benchmarks.step.step_timeline import CATEGORIES
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -71,10 +71,6 @@ def kernels_result(**others):
         "rows": rows,
     }
     return ORIGIN | result | {"ceilings": ceilings} | others
-
-
-def test_the_committed_page_is_what_the_committed_results_say():
-    assert not pages.stale(), "run python -m benchmarks pages"
 
 
 def test_without_results_everything_is_said_not_to_be_measured():

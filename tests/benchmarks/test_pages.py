@@ -1,10 +1,15 @@
-"""The planner's table of settings: every cell fits, or says that nothing does."""
+"""Committed pages are what the results say; each cell of the planner's table fits, or says that none does."""
 
 import pytest
 
+from millrace.benchmarks.report import pages
 from millrace.benchmarks.report import settings_section as table
 from millrace.engine.planning.devices import GPUS
 from millrace.engine.util.errors import UserError
+
+
+def test_the_committed_pages_are_what_the_committed_results_say():
+    assert not pages.stale(), "run python -m benchmarks pages"
 
 
 def test_every_cell_fits_or_says_that_nothing_does():
