@@ -83,6 +83,20 @@ class Columns(Section):
     none of them is there, the long one."""
 
 
+class Remote(Section):
+    """How shards are read whose `data.path` is a URL. None of it changes a sample."""
+
+    requests: int = Field(64, ge=1, le=4096)
+    """Requests for ranges of files that each process has under way at a time, for each data set. Twice as
+    many samples are asked for ahead."""
+    cache_dir: PathText | None = None
+    """Folder on a local disk for samples that were read, which all processes of the machine share; null is
+    `samples` in the cache folder of the user (MILLRACE_CACHE, else ~/.cache/millrace)."""
+    cache_gb: float = Field(16.0, ge=0)
+    """Most that this folder holds, in GB of 10^9 bytes; 0 keeps nothing. What was not read for longest goes
+    first."""
+
+
 class Part(Section):
     """One data set of a mixture."""
 
@@ -118,7 +132,8 @@ class Data(Section):
     `shards`: a folder that millrace prepare has made.
     `mds`: shards of MosaicML's streaming library. `mixture`: several of these."""
     path: PathText | None = None
-    """Folder of `source: folder`, `shards` and `mds`."""
+    """Folder of `source: folder`, `shards` and `mds`; of `shards` also a URL that fsspec reads, such as
+    s3://bucket/set."""
     columns: Columns = Columns()
     """Which columns of `source: mds` are the picture and the captions."""
     keys: PathText | None = None
@@ -153,6 +168,8 @@ class Data(Section):
     the source has JPEG files. Samples and their order are the same."""
     cached: tuple[CacheKind, ...] = ()
     """Which caches of shards training reads in place of running the frozen network."""
+    remote: Remote = Remote()
+    """How shards are read whose path is a URL."""
     verify: bool = False
     """Compare the checksum of each shard when it is first read."""
     workers: int = Field(4, ge=0)
@@ -193,6 +210,11 @@ class Data(Section):
 def _check_path(section: Data | Part, where: str) -> None:
     if section.source not in _WITHOUT_PATH and not section.path:
         raise ValueError(f"{where}source {section.source} needs data.path")
+    if section.source in ("folder", "mds") and "://" in section.path:
+        raise ValueError(
+            f"{where}source {section.source} reads a folder on a disk, not {section.path}; make shards of it "
+            "with millrace prepare: source shards reads them from a URL"
+        )
 
 
 def _check_mixture(data: Data) -> None:
@@ -245,6 +267,12 @@ def _check_caches(data: Data) -> None:
             f"data.cached is of shards, but data.source is {data.source}; set data.cached to [] or prepare "
             "shards"
         )
+    for part in data.mixture or (data,):
+        if part.path and "://" in part.path:
+            raise ValueError(
+                f"data.cached is read from a disk, not from {part.path}; copy that data set, or set "
+                "data.cached to []"
+            )
     if "latents" in data.cached and (data.aspect != "bucket" or data.crop != "center" or data.flip > 0):
         raise ValueError(
             "data.cached latents are of pictures that always look the same; set data.aspect bucket, "

@@ -26,7 +26,13 @@ from millrace.engine.data.latent_cache import CachedText, Caches
 from millrace.engine.data.order import Pool
 from millrace.engine.data.sample_choices import Choices
 from millrace.engine.data.sources.mixture import order_of
-from millrace.engine.data.sources.pictures import Source, UnreadablePicture
+from millrace.engine.data.sources.pictures import (
+    Source,
+    UnreadablePicture,
+    forget_ahead,
+    read_ahead,
+    samples_ahead,
+)
 from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
 
@@ -34,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
+_Place = tuple[int, int, Pool]
+"""A sample's number, the index in the source of its picture, and the pictures among which that is."""
 Bad = tuple[tuple[str, UnreadablePicture], ...]
 """Unreadable pictures, by key, that a sample passed over."""
 
@@ -120,6 +128,8 @@ class SampleStream:
             else None
         )
         self._ahead: deque[tuple[range, Callable[[], list[_Sample]]]] = deque()
+        self._placed: deque[tuple[range, list[_Place]]] = deque()
+        self._asked_ahead = -(-samples_ahead(source) // config.micro_batch)
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -130,14 +140,12 @@ class SampleStream:
             raise RuntimeError("this SampleStream is closed")
         try:
             if self._pool is None:
-                indices = self._next_indices()
-                return self._collect(
-                    indices, self._finish(self._start_all([self._place(i) for i in indices]))
-                )
+                indices, places = self._next_places()
+                return self._collect(indices, self._finish(self._start_all(places)))
             # One more than asked for: the first is the one that is handed out now.
             while len(self._ahead) <= self._config.prefetch:
-                indices = self._next_indices()
-                self._ahead.append((indices, self._submit(indices, self._pool)))
+                indices, places = self._next_places()
+                self._ahead.append((indices, self._submit(places, self._pool)))
             indices, samples = self._ahead.popleft()
             return self._collect(indices, samples())
         except BaseException:
@@ -172,6 +180,16 @@ class SampleStream:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
+        forget_ahead(self._source)
+
+    def _next_places(self) -> tuple[range, list[_Place]]:
+        """Indices and places of the next micro-batch; a source that is far away hears of those after it."""
+        while len(self._placed) <= self._asked_ahead:
+            indices = self._next_indices()
+            self._placed.append((indices, [self._place(i) for i in indices]))
+            if self._asked_ahead:
+                read_ahead(self._source, [picture for _, picture, _ in self._placed[-1][1]])
+        return self._placed.popleft()
 
     def _next_indices(self) -> range:
         """Global sample indices of the next micro-batch of this process."""
@@ -181,13 +199,11 @@ class SampleStream:
         self._submitted += 1
         return range(start, start + micro)
 
-    def _place(self, i: int) -> tuple[int, int, Pool]:
-        """Sample `i`, the index in the source of its picture, and the pictures among which that is."""
+    def _place(self, i: int) -> _Place:
         return i, *self._order.picture(i - self._origin_sample)
 
-    def _submit(self, indices: range, pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
+    def _submit(self, places: list[_Place], pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
         """Begin a micro-batch in threads; what is returned waits for it."""
-        places = [self._place(i) for i in indices]
         started = [pool.submit(self._start_all, part) for part in parts(places, self._config.workers)]
 
         def samples() -> list[_Sample]:
@@ -195,7 +211,7 @@ class SampleStream:
 
         return samples if self._finisher is None else self._finisher.submit(samples).result
 
-    def _start_all(self, places: Sequence[tuple[int, int, Pool]]) -> list[_Sample]:
+    def _start_all(self, places: Sequence[_Place]) -> list[_Sample]:
         found = []
         for place in places:
             if self._closed:

@@ -2,20 +2,20 @@
 
     NAME.index in the node cache: (N,) of ROW, then (N,) <i4 buckets, for the N samples in their order
 
-Of a large data set one process of a machine reads and checks the shards' indexes; every process maps the
-result, so opening costs the manifest alone, and memory holds the pages that are looked at, once a machine. Of
-a small one each process keeps the rows themselves.
+Of a large data set, and of one in a bucket, one process of a machine reads and checks the shards' indexes;
+every process maps the result, so opening costs the manifest alone, and memory holds the pages that are looked
+at, once a machine. Of a small one on a disk each process keeps the rows themselves.
 """
 
 import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from millrace.engine.data.formats.byte_store import ByteStore, Place, open_store
 from millrace.engine.data.formats.shard_index import ROW, Manifest, Shard, read_index
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
@@ -40,28 +40,28 @@ class JoinedIndex(NamedTuple):
     """(N,) int32: index into the manifest's buckets of every sample."""
 
 
-def open_index(root: Path, manifest: Manifest) -> JoinedIndex:
+def open_index(place: Place, manifest: Manifest) -> JoinedIndex:
     """The index of all samples. Raises UserError for an index that is not the manifest's."""
-    samples = manifest.samples
+    store, samples = open_store(place), manifest.samples
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-    if samples >= MAPPED_ROWS:
+    if samples >= MAPPED_ROWS or store.is_remote:
         name, middle = f"{index_digest(manifest)}.index", samples * ROW.itemsize
         try:
-            path = cached_file(name, middle + 4 * samples, lambda file: _write(file, root, manifest, starts))
+            path = cached_file(name, middle + 4 * samples, lambda file: _write(file, store, manifest, starts))
             joined = np.memmap(path, np.uint8, "r").view(np.ndarray)
             return JoinedIndex(joined[:middle].view(ROW), joined[middle:].view("<i4"))
         except OSError as error:
             log.warning(
                 "%s: its index cannot be kept for all processes of this machine: %s; each holds its own, set "
                 "%s to a folder on a local disk",
-                root,
+                store.root,
                 error,
                 VARIABLE,
             )
     rows = np.empty(samples, ROW)
 
     def read(number: int) -> None:
-        rows[starts[number] : starts[number + 1]] = read_index(root, manifest.shards[number])
+        rows[starts[number] : starts[number + 1]] = read_index(store, manifest.shards[number])
 
     _each(read, len(manifest.shards))
     bucket_of = np.concatenate([_buckets(manifest, shard) for shard in manifest.shards])
@@ -77,19 +77,20 @@ def index_digest(manifest: Manifest) -> str:
     return sha256(f"{_VERSION} {ROW.descr}\n{''.join(lines)}".encode())
 
 
-def check_sizes(root: Path, manifest: Manifest) -> None:
+def check_sizes(place: Place, manifest: Manifest) -> None:
     """Raises UserError for a tar that is not there or has another size than the manifest says."""
+    store = open_store(place)
 
     def check(number: int) -> None:
         shard = manifest.shards[number]
-        path = root / shard.file
+        path = store.where(shard.file)
         try:
-            size = path.stat().st_size
+            size = store.size(shard.file)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be read: {error.strerror}; restore it or run millrace prepare again"
             ) from None
-        if size != shard.bytes:
+        if size is not None and size != shard.bytes:
             raise UserError(
                 f"{path}: has {size} bytes, the manifest says {shard.bytes}; "
                 "restore it or run millrace prepare again"
@@ -98,13 +99,13 @@ def check_sizes(root: Path, manifest: Manifest) -> None:
     _each(check, len(manifest.shards))
 
 
-def _write(file: BinaryIO, root: Path, manifest: Manifest, starts: np.ndarray) -> None:
+def _write(file: BinaryIO, store: ByteStore, manifest: Manifest, starts: np.ndarray) -> None:
     """Join the indexes of the shards; memory holds a few shards' at a time."""
     file.truncate(int(starts[-1]) * (ROW.itemsize + 4))
 
     def join(number: int) -> None:
         shard, start = manifest.shards[number], int(starts[number])
-        _put(file, read_index(root, shard), start * ROW.itemsize)
+        _put(file, read_index(store, shard), start * ROW.itemsize)
         _put(file, _buckets(manifest, shard), int(starts[-1]) * ROW.itemsize + start * 4)
 
     _each(join, len(manifest.shards))

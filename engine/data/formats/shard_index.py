@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from millrace.engine.data.formats.byte_store import Place, open_store
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 
@@ -123,22 +124,30 @@ class Manifest(BaseModel):
         return sha256("".join(lines).encode())
 
 
+def beside(shard: Shard, suffix: str) -> str:
+    """Path in the data set of what lies beside a tar, with the same name but for the suffix."""
+    return shard.file.removesuffix(".tar") + suffix
+
+
 def bucket_name(bucket: tuple[int, int]) -> str:
     """Folder of a bucket (h, w): `HxW`."""
     return f"{bucket[0]}x{bucket[1]}"
 
 
-def read_manifest(root: str | Path) -> Manifest:
-    """manifest.json of the data set in the folder `root`. Raises UserError."""
-    path = Path(root) / "manifest.json"
-    if not Path(root).is_dir():
-        raise UserError(f"{root}: no such folder; set data.path to a folder that millrace prepare has made")
+def read_manifest(place: Place) -> Manifest:
+    """manifest.json of a data set. Raises UserError."""
+    store = open_store(place)
+    path = store.where("manifest.json")
+    if not store.is_remote and not Path(store.root).is_dir():
+        raise UserError(
+            f"{store.root}: no such folder; set data.path to a folder that millrace prepare has made"
+        )
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(store.whole("manifest.json"))
     except FileNotFoundError:
         raise UserError(
-            f"{root}: there is no manifest.json, so this is no data set of shards or not a complete one; "
-            "run millrace prepare (again) to make it"
+            f"{store.root}: there is no manifest.json, so this is no data set of shards or not a complete "
+            "one; run millrace prepare (again) to make it"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; correct or restore it") from None
@@ -154,15 +163,15 @@ def read_manifest(root: str | Path) -> Manifest:
         ) from None
 
 
-def read_index(root: str | Path, shard: Shard) -> np.ndarray:
+def read_index(place: Place, shard: Shard) -> np.ndarray:
     """(samples,) of ROW of one shard, every row checked against the size of the tar. Raises UserError."""
-    path = (Path(root) / shard.file).with_suffix(".npy")
+    store, file = open_store(place), beside(shard, ".npy")
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}; restore it or run millrace prepare again")
+        return UserError(f"{store.where(file)}: {reason}; restore it or run millrace prepare again")
 
     try:
-        data = path.read_bytes()
+        data = store.whole(file)
     except OSError as error:
         raise refuse(f"cannot be read: {error.strerror}") from None
     if sha256(data) != shard.index_sha256:
@@ -211,11 +220,12 @@ def digests_of(keys: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(map(key_digest, keys)), "<u8").reshape(-1, 2)
 
 
-def read_keys(root: str | Path, shard: Shard) -> np.ndarray:
+def read_keys(place: Place, shard: Shard) -> np.ndarray:
     """(samples, 2) uint64, `key_digest` of the keys of a shard that has them. Raises UserError."""
-    path = (Path(root) / shard.file).with_suffix(".keys")
+    store, file = open_store(place), beside(shard, ".keys")
+    path = store.where(file)
     try:
-        data = path.read_bytes()
+        data = store.whole(file)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; restore it or run millrace prepare again"

@@ -7,7 +7,7 @@ how a curated set is trained on without copying pictures.
 import itertools
 import logging
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from millrace.engine.data.sources.pictures import (
     encoded,
     key_alone,
     key_digests,
+    read_ahead,
     stored_size,
 )
 from millrace.engine.util.errors import UserError
@@ -58,6 +59,9 @@ class KeptSource:
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return stored_size(self.whole, self._place(index))
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        read_ahead(self.whole, self.kept[list(indices)].tolist())
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

@@ -9,6 +9,7 @@ Each part counts its own epochs. Nothing depends on processes, micro-batches or 
 """
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,14 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.order import BucketRuns, Epochs, Order, Pool, deal
 from millrace.engine.data.sources.mixture_shares import SharePlan
-from millrace.engine.data.sources.pictures import Captions, Source, encoded, key_alone, stored_size
+from millrace.engine.data.sources.pictures import (
+    Captions,
+    Source,
+    encoded,
+    key_alone,
+    read_ahead,
+    stored_size,
+)
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose, host_generator
 
@@ -58,6 +66,11 @@ class MixtureSource:
     def stored_size(self, index: int) -> tuple[int, int] | None:
         part, place = self._find(index)
         return stored_size(self.sources[part], place)
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        places = [self._find(index) for index in indices]
+        for part in {part for part, _ in places}:
+            read_ahead(self.sources[part], [place for of, place in places if of == part])
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""

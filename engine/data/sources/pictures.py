@@ -7,7 +7,7 @@ turns into an error or, where the configuration tolerates it, into a counted rep
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -83,6 +83,26 @@ class Files(Source, Protocol):
 def stored_size(source: Source, index: int) -> tuple[int, int] | None:
     """(width, height) in pixels that the index of a source says its picture has; None where there is none."""
     return source.stored_size(index) if hasattr(source, "stored_size") else None
+
+
+def samples_ahead(source: Source) -> int:
+    """How many pictures `read_ahead` should be told of before they are read; 0 where it does nothing."""
+    parts = getattr(source, "sources", None)
+    return getattr(source, "ahead", 0) if parts is None else max(map(samples_ahead, parts))
+
+
+def read_ahead(source: Source, indices: Sequence[int]) -> None:
+    """Begin to read pictures that will be asked for, each once and in about this order; returns at once."""
+    if hasattr(source, "read_ahead"):
+        source.read_ahead(indices)
+
+
+def forget_ahead(source: Source) -> None:
+    """Nobody asks for what was read ahead."""
+    for part in getattr(source, "sources", ()):
+        forget_ahead(part)
+    if hasattr(source, "forget_ahead"):
+        source.forget_ahead()
 
 
 def key_alone(source: Source, index: int) -> str:

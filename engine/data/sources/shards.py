@@ -1,27 +1,25 @@
-"""Shard source: any sample of a folder of shards, from any thread, by reading its bytes alone.
+"""Shard source: any sample of a data set of shards, from any thread, by reading its bytes alone.
 
-`millrace prepare` makes such folders; `shard_index.py` has their layout. Nothing is kept of what was read but
-a few open files.
+`millrace prepare` makes such folders, on a disk or copied to a bucket; `shard_index.py` has their layout, and
+`byte_store.py` is where their bytes lie.
 """
 
-import errno
 import json
 import logging
-import os
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
-from weakref import WeakSet
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.config.data import Part
+from millrace.engine.config.data import Part, Remote
+from millrace.engine.data.formats.byte_store import ByteStore, Span, open_store
 from millrace.engine.data.formats.joined_index import check_sizes, open_index
 from millrace.engine.data.formats.shard_index import Manifest, digests_of, read_keys, read_manifest
 from millrace.engine.data.sources.pictures import (
@@ -32,15 +30,11 @@ from millrace.engine.data.sources.pictures import (
     decode_picture,
 )
 from millrace.engine.distributed import process_group
-from millrace.engine.util.descriptors import raise_limit
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
-from millrace.engine.util.transient import retried
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARE = 0.5
-"""Of the files that a process may have open, those that all its sources keep."""
 _OPENING_THREADS = 16
 """Shards whose records are read at a time."""
 
@@ -58,35 +52,46 @@ class Record(NamedTuple):
 
 
 class ShardsSource:
-    """The samples of a folder that `millrace prepare` has made, in the order of its manifest.
+    """The samples of a data set that `millrace prepare` has made, in the order of its manifest.
 
     Every record carries a CRC-32: one that is damaged raises UnreadablePicture, from `captions` too, and its
-    key is then its place. Raises UserError for a folder that is not complete or whose files do not fit its
-    manifest. With `verify` the SHA-256 of each tar is computed when it is first touched; UserError where it
-    differs.
+    key is then its place. Raises UserError for a data set that is not complete or whose files do not fit its
+    manifest, and from reading where a remote store cannot be reached. With `verify` the SHA-256 of each tar
+    is computed when it is first touched; UserError where it differs.
+
+    Args:
+        root: a folder, or a URL for fsspec.
+        remote: how a URL is read; None is the defaults.
     """
 
-    def __init__(self, root: str | Path, verify: bool = False) -> None:
-        self._root, self._verify = Path(root), verify
-        self.root = self._root
-        """Folder of the data set."""
-        self.manifest: Manifest = read_manifest(root)
+    def __init__(self, root: str | Path, verify: bool = False, remote: Remote | None = None) -> None:
+        self._store: ByteStore = open_store(root, remote)
+        self._verify, self._remote = verify, remote
+        self.root: Path | str = self._store.root
+        """Folder or URL of the data set."""
+        self.ahead = self._store.ahead
+        """Samples that `read_ahead` should be told of before they are read; 0 where it does nothing."""
+        if verify and self._store.is_remote:
+            raise UserError(
+                f"{self.root}: data.verify reads whole files, which for those of a bucket would be each of "
+                "them once a process; set it to false: the CRC-32 of every sample is compared anyway"
+            )
+        self.manifest: Manifest = read_manifest(self._store)
         shards = self.manifest.shards
         if process_group.local_rank() == 0:  # once a machine: the others would ask for the same
-            check_sizes(self._root, self.manifest)
-        self._rows, self.bucket_of = open_index(self._root, self.manifest)
+            check_sizes(self._store, self.manifest)
+        self._rows, self.bucket_of = open_index(self._store, self.manifest)
         """`bucket_of` is (N,) int32: index into `buckets` of every sample."""
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
         self.buckets: tuple[tuple[int, int], ...] = self.manifest.buckets
         """(h, w) in pixels, sorted."""
         self.digest: str = self.manifest.digest
         """Which samples these are and their order, by the checksums of the manifest."""
-        self._files = _OpenFiles()
         self._last = threading.local()
         self._verified: dict[int, threading.Lock | None] = {i: threading.Lock() for i in range(len(shards))}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._root, self._verify)
+        return type(self), (self.root, self._verify, self._remote)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,10 +114,10 @@ class ShardsSource:
 
     def key_alone(self, index: int) -> str:
         """As `key`, of a record whose checksum is not computed because its picture is not read."""
-        shard, row = self.place(index)[0], self._rows[index]
-        offset, size = int(row["json_offset"]), int(row["json_bytes"])
+        shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
+        span = Span(shard.file, int(row["json_offset"]), int(row["json_bytes"]), shard.sha256, _is_json)
         try:
-            return str(json.loads(retried(lambda: self._files.read(self._path(shard), offset, size)))["key"])
+            return str(json.loads(self._store.read(span))["key"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return self._name(index)
 
@@ -124,7 +129,7 @@ class ShardsSource:
             log.info(
                 "%s: keys of %d samples are read from its tars; a data set that is prepared now has them in "
                 "an index",
-                self._root,
+                self.root,
                 count,
             )
         numbers = range(len(self.manifest.shards))
@@ -135,7 +140,7 @@ class ShardsSource:
     def _digests_of(self, number: int) -> np.ndarray:
         shard = self.manifest.shards[number]
         if shard.keys_sha256 is not None:
-            return read_keys(self._root, shard)
+            return read_keys(self._store, shard)
         places = range(*self._starts[number : number + 2].tolist())
         return digests_of(self.key_alone(place) for place in places)
 
@@ -164,21 +169,33 @@ class ShardsSource:
             last = self._last.record = index, self._read(index)
         return last[1]
 
-    def _read(self, index: int) -> Record:
-        shard, _ = self.place(index)
-        row = self._rows[index]
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Begin to read samples that will be asked for, each once and in about this order."""
+        self._store.read_ahead(map(self._span, indices))
+
+    def forget_ahead(self) -> None:
+        """Nobody asks for what was read ahead."""
+        self._store.forget()
+
+    def _span(self, index: int) -> Span:
+        """Both files of a sample."""
+        shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
         start, end = int(row["picture_offset"]), int(row["json_offset"]) + int(row["json_bytes"])
+        return Span(shard.file, start, end - start, shard.sha256, partial(_is_sound, row))
+
+    def _read(self, index: int) -> Record:
+        span = self._span(index)
         if self._verify:
-            self._check_shard(shard)
+            self._check_shard(self.place(index)[0])
         try:
-            data = retried(lambda: self._files.read(self._path(shard), start, end - start))
+            data = self._store.read(span)
         except OSError as error:
             raise UnreadablePicture(self._where(index), error.strerror or str(error)) from None
-        if len(data) != end - start:
+        if len(data) != span.size:
             raise UnreadablePicture(self._where(index), "the tar file ends before it")
-        picture = data[: int(row["picture_bytes"])]
-        record = data[int(row["json_offset"]) - start :]
-        if zlib.crc32(record, zlib.crc32(picture)) != int(row["crc32"]):
+        row = self._rows[index]
+        picture, record = _files_of(row, data)
+        if not _is_sound(row, data):
             raise UnreadablePicture(self._where(index), "its bytes are not those that were written (CRC-32)")
         try:
             values = json.loads(record)
@@ -194,7 +211,8 @@ class ShardsSource:
             return
         with lock:
             if self._verified[number] is not None:
-                shard, path = self.manifest.shards[number], self._path(number)
+                shard = self.manifest.shards[number]
+                path = self._store.where(shard.file)
                 try:
                     found = sha256_file(path)
                 except OSError as error:
@@ -206,85 +224,35 @@ class ShardsSource:
                     )
                 self._verified[number] = None
 
-    def _path(self, shard: int) -> Path:
-        return self._root / self.manifest.shards[shard].file
-
     def _name(self, index: int) -> str:
         shard, row = self.place(index)
         return f"{self.manifest.shards[shard].file}#{row}"
 
     def _where(self, index: int) -> str:
-        return f"{self._root / self._name(index)}"
+        return self._store.where(self._name(index))
 
 
-class _Descriptor:
-    """An open file that closes when nobody uses it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+def _files_of(row: np.void, data: bytes) -> tuple[bytes, bytes]:
+    """Picture and JSON of a sample, in what its span holds."""
+    return data[: int(row["picture_bytes"])], data[int(row["json_offset"]) - int(row["picture_offset"]) :]
 
 
-class _OpenFiles:
-    """The files that were read last. A file that leaves stays open as long as a thread reads from it.
+def _is_sound(row: np.void, data: bytes) -> bool:
+    """Whether the span of a sample holds the bytes that were written."""
+    picture, record = _files_of(row, data)
+    return zlib.crc32(record, zlib.crc32(picture)) == int(row["crc32"])
 
-    Those of all sources share what the process may have open.
-    """
 
-    _all: ClassVar[WeakSet[Self]] = WeakSet()
-
-    def __init__(self) -> None:
-        self._all.add(self)
-        self._budget = int(raise_limit() * OPEN_SHARE)
-        self._lock = threading.Lock()
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer at the end of the file. Raises OSError."""
-        file = self._get(path)
-        try:
-            data = os.pread(file.number, size, offset)
-            while data and len(data) < size:  # a signal or a network file system may cut a read short
-                more = os.pread(file.number, size - len(data), offset + len(data))
-                if not more:
-                    break
-                data += more
-        except OSError:
-            with self._lock:  # a stale handle stays stale: open the file anew when it is tried again
-                if self._open.get(path) is file:
-                    del self._open[path]
-            raise
-        return data
-
-    def _get(self, path: Path) -> _Descriptor:
-        with self._lock:
-            file = self._open.get(path)
-            if file is not None:
-                self._open.move_to_end(path)
-                return file
-        try:
-            file = _Descriptor(path)  # outside the lock: opening may wait for a network
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            with self._lock:  # others have taken what was left
-                self._budget = max(1, len(self._open) // 2)
-                self._open.clear()
-            file = _Descriptor(path)
-        with self._lock:
-            self._open[path] = file
-            self._open.move_to_end(path)
-            while len(self._open) > max(1, self._budget // len(self._all)):
-                self._open.popitem(last=False)
-        return file
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _open(part: Data | Part, data: Data) -> Source:
-    return ShardsSource(part.path, data.verify)
+    return ShardsSource(part.path, data.verify, data.remote)
 
 
 ENTRY: OpenSource = _open

@@ -259,6 +259,7 @@ class TestPaths:
             "run.init_from",
             "data.path",
             "data.keys",
+            "data.remote.cache_dir",
             "evaluation.cache",
             "evaluation.reference",
         ),

@@ -5,9 +5,9 @@ import pytest
 
 from millrace.engine.config import Data
 from millrace.engine.data import fingerprint, open_source
-from millrace.engine.data.formats import shard_index
+from millrace.engine.data.formats import byte_store, shard_index
 from millrace.engine.data.formats.shard_index import key_digest
-from millrace.engine.data.sources import key_subset, pictures, shards
+from millrace.engine.data.sources import key_subset, pictures
 from millrace.engine.data.sources import open_source as open_source_module
 from millrace.engine.data.sources.digits import DigitsSource, most_typical
 from millrace.engine.data.sources.key_subset import KeptSource, keep_listed, write_keys
@@ -91,13 +91,13 @@ def without_keys(root):
 @pytest.fixture
 def no_reads(monkeypatch):
     """Collects how many bytes are read of tars."""
-    read, sizes = shards._OpenFiles.read, []
+    read, sizes = byte_store.OpenFiles.read, []
 
     def counting(self, path, offset, size):
         sizes.append(size)
         return read(self, path, offset, size)
 
-    monkeypatch.setattr(shards._OpenFiles, "read", counting)
+    monkeypatch.setattr(byte_store.OpenFiles, "read", counting)
     return sizes
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, UnreadablePicture, open_source
-from millrace.engine.data.sources import shards
+from millrace.engine.data.formats import byte_store
 from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.open_source import fingerprint
 from millrace.engine.data.sources.shards import ShardsSource
@@ -62,7 +62,7 @@ def test_samples_come_in_the_order_of_the_manifest(dataset):
 
 
 def test_any_thread_may_read_any_sample_with_few_open_files(dataset, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_SHARE", 0)
+    monkeypatch.setattr(byte_store, "OPEN_SHARE", 0)
     source = ShardsSource(dataset)
     before = len(os.listdir("/proc/self/fd"))
     expected = [source.encoded(i) for i in range(9)]
@@ -78,29 +78,29 @@ def test_a_process_that_may_open_no_more_files_gives_back_its_own(dataset, monke
     fresh, real = ShardsSource(dataset), os.open
 
     def limited(path, *rest):
-        if len(fresh._files._open) >= 2:
+        if len(fresh._store.files) >= 2:
             raise OSError(errno.EMFILE, "Too many open files")
         return real(path, *rest)
 
-    monkeypatch.setattr(shards.os, "open", limited)
+    monkeypatch.setattr(byte_store.os, "open", limited)
     assert [fresh.encoded(i) for i in range(9)] == expected
-    assert len(fresh._files._open) == 1
+    assert len(fresh._store.files) == 1
 
 
 def test_sources_share_what_a_process_may_have_open(dataset, monkeypatch):
-    monkeypatch.setattr(shards, "raise_limit", lambda: 8)
+    monkeypatch.setattr(byte_store, "raise_limit", lambda: 8)
     gc.collect()
-    monkeypatch.setattr(shards._OpenFiles, "_all", WeakSet())
+    monkeypatch.setattr(byte_store.OpenFiles, "_all", WeakSet())
     first, second = ShardsSource(dataset), ShardsSource(dataset)
     for source in (first, second):
         for i in range(9):
             source.encoded(i)
-        assert len(source._files._open) == 2
+        assert len(source._store.files) == 2
     del source, second
     gc.collect()
     for i in range(9):
         first.encoded(i)
-    assert len(first._files._open) == 3  # all there are
+    assert len(first._store.files) == 3  # all there are
 
 
 def test_a_copy_for_another_process_reads_the_same(dataset):
