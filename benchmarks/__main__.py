@@ -16,6 +16,7 @@ PROGRAMS = {
     "dataloader": "data.dataloader",
     "saving": "step.saving",
     "scale": "data.scale",
+    "remote": "data.remote",
     "traffic": "models.traffic",
     "weights": "models.weight_traffic",
     "scaling": "models.scaling",

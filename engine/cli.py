@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from millrace.engine.util.errors import FailedElsewhere, UserError, did_you_mean
+from millrace.engine.util.files import is_url
 
 COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan")
 """`millrace NAME` is `main` of the module `millrace.engine.NAME`."""
@@ -124,8 +125,15 @@ def byte_count(text: str) -> int:
     return int(size)
 
 
+def require_local(flag: str, path: str | Path) -> None:
+    """Raise UserError for a URL where a file or folder on a disk is needed."""
+    if is_url(path):
+        raise UserError(f"{flag} {path}: is a URL; this must be on a disk: copy it, or name a folder")
+
+
 def require_path(flag: str, path: str | Path) -> None:
     """Raise UserError, with the nearest name beside it, where there is neither file nor folder at `path`."""
+    require_local(flag, path)
     path = Path(path)
     if path.exists():
         return

@@ -2,7 +2,7 @@
 
 millrace prepare --input photos --output photos-1024 --resolution 1024
 millrace prepare --input train-00000.parquet --output set --resolution 512 --caption-column text
-millrace prepare --input tars --output set --resolution 256 --patch 16 --workers 32
+millrace prepare --input s3://bucket/tars --output set --resolution 256 --patch 16 --workers 32
 millrace prepare --captions captions.jsonl --output photos-1024
 millrace prepare verify photos-1024
 
@@ -18,8 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millrace.engine.cli import byte_count, command_parser, number, require_path, run_command
+from millrace.engine.cli import (
+    byte_count,
+    command_parser,
+    number,
+    require_local,
+    require_path,
+    run_command,
+)
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import is_url
 
 if TYPE_CHECKING:
     from millrace.engine.data.formats.shard_index import Manifest
@@ -39,7 +47,7 @@ millrace prepare verify photos-1024
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of `millrace prepare`."""
     parser = command_parser(__doc__, "millrace prepare")
-    parser.add_argument("--input", required=True, metavar="PATH", help="folder, .parquet or .tar file")
+    parser.add_argument("--input", required=True, metavar="PATH|URL", help="folder, .parquet or .tar file")
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="folder to create, or to go on with"
     )
@@ -178,6 +186,7 @@ def verify_data_set(arguments: argparse.Namespace) -> int:
 def recaption_data_set(arguments: argparse.Namespace) -> int:
     """Give a data set other captions, and print what became of them."""
     require_path("--captions", arguments.captions)
+    require_local("--output", arguments.output)
 
     from millrace.engine.data.prepare.recaptioning import recaption
 
@@ -191,7 +200,10 @@ def recaption_data_set(arguments: argparse.Namespace) -> int:
 
 def make_data_set(arguments: argparse.Namespace) -> int:
     """Make a data set of shards, and print what became of the inputs."""
-    require_path("--input", arguments.input)
+    remote = is_url(arguments.input)
+    if not remote:
+        require_path("--input", arguments.input)
+    require_local("--output", arguments.output)
 
     from millrace.engine.data.prepare.settings import Settings
     from millrace.engine.data.prepare.shard_job import prepare
@@ -208,7 +220,8 @@ def make_data_set(arguments: argparse.Namespace) -> int:
         caption_columns=tuple(arguments.caption_column.split(",")) if arguments.caption_column else (),
     )
     output, workers = Path(arguments.output), arguments.workers
-    manifest, notes = prepare(Path(arguments.input), output, settings, workers, arguments.max_bad_share)
+    source = arguments.input if remote else Path(arguments.input)
+    manifest, notes = prepare(source, output, settings, workers, arguments.max_bad_share)
     for line in [*notes, *summary(output, manifest)]:
         print(line)
     return 0

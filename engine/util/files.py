@@ -59,6 +59,11 @@ def write_atomically(path: str | Path, content: bytes | str, *, sync: bool = Tru
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether this is for fsspec and no path: it has a scheme."""
+    return "://" in str(path)
+
+
 def require_apart(source_name: str, source: str | Path, output_name: str, output: str | Path) -> None:
     """Raises UserError where what is written would lie in the folder that is read, or the reverse."""
     read, written = (Path(os.path.realpath(path)) for path in (source, output))

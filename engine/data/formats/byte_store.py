@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 from weakref import WeakSet
 
 from millrace.engine.util.descriptors import raise_limit
+from millrace.engine.util.files import is_url
 from millrace.engine.util.transient import retried
 
 if TYPE_CHECKING:
@@ -68,11 +69,6 @@ class ByteStore(Protocol):
 
 Place = str | Path | ByteStore
 """A data set: its folder, its URL, or what is open of it."""
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether this is for fsspec: it has a scheme."""
-    return "://" in str(path)
 
 
 def open_store(place: Place, remote: "Remote | None" = None) -> ByteStore:

@@ -2,38 +2,42 @@
 
 The order of parts depends on names alone; samples follow the order of their parts. What is read as a whole is
 a unit: a picture of a folder with its caption files, a tar, a row group of a Parquet file. Its identity is a
-hash of the names, sizes, modes and times of its files: mtime, and ctime, which no tool sets back. So what has
-changed is known without reading a file.
+hash of the names, sizes, modes and times of its files: mtime, and ctime, which no tool sets back; of a remote
+file, of what its store says. So what has changed is known without reading a file.
 """
 
 import hashlib
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from millrace.engine.data.names import OTHER_PICTURES, PICTURES, Entry, is_hidden, list_folder
 from millrace.engine.data.prepare.folders import read_entries
 from millrace.engine.data.prepare.parquet import TableShape, read_row_group, table_shape
-from millrace.engine.data.prepare.settings import Settings, relative
+from millrace.engine.data.prepare.settings import Settings, readable, relative
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.prepare.tars import read_tar
 from millrace.engine.data.reject_reasons import Reject, Rejected
+from millrace.engine.data.remote.remote_input import RemoteFolder
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 
 PART_PICTURES = 256
 """Pictures of a part of a folder: what is read again after a kill."""
 UNIT_BYTES = 16
+_FOOTERS = 16
+"""Parquet files whose footers are read at a time."""
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
 
 class Part(NamedTuple):
     """A piece of the input that one process reads from its beginning to its end."""
 
-    path: Path
-    """A folder, a tar file or a Parquet file."""
+    path: Path | str
+    """A folder, a tar file or a Parquet file, or the URL of one of these files."""
     name: str
     """Of a file, relative to the input: keys begin with it."""
     weight: int
@@ -88,13 +92,20 @@ class Inputs(NamedTuple):
     """What is read as a whole, for people."""
 
 
-def find_inputs(path: Path, settings: Settings) -> Inputs:
-    """Parts of `path`: a folder of pictures, of tars or of Parquet files, or one such file. UserError."""
+def find_inputs(path: Path | str, settings: Settings) -> Inputs:
+    """Parts of `path`: a folder of pictures, of tars or of Parquet files, or one such file. UserError.
+
+    A URL is a str: a tar or a Parquet file, or what holds them.
+    """
+    if isinstance(path, str):
+        return _remote(RemoteFolder(path), settings)
     if path.is_file():
         if path.suffix not in (".tar", ".parquet"):
             raise UserError(f"{path}: give a folder, a .tar or a .parquet file")
         files = [path]
-        return _tars(path.parent, files) if path.suffix == ".tar" else _tables(path.parent, files, settings)
+        if path.suffix == ".tar":
+            return _tars(path.parent, files)
+        return _tables(_with_status(path.parent, files), settings)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or file")
     found = _by_suffix(path)
@@ -118,28 +129,31 @@ def find_inputs(path: Path, settings: Settings) -> Inputs:
     if pictures:
         return _pictures(path)
     if tables:
-        return _tables(path, tables, settings)
+        return _tables(_with_status(path, tables), settings)
     raise UserError(f"{path}: holds no pictures ({' '.join(PICTURES)}), .tar or .parquet files")
 
 
-def read_part(part: Part) -> Iterator[tuple[bytes, RawSample | Reject]]:
-    """(unit, sample or reject) of a part in order."""
+def read_part(part: Part, folder: Path | None = None) -> Iterator[tuple[bytes, RawSample | Reject]]:
+    """(unit, sample or reject) of a part in order; `folder` is for what is kept of a remote file meanwhile.
+
+    Raises UserError where a remote file cannot be read.
+    """
     if part.packed:
         for number, entry in enumerate(part.entries):
             for item in read_entries(part.path, [entry]):
                 yield part.unit(number), item
         return
-    for item in _read_file(part):
+    for item in _read_file(part, folder):
         yield part.units, item
 
 
-def _read_file(part: Part) -> Iterator[RawSample | Reject]:
+def _read_file(part: Part, folder: Path | None) -> Iterator[RawSample | Reject]:
     if part.problem is not None:
         yield Reject(part.name, part.problem.reason, part.problem.detail)
     elif part.shape is not None:
-        yield from read_row_group(part.path, part.name, part.group, part.shape)
+        yield from read_row_group(part.path, part.name, part.group, part.shape, folder)
     else:
-        yield from read_tar(part.path, part.name)
+        yield from read_tar(part.path, part.name, folder)
 
 
 def _pictures(root: Path) -> Inputs:
@@ -160,22 +174,57 @@ def _tars(root: Path, files: list[Path]) -> Inputs:
     return Inputs(parts, None, _digest(parts), [], "tars")
 
 
-def _tables(root: Path, files: list[Path], settings: Settings) -> Inputs:
+def _remote(folder: RemoteFolder, settings: Settings) -> Inputs:
+    """Tars or Parquet files behind a URL."""
+    base = folder.url.rpartition("/")[2]
+    if base.endswith((".tar", ".parquet")):
+        names, shown = [""], [readable(base)]
+    else:
+        names = [name for name in folder.names() if not any(map(is_hidden, name.split("/")))]
+        shown = [readable(name) for name in names]
+    kind = ".tar" if any(name.endswith(".tar") for name in shown) else ".parquet"
+    some = [pair for pair in zip(names, shown, strict=True) if pair[1].endswith(kind)]
+    if not some:
+        raise UserError(
+            f"{folder.url}: holds no .tar or .parquet files; pictures are read from a disk: copy them, or "
+            "put them into tars"
+        )
+    files = [folder.files.address(name) for name, _ in some]
+    statuses = folder.statuses([name for name, _ in some])
+    found = [(file, name, status) for file, (_, name), status in zip(files, some, statuses, strict=True)]
+    if kind == ".parquet":
+        return _tables(found, settings)
+    parts = [Part(file, name, max(1, status.size), _unit(name, status)) for file, name, status in found]
+    return Inputs(parts, None, _digest(parts), [], "tars")
+
+
+def _tables(files: list[tuple[Path | str, str, object]], settings: Settings) -> Inputs:
+    """Parts of Parquet files: where they lie, their names, and what changes with them."""
     parts, notes = [], []
-    for file in files:
-        name, status = relative(file, root), _status(file)
+
+    def shape_of(path: Path | str) -> TableShape | Rejected:
         try:
-            shape = table_shape(file, settings)
-            notes += shape.notes(file)
+            return table_shape(path, settings)
         except Rejected as problem:
-            parts.append(Part(file, name, 1, _unit(name, status), problem=problem))
+            return problem
+
+    with ThreadPoolExecutor(_FOOTERS) as threads:
+        shapes = list(threads.map(shape_of, [path for path, _, _ in files]))
+    for (file, name, status), shape in zip(files, shapes, strict=True):
+        if isinstance(shape, Rejected):
+            parts.append(Part(file, name, 1, _unit(name, status), problem=shape))
             continue
+        notes += shape.notes(file)
         for group, rows in enumerate(shape.rows):
             if rows:
                 parts.append(Part(file, name, rows, _unit(name, status, group), group=group, shape=shape))
     if not parts:
-        raise UserError(f"{files[0]}: has no rows")
+        raise UserError(f"{files[0][0]}: has no rows")
     return Inputs(parts, sum(part.weight for part in parts), _digest(parts), notes, "row groups")
+
+
+def _with_status(root: Path, files: list[Path]) -> list[tuple[Path | str, str, object]]:
+    return [(file, relative(file, root), _status(file)) for file in files]
 
 
 def _unit_of_picture(root: Path, entry: Entry) -> bytes:

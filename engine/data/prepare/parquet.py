@@ -3,7 +3,9 @@
 A picture is a struct {bytes, path} or plain binary. Needs pyarrow.
 """
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,10 @@ from millrace.engine.data.first_bytes import Kind, kind_of
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
+from millrace.engine.data.remote.remote_input import open_input
 from millrace.engine.data.sample_files import check_picture_size
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.files import is_url
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 CAPTION_COLUMNS = (("long", "short"), ("caption",), ("text",), ("txt",), ("prompt",))
@@ -35,26 +39,29 @@ class TableShape(NamedTuple):
     unread: tuple[str, ...] = ()
     """Other columns that could hold captions."""
 
-    def notes(self, path: Path) -> list[str]:
+    def notes(self, path: Path | str) -> list[str]:
         """For people: which columns were taken, where others could have been."""
         if not self.unread:
             return []
         return [
-            f"{path.name}: captions are of column {' and '.join(self.captions)}; not read: "
+            f"{os.path.basename(path)}: captions are of column {' and '.join(self.captions)}; not read: "
             f"{', '.join(self.unread)} (--caption-column names another)"
         ]
 
 
-def table_shape(path: Path, settings: Settings) -> TableShape:
+def table_shape(path: Path | str, settings: Settings) -> TableShape:
     """Row groups and columns of a file.
 
-    Raises Rejected where it is damaged, UserError where it lacks the columns or pyarrow is missing.
+    Raises Rejected where it is damaged, UserError where it lacks the columns, pyarrow is missing, or a remote
+    one cannot be read.
     """
     parquet = _parquet()
     try:
-        with parquet.ParquetFile(path) as file:
+        with _input(path, None) as opened, parquet.ParquetFile(opened) as file:
             schema = file.schema_arrow
             rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+    except UserError:
+        raise
     except Exception as error:  # pyarrow has many kinds of its own
         kind = _kind(path)
         if kind is not None and kind.name != "a Parquet file":
@@ -89,12 +96,20 @@ def table_shape(path: Path, settings: Settings) -> TableShape:
     return TableShape(rows, picture, captions, by_key, unread)
 
 
-def read_row_group(path: Path, name: str, group: int, shape: TableShape) -> Iterator[RawSample | Reject]:
-    """Samples and rejects of one row group in order. A row's key is `name` # its number in the file."""
+def read_row_group(
+    path: Path | str, name: str, group: int, shape: TableShape, folder: Path | None = None
+) -> Iterator[RawSample | Reject]:
+    """Samples and rejects of one row group in order. A row's key is `name` # its number in the file.
+
+    `folder` is for what is kept of a remote one while it is read. Raises UserError where that cannot be read.
+    """
     number, end = sum(shape.rows[:group]), sum(shape.rows[: group + 1])
     columns = [shape.picture, *shape.captions]
     try:
-        with _parquet().ParquetFile(path, buffer_size=2**20) as file:
+        with (
+            _input(path, folder) as opened,
+            _parquet().ParquetFile(opened, buffer_size=2**20) as file,
+        ):
             for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
                 for row in range(batch.num_rows):
                     key = f"{name}#{number}"
@@ -103,6 +118,8 @@ def read_row_group(path: Path, name: str, group: int, shape: TableShape) -> Iter
                         yield _sample(key, batch, row, shape)
                     except Rejected as problem:
                         yield Reject(key, problem.reason, problem.detail)
+    except UserError:
+        raise
     except Exception as error:  # pyarrow has many kinds of its own
         detail = _one_line(error)
     else:
@@ -143,9 +160,19 @@ def _parquet() -> Any:
     return pyarrow.parquet
 
 
-def _kind(path: Path) -> Kind | None:
+@contextmanager
+def _input(path: Path | str, folder: Path | None) -> Iterator[Any]:
+    """What Arrow opens: a path, which it maps and reads itself, or a remote file."""
+    if is_url(path):
+        with open_input(path, folder) as file:
+            yield file
+    else:
+        yield path
+
+
+def _kind(path: Path | str) -> Kind | None:
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             return kind_of(file.read(512))
     except OSError:
         return None

@@ -76,7 +76,7 @@ def do_part(part: Part, folder: Path, settings: Settings, report: Callable[[int,
     offset = 0
     with atomic_file(data_path(folder, part.key)) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's about odd files: what is bad becomes a reject
-        for unit, item in read_part(part):
+        for unit, item in read_part(part, folder):
             outcome = _outcome(item, settings)
             if isinstance(outcome, Reject):
                 rows.append((unit, b"", len(rejects), 0, -1, 0, 0, 0, 0, 0, 0))

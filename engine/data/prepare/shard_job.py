@@ -43,14 +43,17 @@ EXAMPLES = 5
 
 
 def prepare(
-    source: Path, output: Path, settings: Settings, workers: int, max_bad_share: float
+    source: Path | str, output: Path, settings: Settings, workers: int, max_bad_share: float
 ) -> tuple[Manifest, list[str]]:
     """Make the data set `output` from `source`, or go on making it; its manifest, and notes for people.
+
+    A `source` that is a str is a URL.
 
     Raises UserError for input that cannot be read, an output that holds something else, and more than
     `max_bad_share` of bad input.
     """
-    require_apart("--input", source, "--output", output)
+    if not isinstance(source, str):
+        require_apart("--input", source, "--output", output)
     inputs = find_inputs(source, settings)
     described = json.dumps(settings.described())
     identity = sha256(f"{inputs.digest} {described}".encode())
@@ -81,7 +84,7 @@ class _Job:
     def __init__(
         self,
         inputs: Inputs,
-        source: Path,
+        source: Path | str,
         output: Path,
         work: Path,
         settings: Settings,
@@ -91,7 +94,7 @@ class _Job:
     ) -> None:
         self.inputs, self.output, self.work, self.settings = inputs, output, work, settings
         self.identity, self.workers, self.old = identity, workers, old
-        self.source = sha256(os.fsencode(os.path.realpath(source)))
+        self.source = sha256(os.fsencode(source if isinstance(source, str) else os.path.realpath(source)))
         self.notes: list[str] = []
         self.known = KnownItems(output, old, work / "parts")
         # The reports of a complete data set stay as they are until the new ones are.

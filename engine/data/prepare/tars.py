@@ -18,13 +18,17 @@ from millrace.engine.data.prepare.settings import readable
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.prepare.tar_members import Damage, Member, members, read_member
 from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
+from millrace.engine.data.remote.remote_input import open_input
 from millrace.engine.data.sample_files import check_picture_size
 
 
-def read_tar(path: Path, name: str) -> Iterator[RawSample | Reject]:
-    """Samples and rejects of one tar, in the order of their first files; `name` comes before their keys."""
+def read_tar(path: Path | str, name: str, folder: Path | None = None) -> Iterator[RawSample | Reject]:
+    """Samples and rejects of one tar, in the order of their first files; `name` comes before their keys.
+
+    `folder` is for what is kept of a remote one while it is read. Raises UserError where that cannot be read.
+    """
     try:
-        with path.open("rb") as file:
+        with open_input(path, folder) as file:
             found = _index(file, name)
             file.seek(0)
             if all(isinstance(item, Reject) for item in found) and (kind := kind_of(file.read(512))):

@@ -71,19 +71,23 @@ class RangeCache:
                 os.utime(path)
         return data
 
-    def put(self, digest: str, ranges: list[tuple[int, bytes]]) -> None:
-        """Keep (offset, bytes) of a file."""
-        needed = sum(_blocks(offset, data) for offset, data in ranges)
+    def put(self, ranges: list[tuple[str, int, bytes]]) -> None:
+        """Keep (digest of the file, offset, bytes)."""
         if self._closed or not ranges:
             return
+        needed = sum(_blocks(offset, data) for _, offset, data in ranges)
         try:
             with self._locked():
                 used = self._get_used()
                 if used + needed > self._most:
                     used = self._make_room(needed)
-                if used + needed <= self._most:
-                    self._set_used(used + needed)  # first: a process may be killed while it writes
-                    self._write(str(self.folder / digest), ranges)
+                if used + needed > self._most:
+                    return
+                self._set_used(used + needed)  # first: a process may be killed while it writes
+                for digest in {digest for digest, _, _ in ranges}:
+                    self._write(
+                        str(self.folder / digest), [(at, data) for of, at, data in ranges if of == digest]
+                    )
         except OSError as error:
             self._closed = True
             log.warning("%s: no more samples are kept: %s", self.folder, error.strerror or error)

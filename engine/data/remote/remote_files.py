@@ -17,7 +17,7 @@ from typing import Any
 
 from millrace.engine.util.errors import UserError
 
-DELAYS = (0.1, 0.5, 2.0, 8.0, 16.0)
+DELAYS = (0.05, 0.1, 0.3, 1.0, 4.0, 15.0)
 """Seconds before the second and later attempts, each times a random number from 0.5 to 1.5, so that processes
 that failed together do not come back together."""
 ATTEMPTS = len(DELAYS) + 1

@@ -26,6 +26,11 @@ GAP = 2**15
 """Bytes between two spans that are read along rather than asked for in two requests."""
 LONGEST = 2**22
 """Bytes of a request for several spans."""
+AHEAD = 4
+"""Samples that are asked for ahead, for each request that may be under way, so that one that fails twice is
+there in time."""
+_WRITTEN_AFTER = 0.1
+"""Seconds."""
 _DISK_THREADS = 2
 
 _Key = tuple[str, int, int]
@@ -49,12 +54,13 @@ class RemoteStore:
         settings = settings or Remote()
         self.files = RemoteFiles(url, settings.requests)
         self.root = self.files.url
-        self.ahead = 2 * settings.requests
+        self.ahead = AHEAD * settings.requests
         self.cache = _open_cache(settings)
         self.unsound = 0
         """Ranges that came with other bytes than were written."""
         self._wanted: dict[_Key, _Wanted] = {}
         self._lock = threading.Lock()
+        self._kept: list[tuple[str, int, bytes]] = []  # of the loop alone: what goes to the cache next
         self._disk = ThreadPoolExecutor(_DISK_THREADS, "sample cache")
         kept = "nothing is kept on disk"
         if self.cache is not None:
@@ -117,39 +123,48 @@ class RemoteStore:
                     missing.append((span, wanted))
                 else:
                     wanted.data.set_result(cached)
-            for group in merged(missing):
-                self.files.run(self._fetch(group))
+            if missing:
+                self.files.run(self._fetch_all(merged(missing)))
         except BaseException as error:  # whoever waits must hear of it
             for _, wanted in some:
                 if not wanted.data.done():
                     wanted.data.set_exception(error)
             raise
 
+    async def _fetch_all(self, groups: list[list[tuple[Span, _Wanted]]]) -> None:
+        await asyncio.gather(*map(self._fetch, groups))
+
     async def _fetch(self, group: list[tuple[Span, _Wanted]]) -> None:
         """One request for spans of one file that lie close to each other."""
-        first, last = group[0][0], group[-1][0]
+        first = group[0][0]
         try:
             start, end = first.offset, max(span.offset + span.size for span, _ in group)
             data = await self.files.get(first.file, start, end - start)
-            pieces = [data[span.offset - start :][: span.size] for span, _ in group]
-            for i, (span, _) in enumerate(group):
-                if not span.sound(pieces[i]):
+            for span, wanted in group:
+                piece = data if len(group) == 1 else data[span.offset - start :][: span.size]
+                sound = span.sound(piece)
+                if not sound:
                     self.unsound += 1
-                    pieces[i] = await self.files.get(span.file, span.offset, span.size)
+                    piece = await self.files.get(span.file, span.offset, span.size)
+                    sound = span.sound(piece)
+                wanted.data.set_result(piece)
+                if sound and self.cache is not None:
+                    self._keep(span, piece)
         except (Exception, asyncio.CancelledError) as error:
             for _, wanted in group:
-                wanted.data.set_exception(error)
-            return
-        for (_, wanted), piece in zip(group, pieces, strict=True):
-            wanted.data.set_result(piece)
-        if self.cache is not None:
-            sound = [
-                (span.offset, piece)
-                for (span, _), piece in zip(group, pieces, strict=True)
-                if span.sound(piece)
-            ]
-            with suppress(RuntimeError):  # the process ends
-                self._disk.submit(self.cache.put, last.digest, sound)
+                if not wanted.data.done():
+                    wanted.data.set_exception(error)
+
+    def _keep(self, span: Span, data: bytes) -> None:
+        """Write to the cache soon, with what else comes until then."""
+        if not self._kept:
+            asyncio.get_running_loop().call_later(_WRITTEN_AFTER, self._write)
+        self._kept.append((span.digest, span.offset, data))
+
+    def _write(self) -> None:
+        kept, self._kept = self._kept, []
+        with suppress(RuntimeError):  # the process ends
+            self._disk.submit(self.cache.put, kept)
 
 
 def merged(spans: list[tuple[Span, _Wanted]]) -> list[list[tuple[Span, _Wanted]]]:

@@ -29,7 +29,7 @@ def taken(folder):
 
 def test_what_was_put_is_found_and_nothing_else(tmp_path):
     cache = RangeCache(tmp_path / "c", 10**6)
-    cache.put("a", [(5000, content("a", 5000, 700)), (90_000, content("a", 90_000, 10))])
+    cache.put([("a", 5000, content("a", 5000, 700)), ("a", 90_000, content("a", 90_000, 10))])
     for fresh in (cache, RangeCache(tmp_path / "c", 10**6)):
         assert fresh.get("a", 5000, 700, sound("a", 5000, 700)) == content("a", 5000, 700)
         assert fresh.get("a", 90_000, 10, sound("a", 90_000, 10)) == content("a", 90_000, 10)
@@ -41,12 +41,12 @@ def test_what_was_put_is_found_and_nothing_else(tmp_path):
 
 def test_damaged_bytes_are_not_given_and_are_written_again(tmp_path):
     cache = RangeCache(tmp_path, 10**6)
-    cache.put("a", [(0, content("a", 0, 100))])
+    cache.put([("a", 0, content("a", 0, 100))])
     with (tmp_path / "a").open("r+b") as file:
         file.seek(50)
         file.write(b"\0")
     assert cache.get("a", 0, 100, sound("a", 0, 100)) is None
-    cache.put("a", [(0, content("a", 0, 100))])
+    cache.put([("a", 0, content("a", 0, 100))])
     assert cache.get("a", 0, 100, sound("a", 0, 100)) is not None
 
 
@@ -54,25 +54,25 @@ def test_what_was_not_read_for_longest_goes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(range_cache, "TOUCHED", -1.0)
     cache, size = RangeCache(tmp_path, 400 * KILO), 100 * KILO
     for age, name in ((300, "a"), (200, "b"), (100, "c")):
-        cache.put(name, [(0, content(name, 0, size))])
+        cache.put([(name, 0, content(name, 0, size))])
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     assert cache.get("a", 0, size, sound("a", 0, size)) is not None  # now the newest
-    cache.put("d", [(0, content("d", 0, size))])
+    cache.put([("d", 0, content("d", 0, size))])
     held = {name for name in "abcd" if cache.get(name, 0, size, sound(name, 0, size)) is not None}
     assert held == {"a", "c", "d"}
-    cache.put("b", [(0, content("b", 0, size))])  # one that was emptied is filled again
+    cache.put([("b", 0, content("b", 0, size))])  # one that was emptied is filled again
     assert cache.get("b", 0, size, sound("b", 0, size)) is not None
 
 
 def test_what_is_larger_than_the_cache_is_not_kept(tmp_path):
     cache = RangeCache(tmp_path, 100 * KILO)
-    cache.put("a", [(0, content("a", 0, 200 * KILO))])
+    cache.put([("a", 0, content("a", 0, 200 * KILO))])
     assert taken(tmp_path) == 0
 
 
 def test_a_lost_count_is_taken_anew(tmp_path):
     cache = RangeCache(tmp_path, 10**6)
-    cache.put("a", [(0, content("a", 0, 100 * KILO))])
+    cache.put([("a", 0, content("a", 0, 100 * KILO))])
     (tmp_path / "used").write_text("")  # a process was killed while it wrote
     assert cache.used == taken(tmp_path) >= 100 * KILO
 
@@ -84,8 +84,8 @@ def test_a_disk_that_cannot_be_written_ends_writing_in_one_line(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(range_cache.os, "pwrite", full)
-    cache.put("a", [(0, b"x")])
-    cache.put("a", [(0, b"x")])
+    cache.put([("a", 0, b"x")])
+    cache.put([("a", 0, b"x")])
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: no more samples are kept: No space left on device"
     ]
@@ -99,7 +99,7 @@ def work(folder, limit, seed, times):
         size = 9_000
         data = cache.get(name, offset, size, sound(name, offset, size))
         if data is None:
-            cache.put(name, [(offset, content(name, offset, size))])
+            cache.put([(name, offset, content(name, offset, size))])
         else:
             hits += 1
         if i % 5 == 0:
