@@ -87,8 +87,8 @@ class Remote(Section):
     """How shards are read whose `data.path` is a URL. None of it changes a sample."""
 
     requests: int = Field(64, ge=1, le=4096)
-    """Requests for ranges of files that each process has under way at a time, for each data set. Twice as
-    many samples are asked for ahead."""
+    """Requests for ranges of files that each process has under way at a time, for each data set. Four
+    times as many samples are asked for ahead."""
     cache_dir: PathText | None = None
     """Folder on a local disk for samples that were read, which all processes of the machine share; null is
     `samples` in the cache folder of the user (MILLRACE_CACHE, else ~/.cache/millrace)."""

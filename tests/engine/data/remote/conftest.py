@@ -1,5 +1,7 @@
 """Data sets behind a web server that is far away and fails, and the cache of a test's own."""
 
+import time
+
 import pytest
 
 from millrace.benchmarks.data.faulty_server import FaultyServer
@@ -31,4 +33,17 @@ def serve():
 @pytest.fixture
 def hasty(monkeypatch):
     """Attempts follow each other at once."""
-    monkeypatch.setattr(remote_files, "DELAYS", (0.0,) * 5)
+    monkeypatch.setattr(remote_files, "DELAYS", (0.0,) * len(remote_files.DELAYS))
+
+
+@pytest.fixture
+def eventually():
+    """`eventually(check)`: samples reach the disk a moment after they were read."""
+
+    def wait(check, seconds=20.0):
+        end = time.monotonic() + seconds
+        while not check():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    return wait
