@@ -112,7 +112,7 @@ class FaultyServer:
         file = self.root / path.strip("/")
         if file.is_dir():
             names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in file.iterdir())
-            links = "".join(f'<a href="{escape(name)}">{escape(name)}</a>\n' for name in names)
+            links = "".join(f'<a href="{urllib.parse.quote(name)}">{escape(name)}</a>\n' for name in names)
             _send(writer, method, 200, links.encode(), "Content-Type: text/html")
             return True
         if not file.is_file():

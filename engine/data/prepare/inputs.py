@@ -9,10 +9,12 @@ file, of what its store says. So what has changed is known without reading a fil
 import hashlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from millrace.engine.data.names import OTHER_PICTURES, PICTURES, Entry, is_hidden, list_folder
 from millrace.engine.data.prepare.folders import read_entries
@@ -23,7 +25,7 @@ from millrace.engine.data.prepare.tars import read_tar
 from millrace.engine.data.reject_reasons import Reject, Rejected
 from millrace.engine.data.remote.remote_input import RemoteFolder
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import sha256
+from millrace.engine.util.files import is_url, sha256
 
 PART_PICTURES = 256
 """Pictures of a part of a folder: what is read again after a kill."""
@@ -95,13 +97,15 @@ class Inputs(NamedTuple):
 def find_inputs(path: Path | str, settings: Settings) -> Inputs:
     """Parts of `path`: a folder of pictures, of tars or of Parquet files, or one such file. UserError.
 
-    A URL is a str: a tar or a Parquet file, or what holds them.
+    A URL is a str: a tar or a Parquet file, or what holds them. A text file lists URLs of such files.
     """
     if isinstance(path, str):
-        return _remote(RemoteFolder(path), settings)
+        return _remote(path, settings)
     if path.is_file():
+        if path.suffix == ".txt":
+            return _listed(path, settings)
         if path.suffix not in (".tar", ".parquet"):
-            raise UserError(f"{path}: give a folder, a .tar or a .parquet file")
+            raise UserError(f"{path}: give a folder, a .tar or a .parquet file, or a .txt file of URLs")
         files = [path]
         if path.suffix == ".tar":
             return _tars(path.parent, files)
@@ -110,9 +114,7 @@ def find_inputs(path: Path | str, settings: Settings) -> Inputs:
         raise UserError(f"{path}: no such folder or file")
     found = _by_suffix(path)
     pictures = [suffix for suffix in (*PICTURES, *OTHER_PICTURES) if suffix in found]
-    for suffix in COMPRESSED:
-        if suffix in found:
-            raise UserError(f"{found[suffix][0]}: is compressed; unpack it to .tar (pictures do not shrink)")
+    _refuse_compressed(found)
     tables = found.get(".parquet", [])
     beside = [file for file in tables if file.with_suffix("").is_dir()]  # as img2dataset writes them
     if pictures and (".tar" in found or len(beside) < len(tables)):
@@ -122,10 +124,7 @@ def find_inputs(path: Path | str, settings: Settings) -> Inputs:
             "prepare one kind at a time, from folders of their own"
         )
     if ".tar" in found:
-        inputs = _tars(path, found[".tar"])
-        if ".parquet" in found:  # as img2dataset writes them
-            inputs.notes.append(f"{len(found['.parquet'])} .parquet files beside the tars are not read")
-        return inputs
+        return _with_note(_tars(path, found[".tar"]), tables)
     if pictures:
         return _pictures(path)
     if tables:
@@ -174,27 +173,65 @@ def _tars(root: Path, files: list[Path]) -> Inputs:
     return Inputs(parts, None, _digest(parts), [], "tars")
 
 
-def _remote(folder: RemoteFolder, settings: Settings) -> Inputs:
-    """Tars or Parquet files behind a URL."""
-    base = folder.url.rpartition("/")[2]
-    if base.endswith((".tar", ".parquet")):
-        names, shown = [""], [readable(base)]
-    else:
-        names = [name for name in folder.names() if not any(map(is_hidden, name.split("/")))]
-        shown = [readable(name) for name in names]
-    kind = ".tar" if any(name.endswith(".tar") for name in shown) else ".parquet"
-    some = [pair for pair in zip(names, shown, strict=True) if pair[1].endswith(kind)]
-    if not some:
+def _remote(url: str, settings: Settings) -> Inputs:
+    """Tars or Parquet files behind a URL: one, or all below it."""
+    url = url.rstrip("/")
+    if url.endswith((".tar", ".parquet")):
+        return _remote_files(*_parent(url), settings)
+    folder = RemoteFolder(url)
+    found: dict[str, list[str]] = {}
+    for name in folder.names():
+        if not any(map(is_hidden, name.split("/"))):
+            found.setdefault(_suffix(name), []).append(name)
+    _refuse_compressed(found, f"{url}/")
+    if ".tar" in found:
+        return _with_note(_remote_files(folder, found[".tar"], settings), found.get(".parquet", []))
+    if pictures := [suffix for suffix in (*PICTURES, *OTHER_PICTURES) if suffix in found]:
         raise UserError(
-            f"{folder.url}: holds no .tar or .parquet files; pictures are read from a disk: copy them, or "
-            "put them into tars"
+            f"{url}: holds pictures ({found[pictures[0]][0]}), which are read from a disk: copy them, or put "
+            "them into tars"
         )
-    files = [folder.files.address(name) for name, _ in some]
-    statuses = folder.statuses([name for name, _ in some])
-    found = [(file, name, status) for file, (_, name), status in zip(files, some, statuses, strict=True)]
-    if kind == ".parquet":
-        return _tables(found, settings)
-    parts = [Part(file, name, max(1, status.size), _unit(name, status)) for file, name, status in found]
+    if ".parquet" in found:
+        return _remote_files(folder, found[".parquet"], settings)
+    raise UserError(f"{url}: holds no .tar or .parquet files")
+
+
+def _listed(path: Path, settings: Settings) -> Inputs:
+    """The URLs in the lines of a text file: tars or Parquet files, in one folder or below it."""
+    try:
+        urls = sorted({line.strip() for line in path.read_text("utf-8-sig").splitlines()} - {""})
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; give a text file of URLs") from None
+    if not urls:
+        raise UserError(f"{path}: lists nothing; write a URL of a .tar or .parquet file in each line")
+    suffix = ".tar" if urls[0].endswith(".tar") else ".parquet"
+    for url in urls:
+        if not is_url(url) or not url.endswith(suffix):
+            raise UserError(f"{path}: lists {readable(url)!r}, which is no URL of a {suffix} file")
+    if len(urls) == 1:
+        return _remote_files(*_parent(urls[0]), settings)
+    folders = zip(*(url.split("/")[:-1] for url in urls), strict=False)
+    common = "/".join(some[0] for some in takewhile(lambda some: len(set(some)) == 1, folders))
+    if not common.partition("://")[2]:
+        raise UserError(
+            f"{path}: {urls[0]} and {urls[-1]} have no folder in common; prepare each place by itself"
+        )
+    return _remote_files(RemoteFolder(common), [url[len(common) + 1 :] for url in urls], settings)
+
+
+def _parent(url: str) -> tuple[RemoteFolder, list[str]]:
+    folder, _, name = url.rpartition("/")
+    return RemoteFolder(folder), [name]
+
+
+def _remote_files(folder: RemoteFolder, names: list[str], settings: Settings) -> Inputs:
+    """Parts of files of one kind below a URL."""
+    shown = [readable(unquote(name) if folder.url.startswith("http") else name) for name in names]
+    found = list(zip(shown, map(folder.files.address, names), folder.statuses(names), strict=True))
+    found.sort(key=lambda some: some[0].split("/"))  # as paths are
+    if _suffix(names[0]) == ".parquet":
+        return _tables([(url, name, status) for name, url, status in found], settings)
+    parts = [Part(url, name, max(1, status.size), _unit(name, status)) for name, url, status in found]
     return Inputs(parts, None, _digest(parts), [], "tars")
 
 
@@ -251,6 +288,27 @@ def _digest(parts: list[Part]) -> str:
     return sha256(part.units for part in parts)
 
 
+def _refuse_compressed(found: Mapping[str, Sequence[Path | str]], base: str = "") -> None:
+    for suffix in COMPRESSED:
+        if suffix in found:
+            raise UserError(
+                f"{base}{found[suffix][0]}: is compressed; unpack it to .tar (pictures do not shrink)"
+            )
+
+
+def _with_note(tars: Inputs, tables: Sequence[Path | str]) -> Inputs:
+    """Of tars that have Parquet files beside them, as img2dataset writes those."""
+    if tables:
+        tars.notes.append(f"{len(tables)} .parquet files beside the tars are not read")
+    return tars
+
+
+def _suffix(name: str) -> str:
+    lower = name.lower()
+    packed = next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), None)
+    return packed or os.path.splitext(lower)[1]
+
+
 def _by_suffix(root: Path) -> dict[str, list[Path]]:
     """Tars and Parquet files below `root`, sorted, and the first picture of each suffix."""
     found: dict[str, list[Path]] = {}
@@ -263,9 +321,7 @@ def _by_suffix(root: Path) -> dict[str, list[Path]]:
         seen.add(real)
         folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
         for file in sorted(file for file in files if not is_hidden(file)):
-            lower = file.lower()
-            packed = next((suffix for suffix in COMPRESSED if lower.endswith(suffix)), None)
-            suffix = packed or os.path.splitext(lower)[1]
+            suffix = _suffix(file)
             some = found.setdefault(suffix, [])
             if suffix in (".tar", ".parquet") or not some:
                 some.append(Path(name, file))

@@ -14,7 +14,7 @@ from millrace.engine.data.first_bytes import Kind, kind_of
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.stored_sample import RawSample
 from millrace.engine.data.reject_reasons import Reason, Reject, Rejected
-from millrace.engine.data.remote.remote_input import open_input
+from millrace.engine.data.remote.remote_input import open_input, read_ahead_until
 from millrace.engine.data.sample_files import check_picture_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import is_url
@@ -57,7 +57,7 @@ def table_shape(path: Path | str, settings: Settings) -> TableShape:
     """
     parquet = _parquet()
     try:
-        with _input(path, None) as opened, parquet.ParquetFile(opened) as file:
+        with _input(path, None) as opened, parquet.ParquetFile(opened) as file:  # the footer alone
             schema = file.schema_arrow
             rows = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
     except UserError:
@@ -110,6 +110,7 @@ def read_row_group(
             _input(path, folder) as opened,
             _parquet().ParquetFile(opened, buffer_size=2**20) as file,
         ):
+            read_ahead_until(opened, _end_of(file.metadata.row_group(group), columns))
             for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
                 for row in range(batch.num_rows):
                     key = f"{name}#{number}"
@@ -165,9 +166,20 @@ def _input(path: Path | str, folder: Path | None) -> Iterator[Any]:
     """What Arrow opens: a path, which it maps and reads itself, or a remote file."""
     if is_url(path):
         with open_input(path, folder) as file:
+            read_ahead_until(file, 0)  # the footer comes first
             yield file
     else:
         yield path
+
+
+def _end_of(group: Any, columns: list[str]) -> int:
+    """Where the last byte of columns of a row group lies."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    return max(
+        (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] in columns
+    )
 
 
 def _kind(path: Path | str) -> Kind | None:

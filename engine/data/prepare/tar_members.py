@@ -40,7 +40,7 @@ class Damage(NamedTuple):
 
 def members(file: BinaryIO) -> Iterator[Member | Damage]:
     """Members in order, folders left out. Raises OSError where the file cannot be read."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     offset, ended, extra = 0, False, _Extra()
     while offset + BLOCK <= size:
         block = _read(file, offset, BLOCK)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from millrace.engine.util.errors import UserError
@@ -97,12 +98,31 @@ class RemoteFiles:
         """What the store says of a file: `size`, which may be None, and whatever else it keeps."""
         return self.run(self._retried(file, 0, lambda: self._ask("info", self._path(file)))).result()
 
-    def listing(self) -> dict[str, dict[str, Any]]:
-        """`info` of all files below the URL, by their paths below it."""
-        work = self._retried("", 0, lambda: self._ask("find", self._root, detail=True))
-        found = self.run(work).result()
-        start = len(self._files._strip_protocol(self._root)) + 1
-        return {self._files._strip_protocol(path)[start:]: info for path, info in sorted(found.items())}
+    def listing(self) -> list[str]:
+        """Paths below the URL of all files there, sorted."""
+        return self.run(self._walk()).result()
+
+    async def _walk(self) -> list[str]:
+        # Folder by folder: fsspec's `find` would begin anew whenever one request of thousands fails.
+        root = self._files._strip_protocol(self._root).rstrip("/")
+        found, seen, level = set(), {""}, [""]
+        while level:
+            pages = await asyncio.gather(*map(self._entries, level))
+            level = []
+            for entry in chain(*pages):
+                path = self._files._strip_protocol(entry["name"]).rstrip("/")
+                name = path.removeprefix(f"{root}/")
+                if name == path or name in seen:  # elsewhere, or the folder itself
+                    continue
+                seen.add(name)
+                if entry["type"] == "directory":
+                    level.append(name)
+                else:
+                    found.add(name)
+        return sorted(found)
+
+    async def _entries(self, folder: str) -> list[dict[str, Any]]:
+        return await self._retried(folder, _WHOLE, lambda: self._ask("ls", self._path(folder), detail=True))
 
     async def get(self, file: str, offset: int, size: int) -> bytes:
         """As `read`, in the loop."""
@@ -125,7 +145,8 @@ class RemoteFiles:
             try:
                 async with self._slots:
                     return await asyncio.wait_for(attempt(), TIMEOUT + size / SLOWEST)
-            except Exception as error:
+            except Exception as caught:
+                error = _unwrapped(caught)
                 lasting = _as_error(error, self.address(file))
                 if lasting is not None:
                     raise lasting from None
@@ -164,11 +185,15 @@ def _open(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {_reason(error)}; correct the URL") from None
 
 
+def _unwrapped(error: Exception) -> Exception:
+    """What became of a request to a web server: fsspec calls the file missing whatever that was."""
+    cause = error.__cause__
+    hidden = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
+    return cause if hidden and isinstance(cause, Exception) else error
+
+
 def _as_error(error: Exception, address: str) -> Exception | None:
     """What to raise for an error that will not pass; None for one that may."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp"):
-        error = cause  # fsspec calls a file of a web server missing whatever became of its requests
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FileNotFoundError(errno.ENOENT, "the store has no such file", address)

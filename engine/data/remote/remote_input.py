@@ -51,7 +51,7 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """Paths of all files below the URL, sorted. Raises UserError."""
         try:
-            found = sorted(self.files.listing())
+            found = self.files.listing()
         except OSError as error:
             raise UserError(f"{self.url}: cannot be listed: {error.strerror}") from None
         if not found:
@@ -81,7 +81,11 @@ class RemoteInput(io.RawIOBase):
         super().__init__()
         self._files = RemoteFiles(url, AHEAD + 1)
         self._size, self._at = _size_of(self._files, "")[1], 0
-        self._kept = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close
+        self.wanted = self._size
+        """Where reading ahead of the reader ends."""
+        self._folder = folder
+        with self._writing():
+            self._kept = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close
         self._coming: dict[int, Future[bytes]] = {}
         self._there: set[int] = set()
         self._lock = threading.Lock()  # Arrow reads from threads of its own
@@ -113,22 +117,48 @@ class RemoteInput(io.RawIOBase):
             return done
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and hasattr(self, "_kept"):
             self._kept.close()
         super().close()
 
     def _fetch(self, number: int) -> None:
         """Have a block, and those behind it on their way."""
-        end = (self._size + BLOCK - 1) // BLOCK
-        for following in range(number, min(number + AHEAD + 1, end)):
+        for other in [other for other, work in self._coming.items() if work.done()]:
+            self._keep(other)  # of those that the reader has skipped, memory would fill
+        end = -(-min(self.wanted, self._size) // BLOCK)
+        for following in (number, *range(number + 1, min(number + AHEAD + 1, end))):
             if following not in self._there and following not in self._coming:
                 start = following * BLOCK
                 work = self._files.get("", start, min(BLOCK, self._size - start))
                 self._coming[following] = self._files.run(work)
         if number in self._coming:
-            data = _asked(self._coming.pop(number).result, self._files.url)
-            os.pwrite(self._kept.fileno(), data, number * BLOCK)
-            self._there.add(number)
+            self._keep(number)
+
+    def _keep(self, number: int) -> None:
+        rest = memoryview(_asked(self._coming.pop(number).result, self._files.url))
+        offset = number * BLOCK
+        with self._writing():
+            while rest:
+                written = os.pwrite(self._kept.fileno(), rest, offset)
+                rest, offset = rest[written:], offset + written
+        self._there.add(number)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error of the disk here is none of the input."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder or tempfile.gettempdir()}: cannot keep {self._files.url} while it is read: "
+                f"{error.strerror or error}; finished work is kept, run the same command again"
+            ) from None
+
+
+def read_ahead_until(file: Any, end: int) -> None:
+    """Of a file that `open_input` gave, what lies behind `end` is not wanted unless it is asked for."""
+    if isinstance(raw := getattr(file, "raw", None), RemoteInput):
+        raw.wanted = end
 
 
 @contextmanager

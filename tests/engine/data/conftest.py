@@ -1,4 +1,4 @@
-"""MDS data sets, written by the library that defines them."""
+"""MDS data sets, written by the library that defines them; web servers that are far away and fail."""
 
 import io
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from millrace.benchmarks.data.faulty_server import FaultyServer
 from millrace.engine.data.formats.mds_shards import load_library
+from millrace.engine.data.remote import remote_files
 
 
 @pytest.fixture
@@ -60,3 +62,23 @@ def write_pictures(write_mds, picture, as_file):
         return write_mds(folder, columns, samples, **options)
 
     return write
+
+
+@pytest.fixture
+def serve():
+    """`serve(folder, **faults)` -> a running FaultyServer."""
+    running = []
+
+    def start(root, **faults):
+        running.append(FaultyServer(root, **faults).__enter__())
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.__exit__()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Attempts follow each other at once."""
+    monkeypatch.setattr(remote_files, "DELAYS", (0.0,) * len(remote_files.DELAYS))
