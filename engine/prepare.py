@@ -47,7 +47,9 @@ millrace prepare verify photos-1024
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of `millrace prepare`."""
     parser = command_parser(__doc__, "millrace prepare")
-    parser.add_argument("--input", required=True, metavar="PATH|URL", help="folder, .parquet or .tar file")
+    parser.add_argument(
+        "--input", required=True, metavar="PATH|URL", help="folder, .parquet or .tar file; .txt of URLs"
+    )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="folder to create, or to go on with"
     )
@@ -170,8 +172,8 @@ def _subcommand(words: list[str]) -> tuple[str, list[str]]:
 
 def verify_data_set(arguments: argparse.Namespace) -> int:
     """Compare a data set with its manifest. Raises UserError with one line per problem."""
+    require_path("dataset", arguments.dataset)
     root = Path(arguments.dataset)
-    require_path("dataset", root)
 
     from millrace.engine.data.latent_cache import cache_problems
     from millrace.engine.data.prepare.verify import verify

@@ -179,7 +179,7 @@ def _open(url: str) -> tuple[Any, str]:
         package = _PACKAGES.get(scheme, scheme)
         raise UserError(
             f"{url}: {scheme}:// needs a package that is not installed ({_reason(error)}): pip install "
-            f"fsspec {package}"
+            f"fsspec {package} (the extra `remote` has the usual ones)"
         ) from None
     except Exception as error:
         raise UserError(f"{url}: {_reason(error)}; correct the URL") from None

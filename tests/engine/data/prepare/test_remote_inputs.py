@@ -1,5 +1,6 @@
 """`millrace prepare` of tars and Parquet files behind a URL: what it makes of the same files on a disk."""
 
+import errno
 import json
 import os
 import re
@@ -154,6 +155,24 @@ def test_skipped_blocks_leave_the_memory(tmp_path, bad, serve, monkeypatch):
         assert file.read(5) == b""
         assert file.seek(-7, os.SEEK_END) == len(data) - 7
         assert file.read() == data[-7:]
+
+
+def test_a_full_disk_is_one_line_and_no_reject(tmp_path, bad, serve, monkeypatch):
+    server, real = serve(tars(tmp_path / "in", bad)), os.pwrite
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote_input.os, "pwrite", full)
+    message = refusal(lambda: prepare(server.url, tmp_path / "far", SETTINGS, 0, 1.0))
+    assert message.startswith(
+        f"{tmp_path}/far/.preparing/parts: cannot keep {server.url}/a/e.tar while it is read"
+    )
+    assert "No space left on device; finished work is kept" in message
+    monkeypatch.setattr(remote_input.os, "pwrite", real)
+    prepare(server.url, tmp_path / "far", SETTINGS, 0, 1.0)
+    prepare(tmp_path / "in", tmp_path / "disk", SETTINGS, 0, 1.0)
+    assert made(tmp_path / "far", bad) == made(tmp_path / "disk", bad)
 
 
 def test_goes_on_after_a_stop(tmp_path, bad, serve, monkeypatch):

@@ -214,7 +214,7 @@ def test_schemes_that_nothing_installed_reads(url, package, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     message = refusal(lambda: open_source(data_of(url)))
     assert message.startswith(f"{url}: ")
-    assert not package or message.endswith(f"pip install fsspec {package}")
+    assert not package or f"pip install fsspec {package} (the extra `remote` " in message
 
 
 def test_settings_that_do_not_go_together(dataset):
