@@ -208,7 +208,7 @@ class Evaluation:
     @torch.no_grad()
     def _look_at_reference(self, made: dict[str, Statistics]) -> None:
         for places in _shares(self.reference.count if made else 0, "reference"):
-            self._add(made, places.start, [self.reference.view(place) for place in places])
+            self._add(made, places.start, self.reference.views(places))
 
     def _scores(
         self,

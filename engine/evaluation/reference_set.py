@@ -1,7 +1,7 @@
 """Reference set: pictures that samples are compared with, and captions that samples are made for."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,13 @@ from millrace.engine.data import Source, evaluation_view, open_source
 from millrace.engine.data.crop import output_size
 from millrace.engine.data.names import PICTURES
 from millrace.engine.data.sources.folder import FolderSource
-from millrace.engine.data.sources.pictures import UnreadablePicture, key_alone, read_picture, stored_size
+from millrace.engine.data.sources.pictures import (
+    UnreadablePicture,
+    key_alone,
+    read_ahead,
+    read_picture,
+    stored_size,
+)
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 from millrace.engine.util.randomness import Purpose, epoch_order
@@ -22,6 +28,8 @@ _ORDER_SEED = 0
 """Reference pictures are the same for runs of any seed, so that their statistics can be shared."""
 _LOOKED_AT = 16
 """Pictures whose pixels the digest of a reference holds."""
+_KEYS_AHEAD = 1024
+"""Keys that a source which is far away reads together."""
 
 
 class Pictures:
@@ -86,6 +94,11 @@ class Reference:
         view = evaluation_view(self._image(picture), self._data, self._edge, self._pictures.key(picture))
         return levels(view)
 
+    def views(self, places: Sequence[int]) -> list[Tensor]:
+        """As `view`, of several, which a source that is far away reads together."""
+        read_ahead(self._pictures, self._order[list(places)].tolist())
+        return list(map(self.view, places))
+
     def caption(self, sample: int) -> str:
         """Of sample number `sample`."""
         return getattr(self._captioned.captions(self._captioned_picture(sample)), self._config.caption)
@@ -110,6 +123,9 @@ class Reference:
 
     def _description(self) -> Iterator[bytes]:
         for place in range(self.count):
+            if place % _KEYS_AHEAD == 0:
+                some = self._order[place : place + _KEYS_AHEAD].tolist()
+                read_ahead(self._pictures, some, keys=True)
             yield key_alone(self._pictures, int(self._order[place])).encode() + b"\0"
         for place in sorted({i * self.count // _LOOKED_AT for i in range(_LOOKED_AT)}):
             view = self.view(place)

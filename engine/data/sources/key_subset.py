@@ -60,8 +60,8 @@ class KeptSource:
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return stored_size(self.whole, self._place(index))
 
-    def read_ahead(self, indices: Sequence[int]) -> None:
-        read_ahead(self.whole, self.kept[list(indices)].tolist())
+    def read_ahead(self, indices: Sequence[int], keys: bool = False) -> None:
+        read_ahead(self.whole, self.kept[list(indices)].tolist(), keys)
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

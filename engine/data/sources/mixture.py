@@ -67,10 +67,10 @@ class MixtureSource:
         part, place = self._find(index)
         return stored_size(self.sources[part], place)
 
-    def read_ahead(self, indices: Sequence[int]) -> None:
+    def read_ahead(self, indices: Sequence[int], keys: bool = False) -> None:
         places = [self._find(index) for index in indices]
         for part in {part for part, _ in places}:
-            read_ahead(self.sources[part], [place for of, place in places if of == part])
+            read_ahead(self.sources[part], [place for of, place in places if of == part], keys)
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""

@@ -91,10 +91,13 @@ def samples_ahead(source: Source) -> int:
     return getattr(source, "ahead", 0) if parts is None else max(map(samples_ahead, parts))
 
 
-def read_ahead(source: Source, indices: Sequence[int]) -> None:
-    """Begin to read pictures that will be asked for, each once and in about this order; returns at once."""
+def read_ahead(source: Source, indices: Sequence[int], keys: bool = False) -> None:
+    """Begin to read pictures that will be asked for, each once and in about this order; returns at once.
+
+    `keys` is for those of which `key_alone` will be.
+    """
     if hasattr(source, "read_ahead"):
-        source.read_ahead(indices)
+        source.read_ahead(indices, keys)
 
 
 def forget_ahead(source: Source) -> None:

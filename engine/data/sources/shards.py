@@ -114,10 +114,8 @@ class ShardsSource:
 
     def key_alone(self, index: int) -> str:
         """As `key`, of a record whose checksum is not computed because its picture is not read."""
-        shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
-        span = Span(shard.file, int(row["json_offset"]), int(row["json_bytes"]), shard.sha256, _is_json)
         try:
-            return str(json.loads(self._store.read(span))["key"])
+            return str(json.loads(self._store.read(self._record_span(index)))["key"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return self._name(index)
 
@@ -169,9 +167,10 @@ class ShardsSource:
             last = self._last.record = index, self._read(index)
         return last[1]
 
-    def read_ahead(self, indices: Sequence[int]) -> None:
-        """Begin to read samples that will be asked for, each once and in about this order."""
-        self._store.read_ahead(map(self._span, indices))
+    def read_ahead(self, indices: Sequence[int], keys: bool = False) -> None:
+        """Begin to read samples that will be asked for, each once and in about this order; with `keys` those
+        of which `key_alone` will be."""
+        self._store.read_ahead(map(self._record_span if keys else self._span, indices))
 
     def forget_ahead(self) -> None:
         """Nobody asks for what was read ahead."""
@@ -182,6 +181,11 @@ class ShardsSource:
         shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
         start, end = int(row["picture_offset"]), int(row["json_offset"]) + int(row["json_bytes"])
         return Span(shard.file, start, end - start, shard.sha256, partial(_is_sound, row))
+
+    def _record_span(self, index: int) -> Span:
+        """The JSON of a sample."""
+        shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
+        return Span(shard.file, int(row["json_offset"]), int(row["json_bytes"]), shard.sha256, _is_json)
 
     def _read(self, index: int) -> Record:
         span = self._span(index)

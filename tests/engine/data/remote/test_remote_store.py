@@ -8,9 +8,11 @@ from itertools import islice
 import fsspec
 import numpy as np
 import pytest
+import torch
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Remote
+from millrace.engine.config.loading import parse_config
 from millrace.engine.data import SampleStream, UnreadablePicture, open_source
 from millrace.engine.data.formats.byte_store import Span
 from millrace.engine.data.remote import remote_store
@@ -19,6 +21,7 @@ from millrace.engine.data.remote.remote_store import merged
 from millrace.engine.data.sources.key_subset import write_keys
 from millrace.engine.data.sources.open_source import fingerprint
 from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.evaluation.reference_set import Reference
 from millrace.engine.util.errors import UserError
 
 COUNTS = {(16, 64): 24, (32, 32): 21}
@@ -125,6 +128,19 @@ def test_samples_are_asked_for_together_and_ahead(dataset, serve):
     assert server.counts["requests"] - before <= 45  # none twice: the cache has what comes again
     stream.close()
     assert source._store._wanted == {}
+
+
+def test_references_of_an_evaluation_are_read_together(dataset, serve):
+    def reference(path):
+        config = parse_config({"data": data_of(path).model_dump(mode="json")}, "test")
+        return Reference(config, 16)
+
+    server, near = serve(dataset, latency=0.1), reference(dataset)
+    far = reference(server.url)
+    start = time.perf_counter()
+    assert far.identity() == near.identity()
+    assert all(map(torch.equal, far.views(range(45)), map(near.view, range(45))))
+    assert time.perf_counter() - start < 4  # one after another 45 keys and 61 pictures take 10 s
 
 
 def test_indexes_are_fetched_once_a_machine(dataset, serve, cache):
