@@ -6,7 +6,8 @@ python -m benchmarks remote --smoke                       # try the program
 
 The pictures are those of `dataloader` at 256 pixels, in the page cache. The server is a process of this
 machine and takes its share of the cores. Each turn is a process of its own: its first micro-batches are
-passed over, then the images of an epoch are counted. The loaders take turns:
+passed over, then the images of an epoch are counted. The loaders take turns, and "of disk" is the median of
+the ratios within a round, since others may use the machine:
 
   disk          the folder
   no cache      the server, nothing kept
@@ -169,6 +170,11 @@ def within_bound(url: str, folder: Path, resolution: int, size: int) -> dict[str
     return {"limit": limit, "most": most, "digests": [value for value, _ in found]}
 
 
+def rates_of(turns: list[Turn]) -> list[float]:
+    """Images per second."""
+    return [turn.images / turn.seconds for turn in turns]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """For people."""
     lines = [
@@ -259,20 +265,20 @@ def main() -> int:
                     log.info(
                         "%d threads, round %d, %s: %.0f images/s, load %.1f", workers, i + 1, name, rate, load
                     )
-            medians = {}
+            disk = rates_of(turns["disk"])
             for name, some in turns.items():
-                rates = [turn.images / turn.seconds for turn in some]
-                p20, medians[name], p80 = np.percentile(rates, (20, 50, 80)).tolist()
+                rates = rates_of(some)
+                p20, median, p80 = np.percentile(rates, (20, 50, 80)).tolist()
+                cpu = sum(turn.cpu_seconds for turn in some) / sum(turn.images for turn in some)
                 rows.append(
                     {
                         "workers": workers,
                         "loader": name,
-                        "images_per_second_median": medians[name],
+                        "images_per_second_median": median,
                         "images_per_second_p20": p20,
                         "images_per_second_p80": p80,
-                        "of_disk": medians[name] / medians["disk"],
-                        "cpu_seconds_per_image": sum(turn.cpu_seconds for turn in some)
-                        / sum(turn.images for turn in some),
+                        "of_disk": float(np.median(np.divide(rates, disk))),
+                        "cpu_seconds_per_image": cpu,
                         "images_per_second": rates,
                     }
                 )
