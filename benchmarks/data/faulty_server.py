@@ -9,6 +9,7 @@ import asyncio
 import json
 import random
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from html import escape
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 STATISTICS = "/.statistics"
-"""Answered at once, with the counts as JSON."""
+"""Answered at once, with the counts as JSON, and `cpu_seconds` of the process."""
 
 
 class FaultyServer:
@@ -98,7 +99,8 @@ class FaultyServer:
     async def _answer(self, writer: asyncio.StreamWriter, method: str, path: str, wanted: str | None) -> bool:
         """Whether the connection goes on."""
         if path == STATISTICS:
-            _send(writer, method, 200, json.dumps(self.counts).encode())
+            said = self.counts | {"cpu_seconds": time.process_time()}
+            _send(writer, method, 200, json.dumps(said).encode())
             return True
         self.counts["requests"] += 1
         self._busy += 1

@@ -71,6 +71,8 @@ class Turn(NamedTuple):
     images: int
     seconds: float
     cpu_seconds: float
+    """Of the loader's process."""
+    server_cpu_seconds: float = 0.0
 
 
 def settings(path: str, resolution: int, workers: int, **remote: Any) -> Data:
@@ -178,14 +180,15 @@ def rates_of(turns: list[Turn]) -> list[float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """For people."""
     lines = [
-        "| threads | loader | images/s | p20 to p80 | of disk | CPU ms per image |",
-        "|---|---|---|---|---|---|",
+        "| threads | loader | images/s | p20 to p80 | of disk | CPU ms per image | of the server |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row['workers']} | {row['loader']} | {row['images_per_second_median']:.0f} | "
             f"{row['images_per_second_p20']:.0f} to {row['images_per_second_p80']:.0f} | "
-            f"{row['of_disk']:.2f} | {1e3 * row['cpu_seconds_per_image']:.2f} |"
+            f"{row['of_disk']:.2f} | {1e3 * row['cpu_seconds_per_image']:.2f} | "
+            f"{1e3 * row['server_cpu_seconds_per_image']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -247,7 +250,8 @@ def main() -> int:
         found, bad = alone(digest, settings(url, resolution, cores, **far["no cache"][1]))
         if found != expected or bad:
             raise UserError(f"{url}: the samples are not those of {shards} ({bad} unreadable)")
-        print(f"the same bits as from the disk; the server's counts: {counts(url)}")
+        compared = counts(url)
+        print(f"the same bits as from the disk; the server's counts: {compared}")
         bound = within_bound(url, Path(scratch) / "small", resolution, size)
         if bound["digests"] != [expected, expected] or bound["most"] > bound["limit"]:
             raise UserError(f"{url}: two processes with one cache: {bound}")
@@ -259,7 +263,9 @@ def main() -> int:
                 shutil.rmtree(cache, ignore_errors=True)
                 for name in LOADERS:
                     path, remote = far[name]
+                    before = counts(url)["cpu_seconds"]
                     turn = alone(measure, settings(path, resolution, workers, **remote))
+                    turn = turn._replace(server_cpu_seconds=counts(url)["cpu_seconds"] - before)
                     turns[name].append(turn)
                     rate, load = turn.images / turn.seconds, psutil.getloadavg()[0]
                     log.info(
@@ -269,7 +275,7 @@ def main() -> int:
             for name, some in turns.items():
                 rates = rates_of(some)
                 p20, median, p80 = np.percentile(rates, (20, 50, 80)).tolist()
-                cpu = sum(turn.cpu_seconds for turn in some) / sum(turn.images for turn in some)
+                images = sum(turn.images for turn in some)
                 rows.append(
                     {
                         "workers": workers,
@@ -278,7 +284,9 @@ def main() -> int:
                         "images_per_second_p20": p20,
                         "images_per_second_p80": p80,
                         "of_disk": float(np.median(np.divide(rates, disk))),
-                        "cpu_seconds_per_image": cpu,
+                        "cpu_seconds_per_image": sum(turn.cpu_seconds for turn in some) / images,
+                        "server_cpu_seconds_per_image": sum(turn.server_cpu_seconds for turn in some)
+                        / images,
                         "images_per_second": rates,
                     }
                 )
@@ -288,11 +296,13 @@ def main() -> int:
                 arguments.output,
                 {
                     "benchmark": "remote",
+                    "smoke": arguments.smoke,
                     **recording.environment(),
                     "settings": {
                         key: getattr(arguments, key)
-                        for key in ("latency", "failures", "cuts", "requests", "rounds", "pictures", "smoke")
+                        for key in ("latency", "failures", "cuts", "requests", "rounds", "pictures")
                     },
+                    "same_bits": {"samples": manifest.samples, "server": compared},
                     "server": counts(url),
                     "bound": bound,
                     "rows": rows,
