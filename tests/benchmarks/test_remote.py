@@ -23,6 +23,9 @@ def test_it_runs(tmp_path):
     assert [row["loader"] for row in result["rows"]] == ["disk", "no cache", "first epoch", "second epoch"]
     assert all(row["images_per_second_median"] > 0 for row in result["rows"])
     assert result["bound"]["most"] <= result["bound"]["limit"]
+    assert result["same_bits"]["samples"] == 80
+    assert result["same_bits"]["server"]["flipped"] == 1
+    assert result["smoke"]
 
 
 def ask(url, wanted=None):
