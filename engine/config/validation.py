@@ -24,7 +24,7 @@ class Validation(Section):
     """Kind of `path`, as `data.source`."""
     path: PathText | None = None
     """A data set to look at in place of a share of `data`; nothing is taken out of training."""
-    samples: int = Field(1024, ge=1)
+    samples: int = Field(512, ge=1)
     """Held-out pictures that are looked at, at most: those with the smallest hash."""
     times: int = Field(8, ge=1)
     """Times at which the loss of each is taken: the middles of so many equal intervals of (0, 1)."""

@@ -3,9 +3,9 @@
     held-out picture ──largest centred crop, its caption──▶ encoded once ──noise of (seed, key, time)──▶
       denoiser in FP32, all tokens ──▶ loss of each picture at each time ──mean in float64, by key──▶ a record
 
-The times are the middles of equal intervals of (0, 1), as in MLPerf's FLUX benchmark and torchtitan; there a
-picture has one of them, here each has all. Two runs that look at the same set see the same noise, so their
-losses differ by the models alone and may be compared picture by picture.
+The times are the middles of equal intervals of (0, 1), by default the eight of torchtitan's validation of
+FLUX; each picture has all of them. (PRX draws times at random and sorts the errors into bins.) Two runs that
+look at the same set see the same noise, so their losses differ by the models alone, picture by picture.
 
 Pictures are looked at in parts of a fixed size, part p by process p mod their number. So who is in a batch
 with whom depends on neither micro-batch nor processes, and the losses of the same weights are the same bits.
