@@ -31,8 +31,9 @@ from millrace.engine.checkpoint.weight_meaning import differing_meaning
 from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import differences
 from millrace.engine.config.stages import resolve_stages, stage_at
-from millrace.engine.data import SampleStream, Source, fingerprint, open_source
+from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.data.lasting_stream import LastingStream
+from millrace.engine.data.sources.held_out_split import Split, split
 from millrace.engine.data.sources.open_source import Opened
 from millrace.engine.distributed import deepspeed_engine, process_group
 from millrace.engine.distributed.precision_audit import audit, require_masters
@@ -46,7 +47,7 @@ from millrace.engine.encoders.frozen_networks import Frozen, open_frozen
 from millrace.engine.encoders.prefetch import BatchPrefetcher
 from millrace.engine.encoders.teacher import Teacher, teacher_of
 from millrace.engine.encoders.text_encoder import open_text_encoder
-from millrace.engine.evaluation.run_samples import RunSamples
+from millrace.engine.evaluation.run_samples import Due, RunSamples
 from millrace.engine.losses.contrastive import MeanTarget, require_partners
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.losses.loss_term import LossInputs
@@ -149,9 +150,10 @@ class Trainer:
             deepspeed_engine.accumulation_steps(stage.config)
             deepspeed_engine.deepspeed_config(stage.config)
             require_partners(stage.config)
-        sources = process_group.leaders_first(self._open_sources)  # the others map what a leader has indexed
+        data_sets = process_group.leaders_first(self._open_data)  # the others map what a leader has indexed
         self._choose_stage(reader)
-        self.source = sources[self.config.data]
+        data = data_sets[self.config.data]
+        self.source = data.train
         messages += self._load_counters(reader)
         frozen = process_group.leaders_first(
             lambda: open_frozen(
@@ -173,15 +175,18 @@ class Trainer:
         messages += self._open_saves()
         self._open_logs(messages + self._describe(frozen.lines))
         # Of the run's first data, so that grids of all stages show the same.
-        prompts = grid_prompts(self.config.sampling, sources[self.stages[0].config.data])
+        prompts = grid_prompts(self.config.sampling, data_sets[self.stages[0].config.data].train)
         self.run_samples = RunSamples(
-            self.config, self.flow, self.batch_encoder, self.source, self.output, self.run_log, prompts
+            self.stage, self.flow, self.batch_encoder, data, self.output, self.run_log, prompts
         )
 
-    def _open_sources(self) -> dict[Data, Source]:
-        """The source of each stage; all are opened now, so that a later one fails before the run begins."""
+    def _open_data(self) -> dict[Data, Split]:
+        """The data of each stage; all are opened now, so that a later one fails before the run begins."""
         opened: Opened = {}
-        return {data: self.open_source(data, opened) for data in {stage.config.data for stage in self.stages}}
+        return {
+            config.data: split(self.open_source(config.data, opened), config.validation, config.data)
+            for config in {stage.config.data: stage.config for stage in self.stages}.values()
+        }
 
     def _choose_stage(self, reader: CheckpointReader | None) -> None:
         """Take the stage that the checkpoint's step lies in; from here on `config` is the stage's."""
@@ -441,12 +446,12 @@ class Trainer:
             f"step {self.step + 1}; the other ranks cannot save without it, continue with --resume auto"
         )
 
-    def _make_samples(self, what: tuple[bool, bool] | None = None) -> None:
-        """Grid and evaluation that are due, or those of `what`. Collective."""
+    def _make_samples(self, what: Due | None = None) -> None:
+        """Grid, evaluation and held-out loss that are due, or those of `what`. Collective."""
         self.watchdog.enter(self.step, "samples")
         self._flush()
         self.batches.settle()
-        self.run_samples.make(self.step, self.gathered(), what)
+        self.run_samples.make(self.step, self.samples_seen, self.gathered, what)
 
     def train_step(self) -> bool:
         """One optimizer step over the global batch.
@@ -684,8 +689,8 @@ class Trainer:
         """Let go of the engine, whose hooks would keep weights and masters in memory."""
         release_engine(self.engine, self.zero_stage)
 
-    def gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole weights and buffers of the denoiser, those that `sampling.weights` names. Collective."""
-        source = Tensor.detach if self.ema is None else self.ema.source(self.config.sampling.weights)
+    def gathered(self, weights: str) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights and buffers of the denoiser, as `sampling.weights` names them. Collective."""
+        source = Tensor.detach if self.ema is None else self.ema.source(weights)
         yield from gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
         yield from self.denoiser.named_buffers()

@@ -132,6 +132,7 @@ def measured_config(arguments: argparse.Namespace) -> Row:
         "logging": {"every_steps": 1000, "tensorboard": False, "wandb": False},
         "sampling": {"every_steps": 0},
         "evaluation": {"every_steps": 0},
+        "validation": {"every_steps": 0, "share": 0.0, "path": None},
         "alignment": {"kind": "none"},
     }
     batch = {"data": {"global_batch": values["data"]["micro_batch"]}}

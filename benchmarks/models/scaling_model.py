@@ -263,7 +263,7 @@ def modelled() -> list[Row]:
     rows = []
     values = without_auto(load_config(str(CONFIGS / f"{name}.json"))).model_dump(mode="json")
     batch = {"data": {"micro_batch": micro_batch, "global_batch": micro_batch}}
-    values = merge(values, batch | {"sampling": {"every_steps": 0}})
+    values = merge(values, batch | {"sampling": {"every_steps": 0}, "validation": {"every_steps": 0}})
     for stage in range(4):
         for ranks in DEVICES:
             memory, step, _ = evaluate(values, stage, ranks, device)

@@ -36,6 +36,7 @@ SMALL: Row = {
     "logging": {"every_steps": 1000, "tensorboard": False, "wandb": False},
     "sampling": {"every_steps": 0},
     "evaluation": {"every_steps": 0},
+    "validation": {"every_steps": 0, "share": 0.0, "path": None},
 }
 """Weights of 65,536 elements and more, and four tokens. Every step clips."""
 

@@ -35,6 +35,7 @@ RUN: Row = {
     "logging": {"every_steps": 1000, "tensorboard": False, "wandb": False},
     "sampling": {"every_steps": 0},
     "evaluation": {"every_steps": 0},
+    "validation": {"every_steps": 0, "share": 0.0, "path": None},
 }
 HEAD = 64
 

@@ -67,6 +67,7 @@ def _of_stage(config: Config, arguments: argparse.Namespace, folder: Path) -> Co
         "run": {"output_dir": str(folder), "steps": steps, "init_from": None},
         "logging": {"tensorboard": False, "wandb": False},
         "evaluation": {"every_steps": 0},
+        "validation": {"every_steps": 0, "share": 0.0, "path": None},
     }
     config = parse_config(merge(config.model_dump(mode="json"), own), "benchmark")
     if config.data.micro_batch == AUTO:

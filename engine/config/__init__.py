@@ -23,6 +23,7 @@ from millrace.engine.config.precision import Fp8, Precision, check_fp8
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Run
 from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
 from millrace.engine.config.section import AUTO, Section
+from millrace.engine.config.validation import Validation
 
 __all__ = [
     "AUTO",
@@ -56,6 +57,7 @@ __all__ = [
     "Section",
     "Teacher",
     "TextTower",
+    "Validation",
     "guidance_warnings",
     "route_end",
     "weak_drop",
@@ -82,6 +84,7 @@ class Config(Section):
     logging: Logging = Logging()
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
+    validation: Validation = Validation()
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 0}})
     """Passed to DeepSpeed after a check that it names no key that the engine sets itself. May be `auto`:
     `zero_optimization`, or its `stage`, `overlap_comm`, `reduce_bucket_size` and `allgather_bucket_size`."""

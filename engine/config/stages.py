@@ -22,7 +22,10 @@ from millrace.engine.config.loading import differences, merge, parse_config
 from millrace.engine.util.errors import UserError
 
 _OWN = ("name", "at")
-_FIXED = ("run.steps", "run.seed", "run.output_dir", "run.device", "run.init_from", "source", "stages")
+_FIXED = (
+    *("run.steps", "run.seed", "run.output_dir", "run.device", "run.init_from", "source", "stages"),
+    *("validation.share", "validation.seed"),  # a picture that one stage holds out, all do
+)
 """Settings of the run as a whole."""
 _TUNED = "conditioning.autoencoder."
 """Settings that an autoencoder which is tuned, or was, does not survive a change of."""

@@ -336,7 +336,7 @@ class Caches:
 
     def text(self, picture: int, which: WhichCaption) -> CachedText | None:
         """Rows of a caption of a picture, or of the empty caption."""
-        leaf, index = _find(self._source, picture)
+        leaf, index = leaf_of(self._source, picture)
         cache = self._text.get(id(leaf))
         if cache is None:
             return None
@@ -344,7 +344,7 @@ class Caches:
 
     def moments(self, picture: int) -> Tensor | None:
         """What the autoencoder made of a picture, (2 or 1, C, h, w)."""
-        leaf, index = _find(self._source, picture)
+        leaf, index = leaf_of(self._source, picture)
         cache = self._latents.get(id(leaf))
         return None if cache is None else cache.moments(leaf.place(index))
 
@@ -355,8 +355,8 @@ def _leaves(source: Source) -> list[Source]:
     return _leaves(source.whole) if isinstance(source, KeptSource) else [source]
 
 
-def _find(source: Source, index: int) -> tuple[Source, int]:
-    """The source of the files, and the index in it, of picture `index`."""
+def leaf_of(source: Source, index: int) -> tuple[Source, int]:
+    """The source that is no part or subset of others, and the index in it, of picture `index`."""
     while True:
         if isinstance(source, MixtureSource):
             part = int(np.searchsorted(source.offsets, index, side="right")) - 1

@@ -87,7 +87,8 @@ class Spans:
 
 
 def members_of(bucket_of: np.ndarray, buckets: int, start: int) -> list[np.ndarray | Spans]:
-    """start + the indices of the pictures of each bucket, growing; `bucket_of` (n,) may be a mapped file.
+    """start + the indices of the pictures of each bucket, growing; `bucket_of` (n,) may be a mapped file, or
+    make its parts when they are asked for.
 
     Memory holds a chunk of it, and its spans, or all indices where there are more than a span in 64
     pictures.
@@ -97,7 +98,7 @@ def members_of(bucket_of: np.ndarray, buckets: int, start: int) -> list[np.ndarr
         part = bucket_of[max(first - 1, 0) : first + _CHUNK]
         edges.append(np.flatnonzero(part[1:] != part[:-1]) + max(first - 1, 0) + 1)
         if sum(map(len, edges)) > max(first, _CHUNK) // 64:
-            return [start + np.flatnonzero(bucket_of == b) for b in range(buckets)]
+            return [start + np.flatnonzero(bucket_of[:] == b) for b in range(buckets)]
     starts = np.concatenate(edges)[: len(bucket_of)]
     lengths, numbers = np.diff(starts, append=len(bucket_of)), bucket_of[starts]
     return [Spans(start + starts[numbers == b], lengths[numbers == b]) for b in range(buckets)]

@@ -124,7 +124,7 @@ class Evaluation:
         truncated, cut_before = tower.truncated, sampler.caption_tokens
         self.prepare(say)
         with untouched_randomness(self.device), self._on_device():
-            found, seconds, tokens, work = _agreed(lambda: self._sampled(sampler))
+            found, seconds, tokens, work = agreed(lambda: self._sampled(sampler))
             for statistics in found.values():
                 statistics.together()
             metrics = {name: found[name].distance(self._of_reference[name]) for name in found}
@@ -177,7 +177,7 @@ class Evaluation:
         if self._of_reference:
             return
         # By one process: it reads a name of every picture.
-        named = _agreed(lambda: self.reference.identity() if process_group.rank() == 0 else None)
+        named = agreed(lambda: self.reference.identity() if process_group.rank() == 0 else None)
         pictures, missing = process_group.gather_objects(named)[0], {}
         for metric, network in self.networks.items():
             identity = {
@@ -188,7 +188,7 @@ class Evaluation:
             }
             path = reference_statistics.path_of(Path(self.config.evaluation.cache), identity)
             if process_group.all_ranks(path.exists()):
-                tensors = _agreed(
+                tensors = agreed(
                     lambda path=path, identity=identity: reference_statistics.read(path, identity)
                 )
                 self._of_reference[metric] = KINDS[metric].restored(tensors)
@@ -196,13 +196,13 @@ class Evaluation:
                 missing[metric] = (identity, path)
         made = {metric: KINDS[metric]() for metric in missing}
         with untouched_randomness(self.device), self._on_device():
-            _agreed(lambda: self._look_at_reference(made))
+            agreed(lambda: self._look_at_reference(made))
             for statistics in made.values():
                 statistics.together()
         self._of_reference |= made
         for metric, (identity, path) in missing.items():
             tensors = made[metric].tensors() if process_group.rank() == 0 else {}
-            _agreed(lambda p=path, i=identity, t=tensors: reference_statistics.write(p, i, t) if t else None)
+            agreed(lambda p=path, i=identity, t=tensors: reference_statistics.write(p, i, t) if t else None)
             say(f"{TITLES[metric]}: statistics of {self.reference.count} reference pictures in {path}")
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ def _shares(count: int, what: str) -> Iterator[range]:
         yield range(start, min(start + PART, count))
 
 
-def _agreed(work: Callable[[], Any]) -> Any:
+def agreed(work: Callable[[], Any]) -> Any:
     """The result of `work`; an error of one process that is no defect of the program, such as a full disk or
     no memory left, is raised as UserError on all, so that none waits for it."""
     result, problem = None, None

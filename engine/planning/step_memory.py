@@ -196,7 +196,7 @@ def memory_of(
             "reduction": min(bucket, whole) + live,
             "update": update,
         }
-    if config.sampling.every_steps or config.evaluation.every_steps:
+    if config.sampling.every_steps or config.evaluation.every_steps or config.validation.every_steps:
         phases["sampling"] = 0 if stage == 0 and stored == 4 else 4 * shape.parameters
     gradients = (whole, whole, share, 0.0)[stage]  # at stage 3 they are among the parts
     return Memory(parts, {name: float(size) for name, size in phases.items()}, gradients)

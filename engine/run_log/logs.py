@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_id"
 """File in the run's folder."""
+VALIDATION = "validation.jsonl"
+"""File in the run's folder: a record for each measurement of the held-out loss and each kind of weights."""
 
 
 class RunLog:
@@ -32,8 +34,8 @@ class RunLog:
     What cannot be written is a warning (`side_channels.py`): a log never ends the run that it is of.
 
     Args:
-        output_dir: receives log.jsonl and `tensorboard/`.
-        step: steps done before; later lines of an existing log.jsonl are dropped, they will be made again.
+        output_dir: receives log.jsonl, validation.jsonl and `tensorboard/`.
+        step: steps done before; later lines of existing records are dropped, they will be made again.
     """
 
     def __init__(self, config: Config, output_dir: Path, step: int) -> None:
@@ -46,6 +48,10 @@ class RunLog:
         self._file = RecordFile(output_dir / "log.jsonl", step)
         with self.channels.tolerate("log.jsonl"):
             self._file.write()
+        self._held_out = RecordFile(output_dir / VALIDATION, step)
+        if config.validation.every_steps or (output_dir / VALIDATION).exists():
+            with self.channels.tolerate(VALIDATION):
+                self._held_out.write()
         if config.logging.tensorboard:
             with self.channels.tolerate("TensorBoard"):
                 self._board = _open_board(output_dir, step)
@@ -135,6 +141,22 @@ class RunLog:
         scalars = {f"evaluation/{name}": value for name, value in numbers.items()}
         self._scalars(step, scalars, scalars)
 
+    def has_validation(self, step: int, weights: list[str]) -> bool:
+        """Whether validation.jsonl has the losses of these weights after a step; False on ranks other than
+        0."""
+        return self._leads and {x.get("weights") for x in self._held_out.of_step(step)} >= set(weights)
+
+    def validation(self, record: dict[str, Any], times: tuple[float, ...]) -> None:
+        """Write the held-out loss of some weights: a line of validation.jsonl, and scalars."""
+        if not self._leads:
+            return
+        with self.channels.tolerate(VALIDATION):
+            self._held_out.write(_plain(record), sync=True)
+        name = "validation/loss" if record["weights"] == "model" else f"validation/{record['weights']}_loss"
+        scalars = {name: record["loss"]}
+        scalars |= {f"{name}_by_time/{t:.3f}": x for t, x in zip(times, record["by_time"], strict=True)}
+        self._scalars(record["step"], scalars, scalars)
+
     def say(self, message: str) -> None:
         """Show a line to the user, above the progress bar if there is one."""
         if self._leads:
@@ -153,6 +175,7 @@ class RunLog:
             with self.channels.tolerate("log.jsonl"):
                 self._file.write(sync=True)
             self._file.close()
+            self._held_out.close()
         for line in self.channels.summary():
             self.say(line)
 

@@ -11,7 +11,7 @@ from enum import StrEnum, unique
 
 import numpy as np
 
-from millrace.kernels.support.keys import hash_key, stream_key
+from millrace.kernels.support.keys import GOLDEN, MIX, hash_key, stream_key
 
 _of_thread = threading.local()
 
@@ -54,6 +54,8 @@ class Purpose(StrEnum):
     """Routes of guidance's strong branch; PRX's are drawn once, TREAD's `at` each step."""
     WEAK_ROUTE = "weak route"
     """Routes of guidance's weak branch, likewise."""
+    HELD_OUT = "held out"
+    """Which pictures are held out, keyed by the digest of their key."""
 
     def of(self, owner: str) -> str:
         """This purpose for one of several owners of a stream."""
@@ -79,6 +81,14 @@ def passing_generator(seed: int, index: int, purpose: str) -> np.random.Generato
     _of_thread.state["state"]["key"][0] = hash_key(stream_key(seed, purpose) ^ index)
     _of_thread.philox.state = _of_thread.state
     return _of_thread.generator
+
+
+def hash_keys(seed: int, numbers: np.ndarray, purpose: str) -> np.ndarray:
+    """`hash_key(stream_key(seed, purpose) ^ number)` of each of (n,) uint64 numbers, as uint64."""
+    z = (numbers ^ np.uint64(stream_key(seed, purpose))) + np.uint64(GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX[0])
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX[1])
+    return z ^ (z >> np.uint64(31))
 
 
 def epoch_order(seed: int, epoch: int, size: int, purpose: str) -> np.ndarray:

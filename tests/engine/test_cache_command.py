@@ -62,13 +62,20 @@ def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world
     assert prepare_command.main(["--verify", str(root / "set"), "--workers", "1"]) == 0
     assert "every file is as its manifest says" in capsys.readouterr().out
 
-    assert runs.here(root / "live", changes).error is None
-    assert runs.here(root / "cached", changes, {"data": {"cached": ["text", "latents"]}}).error is None
+    held_out = {"validation": {"share": 0.4, "every_steps": 3, "times": 2}}
+    assert runs.here(root / "live", changes, held_out).error is None
+    cache_read = {"data": {"cached": ["text", "latents"]}}
+    assert runs.here(root / "cached", changes, held_out, cache_read).error is None
     # Other processes wrote the caches, perhaps with other numbers of threads: BF16 may round otherwise.
     # That nothing else differs is shown to the bit within one process, in test_latent_cache_writer.py.
     cached, live = (losses(root / name) for name in ("cached", "live"))
     assert len(live) == 6
     assert cached == pytest.approx(live, rel=1e-3)
+    cached, live = (held_out_losses(root / name) for name in ("cached", "live"))
+    assert len(live) == 4
+    for (looked_at, found), (wanted_set, wanted) in zip(cached, live, strict=True):
+        assert looked_at == wanted_set
+        assert found == pytest.approx(wanted, rel=1e-2)
     lines = capsys.readouterr().err
     for kind, dtype in (("text", "bfloat16"), ("latents", "bfloat16")):
         assert f"cached {kind} ({dtype}): {root / 'set'}" in lines
@@ -76,6 +83,11 @@ def test_two_processes_make_caches_from_which_a_run_trains_as_it_does_live(world
 
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def held_out_losses(folder):
+    records = map(json.loads, (folder / "validation.jsonl").read_text().splitlines())
+    return [(record["set"], record["losses"]) for record in records]
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ how a curated set is trained on without copying pictures.
 import itertools
 import logging
 from array import array
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,43 @@ from millrace.engine.util.node_cache import cached_file
 log = logging.getLogger(__name__)
 
 
+class Rest:
+    """The growing numbers below `count` without a few, as an array that memory never holds.
+
+    Args:
+        left_out: (m,) int64, growing.
+    """
+
+    def __init__(self, count: int, left_out: np.ndarray) -> None:
+        self._count, self.left_out = count - len(left_out), left_out
+        self._before = left_out - np.arange(len(left_out))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int | slice | np.ndarray) -> np.ndarray:
+        """Numbers, int64, at one or several places."""
+        places = np.arange(*place.indices(self._count)) if isinstance(place, slice) else place
+        return places + np.searchsorted(self._before, places, side="right")
+
+
+class _Taken:
+    """The elements of `values` at the places `rest`, made when they are asked for."""
+
+    def __init__(self, values: np.ndarray, rest: Rest) -> None:
+        self._values, self._rest = values, rest
+
+    def __len__(self) -> int:
+        return len(self._rest)
+
+    def __getitem__(self, place: int | slice | np.ndarray) -> np.ndarray:
+        return self._values[self._rest[place]]
+
+
 class KeptSource:
     """The pictures of `source` at the places `kept` (n,) int64, which grow and may be a mapped file."""
 
-    def __init__(self, source: Source, kept: np.ndarray) -> None:
+    def __init__(self, source: Source, kept: np.ndarray | Rest) -> None:
         self.whole, self.kept = source, kept
         self.sources = [source]
 
@@ -61,7 +95,7 @@ class KeptSource:
         return stored_size(self.whole, self._place(index))
 
     def read_ahead(self, indices: Sequence[int], keys: bool = False) -> None:
-        read_ahead(self.whole, self.kept[list(indices)].tolist(), keys)
+        read_ahead(self.whole, self.kept[np.asarray(indices)].tolist(), keys)
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:
@@ -69,9 +103,19 @@ class KeptSource:
         return self.whole.buckets
 
     @property
-    def bucket_of(self) -> np.ndarray:
+    def bucket_of(self) -> np.ndarray | _Taken:
         """(n,) int32: index into `buckets` of every picture."""
-        return self.whole.bucket_of[self.kept]
+        whole = self.whole.bucket_of
+        return _Taken(whole, self.kept) if isinstance(self.kept, Rest) else whole[self.kept]
+
+    def key_digests(self) -> Iterator[np.ndarray]:
+        """(m, 2) uint64, `key_digest` of the keys of all pictures, in order and in parts."""
+        first = start = 0
+        for part in key_digests(self.whole):
+            start += len(part)
+            end = bisect_left(self.kept, start)
+            yield part[self.kept[first:end] - (start - len(part))]
+            first = end
 
     def _place(self, index: int) -> int:
         return int(self.kept[index])

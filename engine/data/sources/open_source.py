@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data.sources.key_subset import KeptSource, keep_listed
+from millrace.engine.data.sources.key_subset import KeptSource, Rest, keep_listed
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.util import registry
@@ -27,6 +27,9 @@ def _description(source: Source, prefix: str) -> Iterator[bytes]:
         yield source.description().encode()
         for part, inner in zip(source.parts, source.sources, strict=True):
             yield from _description(inner, f"{prefix}{part.name}/")
+    elif isinstance(source, KeptSource) and isinstance(source.kept, Rest):
+        yield json.dumps([prefix, "without", source.kept.left_out.tolist()]).encode()
+        yield from _description(source.whole, prefix)
     elif hasattr(source, "digest"):
         yield json.dumps([prefix, source.digest]).encode()
     elif isinstance(source, KeptSource) and hasattr(source.whole, "digest"):

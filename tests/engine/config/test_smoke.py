@@ -150,6 +150,21 @@ def test_every_configuration_runs_sharded(runs, sharded, name):
     assert all(record["applied"] and math.isfinite(record["loss"]) for record in records)
 
 
+def test_validation_becomes_small(tmp_path, monkeypatch):
+    """A shipped run that holds out a share of a folder does so of the pictures that come with the project."""
+    monkeypatch.setattr("millrace.engine.config.smoke._tiny_networks", lambda config: {})
+    names = {path.stem: path for path in shipped()}
+    for name, given, every, share in (
+        ("latent_256", [], 4, 0.5),
+        ("latent_256", ["validation.every_steps=0"], 0, 0.5),
+        ("latent_256", ["validation.share=0", "validation.path=elsewhere"], 4, 0.5),
+        ("quickstart", [], 0, 0.0),
+    ):
+        small = smoke(load_config(names[name], given)).validation
+        assert (small.every_steps, small.share, small.path) == (every, share, None)
+        assert small.samples * small.times <= 8
+
+
 def test_evaluation_becomes_small(tmp_path):
     path = next(path for path in shipped() if path.stem == "quickstart")
     wanted = [

@@ -201,4 +201,4 @@ def test_an_error_of_one_process_is_one_of_all_and_training_goes_on(monkeypatch,
 
     monkeypatch.setattr(module.process_group, "gather_objects", lambda mine: [None, mine])
     with pytest.raises(UserError, match=r"No space left|no memory"):
-        module._agreed(fail)
+        module.agreed(fail)

@@ -36,7 +36,7 @@ def watched(jobs):
     found = []
     make, draw = run_samples.RunSamples.make, run_samples.draw_grid
 
-    def watched_make(samples, step, weights, what=None):
+    def watched_make(samples, step, seen, weights, what=None):
         gc.unfreeze()
         known = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
         gc.disable()
@@ -49,7 +49,7 @@ def watched(jobs):
                 draw(*arguments)
 
             with mock.patch.object(run_samples, "draw_grid", watched_draw):
-                make(samples, step, weights, what)
+                make(samples, step, seen, weights, what)
             found.append({"peak": holder.peak, **numbers, "after": holder.held})
         gc.enable()
 
