@@ -66,6 +66,8 @@ class FolderSource:
         listing = list_folder(self._root)
         alone = [entry for entry in listing.entries if entry.reason is Reason.MISSING_PICTURE]
         found = [entry for entry in listing.entries if entry.reason is not Reason.MISSING_PICTURE]
+        if not found and (self._root / "manifest.json").is_file():
+            raise UserError(f"{self._root}: holds shards, not pictures; set data.source to shards")
         if not found:
             raise UserError(f"{self._root}: no pictures in this folder; it needs {' '.join(PICTURES)} files")
         for entry in found:
