@@ -112,9 +112,11 @@ class FolderSource:
             of_caption = len(entry.captions) == 1 and not entry.problem
             file = path.with_name(entry.captions[0]) if of_caption else path
             detail = problem.detail
-            if problem.reason is Reason.MISSING_CAPTION and not entry.captions:
+            if problem.reason is Reason.MISSING_CAPTION and not entry.captions and not entry.problem:
                 detail = f"has neither {path.stem}.txt nor {path.stem}.json beside it"
             remedy = _REMEDIES.get(problem.reason, "correct or remove it")
+            if problem.reason is Reason.MISSING_CAPTION and entry.problem:
+                remedy = "rename one of them"
             raise UserError(readable(f"{file}: {detail}; {remedy}")) from None
 
 
