@@ -28,7 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--prompt", action="append", metavar="CAPTION", help="a caption; may be given several times"
     )
-    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="text file with one caption a line")
+    what.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="captions: text, one a line; .jsonl, an object or a text a line; or .json, a list of these",
+    )
     what.add_argument(
         "--recall",
         action="store_true",
@@ -134,13 +139,18 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
             if not prompt.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in prompt):
                 raise UserError(f"--prompt {prompt!a}: not UTF-8; the terminal has another encoding")
         return arguments.prompt or []
+    from millrace.engine.data.captions import captions_listed
+    from millrace.engine.data.reject_reasons import Rejected
+
+    path = arguments.prompts_file
     try:
-        lines = arguments.prompts_file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts-file {arguments.prompts_file}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+        prompts = captions_listed(path.read_bytes(), path.suffix)
+    except OSError as error:
+        raise UserError(f"--prompts-file {path}: cannot be read: {error.strerror or error}") from None
+    except Rejected as problem:
+        raise UserError(f"--prompts-file {path}: {problem.detail}; correct it") from None
     if not prompts:
-        raise UserError(f"--prompts-file {arguments.prompts_file}: no caption in it")
+        raise UserError(f"--prompts-file {path}: no caption in it")
     return prompts
 
 

@@ -167,7 +167,8 @@ class Data(Section):
     """What decodes pictures: NVIDIA DALI, or Pillow in threads. `auto` takes DALI where it is installed and
     the source has JPEG files. Samples and their order are the same."""
     cached: tuple[CacheKind, ...] = ()
-    """Which caches of shards training reads in place of running the frozen network."""
+    """Which caches of shards training reads in place of running the frozen network; `text` also of MDS shards
+    with PRX's text latents."""
     remote: Remote = Remote()
     """How shards are read whose path is a URL."""
     verify: bool = False
@@ -262,7 +263,8 @@ def _check_buckets(data: Data) -> None:
 def _check_caches(data: Data) -> None:
     if len(set(data.cached)) < len(data.cached):
         raise ValueError(f"data.cached names {data.cached[0]!r} twice; remove one")
-    if "shards" not in data.named_sources.values():
+    there = set(data.named_sources.values())
+    if "shards" not in there and not (data.cached == ("text",) and "mds" in there):
         raise ValueError(
             f"data.cached is of shards, but data.source is {data.source}; set data.cached to [] or prepare "
             "shards"

@@ -2,15 +2,16 @@
 
     bytes ──▶ text (UTF-8, or UTF-16 or UTF-32 with a byte order mark) ──▶ values by key ──▶ Captions
 
-`FolderSource`, `MdsSource` and `millrace prepare` call this module and nothing else.
+`FolderSource`, `MdsSource`, `millrace prepare` and the prompts of `millrace sample` call this module and
+nothing else.
 """
 
 import codecs
 import contextlib
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from millrace.engine.data.reject_reasons import Reason, Rejected
 
@@ -132,19 +133,64 @@ def text_of(data: bytes) -> str:
         raise Rejected(Reason.CAPTION_NOT_UTF8, f"{what} at byte {len(mark) + error.start}") from None
 
 
-def _object(data: bytes) -> dict[str, object]:
-    text = text_of(data)
+def captions_listed(data: bytes, suffix: str) -> list[str]:
+    """Captions of a file that lists them, such as prompts. Raises Rejected, naming the line or the place.
+
+    Text has one a line. `.jsonl` has a JSON text or object a line, `.json` a list of these, or one; of an
+    object the first of `long`, `caption` and `short` that is there counts. Lines without ink are passed over.
+    """
+    text = text_of(data).replace("\r\n", "\n").replace("\r", "\n")
+    if suffix.lower() == ".json":
+        values = _parsed(text)
+        values = values if isinstance(values, list) else [values]
+        return [_at(f"place {n}", _listed, value) for n, value in enumerate(values, 1)]
+    read = (lambda line: _listed(_parsed(line))) if suffix.lower() == ".jsonl" else _line
+    # Not splitlines, which would end a caption at U+2028 too.
+    lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if is_visible(line))
+    return [_at(f"line {n}", read, line) for n, line in lines]
+
+
+def _at(where: str, read: Callable[[Any], str], value: object) -> str:
     try:
-        values = json.loads(text, object_pairs_hook=_Pairs)
+        return read(value)
+    except Rejected as problem:
+        raise Rejected(problem.reason, f"{where}: {problem.detail}") from None
+
+
+def _line(text: str) -> str:
+    return checked(text, "the caption")
+
+
+def _listed(value: object) -> str:
+    if not isinstance(value, dict):
+        return checked(value, "the caption")
+    _refuse_twice(value, "it")
+    name = next((key for key in ("long", "caption", "short") if value.get(key) is not None), None)
+    if name is None:
+        raise Rejected(Reason.MISSING_CAPTION, 'it has neither "long" nor "caption" nor "short"')
+    return checked(value[name], f'"{name}"')
+
+
+def _object(data: bytes) -> dict[str, object]:
+    values = _parsed(text_of(data))
+    if not isinstance(values, dict):
+        raise Rejected(Reason.CAPTION_NOT_JSON, f"it is a {type(values).__name__}, not an object")
+    _refuse_twice(values, "the .json")
+    return values
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError, MemoryError) as error:
         reason = str(error)[:100] or "it is nested too deeply"
         raise Rejected(Reason.CAPTION_NOT_JSON, f"not valid JSON: {reason}") from None
-    if not isinstance(values, dict):
-        raise Rejected(Reason.CAPTION_NOT_JSON, f"it is a {type(values).__name__}, not an object")
-    twice = [key for key in KEYS if key in values.twice]
-    if twice:
-        raise Rejected(Reason.AMBIGUOUS_CAPTION, f'the .json has "{twice[0]}" more than once')
-    return values
+
+
+def _refuse_twice(values: dict[str, object], where: str) -> None:
+    for key in KEYS:
+        if key in getattr(values, "twice", ()):
+            raise Rejected(Reason.AMBIGUOUS_CAPTION, f'{where} has "{key}" more than once')
 
 
 class _Pairs(dict[str, object]):

@@ -31,8 +31,10 @@ from torch import Tensor
 
 from millrace.engine.config.data import CacheKind as Kind
 from millrace.engine.data.captions import WhichCaption
+from millrace.engine.data.formats.mds_text import Tower
 from millrace.engine.data.formats.shard_index import Manifest, Shard, read_manifest
 from millrace.engine.data.sources.key_subset import KeptSource
+from millrace.engine.data.sources.mds import MdsSource
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.data.sources.shards import ShardsSource
@@ -300,17 +302,21 @@ class Caches:
         source: of the training stream.
         kinds: those to use, as `data.cached`.
         verify: compare the checksum of each file when it is first touched.
+        tower: whose rows are taken of MDS shards that have text latents; None takes none.
 
     In a mixture a part without a cache is left to the networks. Raises UserError where no part has one, and
     for caches that do not fit their shards.
     """
 
-    def __init__(self, source: Source, kinds: tuple[Kind, ...], verify: bool = False) -> None:
-        self._source = source
+    def __init__(
+        self, source: Source, kinds: tuple[Kind, ...], verify: bool = False, tower: Tower | None = None
+    ) -> None:
+        self._source, self._tower = source, tower
         self._text: dict[int, TextCache] = {}
         self._latents: dict[int, LatentCache] = {}
         held = list(_leaves(source))
         folders = {id(leaf): leaf for leaf in held if isinstance(leaf, ShardsSource)}
+        self._mds: dict[int, MdsSource] = {}
         self._complete: dict[str, bool] = {}
         for kind in kinds:
             caches = self._text if kind == "text" else self._latents
@@ -318,7 +324,15 @@ class Caches:
             for key, leaf in folders.items():
                 if kind in leaf.manifest.caches or len(held) == 1:
                     caches[key] = made(leaf.root, leaf.manifest, verify)
-            if not caches:
+            if kind == "text" and tower:
+                self._mds = {
+                    id(leaf): leaf
+                    for leaf in held
+                    if isinstance(leaf, MdsSource) and (leaf.has_latents or len(held) == 1)
+                }
+                for leaf in self._mds.values():
+                    leaf.require_rows(tower)
+            if not caches and not (kind == "text" and self._mds):
                 roots = ", ".join(str(leaf.root) for leaf in folders.values()) or "no shards"
                 raise UserError(
                     f"data.cached has {kind}, but no part of the data has such a cache ({roots}); make it "
@@ -327,8 +341,13 @@ class Caches:
             self._complete[kind] = all(id(leaf) in caches for leaf in held)
 
     def of(self, kind: Kind) -> list[Cache]:
-        """The caches of one kind."""
+        """The caches of one kind, of shards."""
         return list((self._text if kind == "text" else self._latents).values())
+
+    @property
+    def mds(self) -> list[MdsSource]:
+        """MDS data sets whose text latents are used."""
+        return list(self._mds.values())
 
     def complete(self, kind: Kind) -> bool:
         """Whether every picture lies in a part that has this kind."""
@@ -337,6 +356,11 @@ class Caches:
     def text(self, picture: int, which: WhichCaption) -> CachedText | None:
         """Rows of a caption of a picture, or of the empty caption."""
         leaf, index = leaf_of(self._source, picture)
+        if self._tower and id(leaf) in self._mds:
+            if which == "empty":
+                return None  # PRX stores no rows of it
+            rows = leaf.rows(index, which, self._tower)
+            return CachedText(rows, None, len(rows) == self._tower.max_tokens)
         cache = self._text.get(id(leaf))
         if cache is None:
             return None

@@ -10,6 +10,7 @@ else is a leftover, and every leftover has a reason.
 """
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -170,8 +171,12 @@ def _entries(names: list[str], shards: set[str], left: Counter[str]) -> Iterator
             captions.setdefault(place.stem, []).append(file)
         elif place.role in (Role.PICTURE, Role.UNREAD):
             with_picture.add(place.stem)
+    forms = {_form(stem): files[0] for stem, files in captions.items() if not stem.isascii()}
     for file, place in zip(names, where, strict=True):
         match place.role:
+            case Role.PICTURE if place.stem not in captions and (other := forms.get(_form(place.stem))):
+                problem = f"its caption {other!a} spells the name in another Unicode form (NFC and NFD)"
+                yield Entry(file, (), problem, Reason.MISSING_CAPTION)
             case Role.PICTURE:
                 yield Entry(file, tuple(captions.get(place.stem, ())))
             case Role.UNREAD:
@@ -187,6 +192,11 @@ def _entries(names: list[str], shards: set[str], left: Counter[str]) -> Iterator
                 left[f"auxiliary {place.suffix or 'without suffix'}"] += 1
             case Role.OTHER:
                 left[place.suffix or "without suffix"] += 1
+
+
+def _form(stem: str) -> str:
+    """A name as other systems may spell it: macOS takes accents off their letters, Linux does not."""
+    return unicodedata.normalize("NFC", stem)
 
 
 def _unread(suffix: str) -> str:

@@ -89,9 +89,18 @@ def transform_of(info: Mapping[Any, Any], mode: str) -> ImageCms.ImageCmsTransfo
     return found
 
 
+def has_unusable_profile(image: Image.Image) -> bool:
+    """Whether a picture, decoded or not, has a colour profile that cannot be applied to it."""
+    try:
+        transform_of(image.info, image.mode)
+    except UnusableProfile:
+        return True
+    return False
+
+
 def _profiled(mode: str) -> str:
     """The mode of the values that a profile is for: of grey and of colour without transparency."""
-    if mode in ("1", "L", "LA", "La"):
+    if mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16"):
         return "L"
     return "CMYK" if mode == "CMYK" else "RGB"
 

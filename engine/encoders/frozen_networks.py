@@ -13,6 +13,7 @@ import torch
 
 from millrace.engine.config import Config
 from millrace.engine.data import Source
+from millrace.engine.data.formats.mds_text import Tower
 from millrace.engine.data.latent_cache import Cache, Caches, remake
 from millrace.engine.encoders.autoencoder import Autoencoder, Constants, autoencoder_entry, open_later
 from millrace.engine.encoders.identity import Identity, autoencoder_identity, differing, text_identity
@@ -32,10 +33,11 @@ def open_caches(source: Source, config: Config) -> Caches | None:
         return None
     if "latents" in data.cached:
         _refuse_pictures(config)
-    caches = Caches(source, data.cached, data.verify)
-    dtype = getattr(torch, config.precision.compute)
+    dtype, text = getattr(torch, config.precision.compute), conditioning.text
+    tower = Tower(text.kind, text.max_tokens, config.model.context_dim, dtype)
+    caches = Caches(source, data.cached, data.verify, tower)
     for cache in caches.of("text"):
-        _require(cache, text_identity(conditioning.text, config.model.context_dim, dtype))
+        _require(cache, text_identity(text, config.model.context_dim, dtype))
     for cache in caches.of("latents"):
         _require(cache, autoencoder_identity(conditioning.autoencoder))
     return caches
@@ -95,6 +97,11 @@ def _describe(caches: Caches | None, config: Config) -> list[str]:
     lines = []
     for kind in config.data.cached if caches is not None else ():
         found = caches.of(kind)
+        if kind == "text" and caches.mds:
+            where = ", ".join(str(source.root) for source in caches.mds)
+            lines.append(f"cached text (MDS columns): {where}; the empty caption goes through the network")
+        if not found:
+            continue
         stored = ", ".join(dict.fromkeys(cache.record.dtype for cache in found))
         where = ", ".join(str(cache.root) for cache in found)
         rest = "" if caches.complete(kind) else "; other parts go through the network"

@@ -12,6 +12,7 @@ from millrace.engine.config import Config
 from millrace.engine.data import Source, evaluation_view, open_source
 from millrace.engine.data.crop import output_size
 from millrace.engine.data.names import PICTURES
+from millrace.engine.data.public_sets import require_published
 from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.pictures import (
     UnreadablePicture,
@@ -70,6 +71,7 @@ class Reference:
         else:
             root = Path(section.reference)
             if not root.is_dir():
+                require_published(root)
                 raise UserError(f"{root}: no such folder; set evaluation.reference to a folder of pictures")
             self.name = str(root)
             if _has_captions(root):

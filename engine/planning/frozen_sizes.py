@@ -61,7 +61,9 @@ def frozen_networks(config: Config, image_tokens: int, text_tokens: int) -> Load
     compute = getattr(torch, config.precision.compute)
     found: list[Load] = []
     encoder = text_encoder_entry(text.kind)
-    if encoder.source is not None and "text" not in config.data.cached:
+    # MDS shards lack the empty caption, so their tower is loaded all the same.
+    cached = "text" in config.data.cached and "mds" not in config.data.named_sources.values()
+    if encoder.source is not None and not cached:
         found.append(_load("text", text, encoder.size, text_tokens, compute))
     network = autoencoder_entry(autoencoder.kind).network
     if network is not None and "latents" not in config.data.cached:

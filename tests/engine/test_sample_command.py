@@ -1,5 +1,6 @@
 """engine/sample.py as a command, on a trained SPRINT model with contrastive loss."""
 
+import json
 import sys
 
 import pytest
@@ -125,8 +126,31 @@ def test_a_prompt_that_is_not_utf8(trained, monkeypatch, tmp_path):
 def test_a_prompts_file_may_begin_with_a_mark_and_hold_any_line(command, tmp_path):
     """A byte order mark is none of the caption, and only a new line ends one."""
     pictures = []
-    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n")):
-        (tmp_path / "prompts.txt").write_bytes(end.join(["a\u2028cat", "", "two dogs"]).encode(encoding))
-        command(prompts=("--prompts-file", str(tmp_path / "prompts.txt")))
+    prompts = ["a\u2028cat", "", "two dogs"]
+    texts = [(".txt", "utf-8", "\n".join(prompts)), (".txt", "utf-8-sig", "\r\n".join(prompts))]
+    texts.append((".jsonl", "utf-16", "\n".join(json.dumps({"caption": x}) for x in prompts if x)))
+    for suffix, encoding, text in texts:
+        path = tmp_path / f"prompts{suffix}"
+        path.write_bytes(text.encode(encoding))
+        command(prompts=("--prompts-file", str(path)))
         pictures.append((tmp_path / "grid.png").read_bytes())
-    assert pictures[0] == pictures[1]
+    assert pictures[0] == pictures[1] == pictures[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("latin.txt", b"a caf\xe9", "not UTF-8 at byte 5; correct it"),
+        ("empty.txt", b"\n", "no caption in it"),
+        ("a.jsonl", b'"a"\n{', "line 2: not valid JSON"),
+        ("gone.txt", None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_prompts_file_that_cannot_be_used_is_named_as_typed(command, name, data, message, tmp_path):
+    path = tmp_path / name
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        command(prompts=("--prompts-file", str(path)))
+    assert str(caught.value).startswith(f"--prompts-file {path}: ")
+    assert "\n" not in str(caught.value)

@@ -85,7 +85,8 @@ class Manifest(BaseModel):
     shards: tuple[Shard, ...] = Field(min_length=1)
     """Sample i of the data set counts through them in this order."""
     counts: dict[str, int] = {}
-    """seen: samples of the input; samples: those in the shards; rejected: those that are not."""
+    """seen: samples of the input; samples: those in the shards; rejected: those that are not;
+    unusable_profiles: samples with a colour profile that cannot be used, taken as sRGB."""
     histogram: dict[str, int] = {}
     """Samples by bucket `HxW`."""
     rejects: dict[str, int] = {}

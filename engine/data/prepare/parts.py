@@ -29,16 +29,17 @@ ITEM = np.dtype(
         ("bucket", "<i4"),
         ("picture_bytes", "<i4"),
         ("record_bytes", "<i4"),
-        ("width", "<i4"),
-        ("height", "<i4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("unusable_profile", "<i4"),
         ("long_characters", "<i4"),
         ("short_characters", "<i4"),
     ]
 )
 """Of one item of the input, 72 bytes: the unit that it was read from; 128 bits of a hash of its key; where
 its stored bytes begin, and in which file of a list; index into `Settings.buckets`; sizes in bytes of its
-picture and record; size in pixels of the stored picture; lengths of its captions. Of a reject: bucket -1, and
-as offset its number in a list of rejects."""
+picture and record; size in pixels of the stored picture; 1 if it has a colour profile that cannot be used;
+lengths of its captions. Of a reject: bucket -1, and as offset its number in a list of rejects."""
 MAX_DETAIL = 300
 """Characters of a key or a detail that are kept of a reject."""
 
@@ -79,7 +80,7 @@ def do_part(part: Part, folder: Path, settings: Settings, report: Callable[[int,
         for unit, item in read_part(part, folder):
             outcome = _outcome(item, settings)
             if isinstance(outcome, Reject):
-                rows.append((unit, b"", len(rejects), 0, -1, 0, 0, 0, 0, 0, 0))
+                rows.append((unit, b"", len(rejects), 0, -1, 0, 0, 0, 0, 0, 0, 0))
                 rejects.append(outcome)
                 report(0, 1)
                 continue
@@ -139,13 +140,13 @@ def _outcome(item: RawSample | Reject, settings: Settings) -> tuple[tuple, Store
     """Values of a row without unit, offset and file, and what is stored; or the reject, its texts cut."""
     if isinstance(item, RawSample):
         try:
-            bucket, stored = convert(item, settings)
+            bucket, stored, unusable_profile = convert(item, settings)
         except Rejected as problem:
             item = Reject(item.key, problem.reason, problem.detail)
         else:
             captions = len(item.captions.long), len(item.captions.short)
             sizes = len(stored.picture), len(stored.record), stored.width, stored.height
-            return (key_hash(item.key), bucket, *sizes, *captions), stored
+            return (key_hash(item.key), bucket, *sizes, unusable_profile, *captions), stored
     return Reject(_short(item.key), item.reason, _short(" ".join(item.detail.split())))
 
 

@@ -267,7 +267,12 @@ def _manifest(
         patch=settings.patch,
         buckets=tuple(sorted({shard.bucket for shard in shards})),
         shards=tuple(shards),
-        counts={"seen": seen, "samples": len(plan.rows), "rejected": len(rejects)},
+        counts={
+            "seen": seen,
+            "samples": len(plan.rows),
+            "rejected": len(rejects),
+            "unusable_profiles": int(plan.rows["unusable_profile"].sum()),
+        },
         histogram=dict(histogram),
         rejects={str(reason): reasons[reason] for reason in sorted(reasons)},
         reject_examples={str(reason): examples[reason] for reason in sorted(examples)},

@@ -13,6 +13,7 @@ from millrace.engine.data.formats.shard_writer import StoredSample, sample_recor
 from millrace.engine.data.prepare.settings import ROOM, Settings
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import UnreadablePicture, finished, open_picture, orientation
+from millrace.engine.data.srgb import has_unusable_profile
 
 REDUCING_GAP = 3.0
 """Box reduction by a whole number first, Lanczos for the last factor of three: no visible difference (Pillow
@@ -38,25 +39,28 @@ class ConvertedSample(NamedTuple):
     bucket: int
     """Index into `Settings.buckets`."""
     stored: StoredSample
+    unusable_profile: bool
+    """Whether the original has a colour profile that cannot be used, so that its values are taken as sRGB."""
 
 
 def convert(raw: RawSample, settings: Settings) -> ConvertedSample:
     """Decode the picture completely, choose its bucket, and make what is stored. Raises Rejected."""
     try:
-        bucket, picture, original, stored = _convert_picture(raw, settings)
+        bucket, picture, original, stored, unusable = _convert_picture(raw, settings)
     except UnreadablePicture as problem:
         raise Rejected(problem.kind, problem.reason) from None
     record = sample_record(raw.key, raw.captions, *original)
-    return ConvertedSample(bucket, StoredSample(picture, record, *stored))
+    return ConvertedSample(bucket, StoredSample(picture, record, *stored), unusable)
 
 
 def _convert_picture(
     raw: RawSample, settings: Settings
-) -> tuple[int, bytes, tuple[int, int], tuple[int, int]]:
-    """Bucket, JPEG file, and (width, height) in pixels of the upright original and of the JPEG."""
+) -> tuple[int, bytes, tuple[int, int], tuple[int, int], bool]:
+    """Bucket, JPEG file, (width, height) in pixels of the upright original and of the JPEG, and whether the
+    colour profile of the original cannot be used."""
     data = raw.picture
     with open_picture(data, raw.key) as image:
-        turn = orientation(image)
+        turn, unusable = orientation(image), has_unusable_profile(image)
         width, height = image.size
         if turn in _QUARTER_TURNED:
             width, height = height, width
@@ -72,7 +76,7 @@ def _convert_picture(
         # The bytes keep their colour profile, so that pixels are those of the file however it is read.
         if plain and (settings.store == "original" or not larger):
             image.load()
-            return bucket, data, (width, height), (width, height)
+            return bucket, data, (width, height), (width, height), unusable
         scale = ROOM / ratio if larger else 1.0
         stored = round(width * scale), round(height * scale)
         if max(stored) > JPEG_EDGE:
@@ -89,4 +93,4 @@ def _convert_picture(
         rgb = rgb.resize(stored, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
     file = io.BytesIO()
     rgb.save(file, "JPEG", quality=settings.quality, comment=b"")
-    return bucket, file.getvalue(), (width, height), stored
+    return bucket, file.getvalue(), (width, height), stored, unusable

@@ -66,6 +66,8 @@ class FolderSource:
         listing = list_folder(self._root)
         alone = [entry for entry in listing.entries if entry.reason is Reason.MISSING_PICTURE]
         found = [entry for entry in listing.entries if entry.reason is not Reason.MISSING_PICTURE]
+        if not found and (self._root / "manifest.json").is_file():
+            raise UserError(f"{self._root}: holds shards, not pictures; set data.source to shards")
         if not found:
             raise UserError(f"{self._root}: no pictures in this folder; it needs {' '.join(PICTURES)} files")
         for entry in found:
@@ -110,9 +112,11 @@ class FolderSource:
             of_caption = len(entry.captions) == 1 and not entry.problem
             file = path.with_name(entry.captions[0]) if of_caption else path
             detail = problem.detail
-            if problem.reason is Reason.MISSING_CAPTION and not entry.captions:
+            if problem.reason is Reason.MISSING_CAPTION and not entry.captions and not entry.problem:
                 detail = f"has neither {path.stem}.txt nor {path.stem}.json beside it"
             remedy = _REMEDIES.get(problem.reason, "correct or remove it")
+            if problem.reason is Reason.MISSING_CAPTION and entry.problem:
+                remedy = "rename one of them"
             raise UserError(readable(f"{file}: {detail}; {remedy}")) from None
 
 

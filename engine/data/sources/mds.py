@@ -3,7 +3,7 @@
     DATASET/index.json  shard.00000.mds ...            one folder
     DATASET/768x1344/index.json  shard.00000.mds ...   or a folder of folders, one for each aspect ratio
 
-Which columns are read is `data.columns`; the others are passed over.
+Which columns are read is `data.columns`; of the others only text latents may be asked for (`mds_text`).
 """
 
 import io
@@ -12,10 +12,11 @@ import re
 import threading
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Columns, Part
@@ -30,6 +31,7 @@ from millrace.engine.data.formats.mds_shards import (
     load_library,
     open_index,
 )
+from millrace.engine.data.formats.mds_text import Tower, has_latents, latent_columns, text_rows
 from millrace.engine.data.reject_reasons import Reason, Rejected
 from millrace.engine.data.sources.pictures import (
     OpenSource,
@@ -39,6 +41,7 @@ from millrace.engine.data.sources.pictures import (
     orientation,
 )
 from millrace.engine.data.srgb import to_srgb
+from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
 
 GRID = 32
@@ -68,11 +71,11 @@ class MdsSource:
     def __init__(
         self, root: str | Path, columns: Columns, resolution: int = 256, *, verify: bool = False
     ) -> None:
-        self._root = Path(root)
+        self.root = Path(root)
         self._made_with = (root, columns, resolution, verify)
         self._resolution = resolution
         self._library = load_library()
-        self._indexes = indexes_below(self._root)
+        self._indexes = indexes_below(self.root)
         self._shards: list[Shard] = []
         index_of: list[int] = []
         described: list[str] = []
@@ -80,13 +83,15 @@ class MdsSource:
             shards, content = open_index(path, columns, self._library)
             self._shards += shards
             index_of += [number] * len(shards)
-            described.append(json.dumps([path.relative_to(self._root).as_posix(), content]))
+            described.append(json.dumps([path.relative_to(self.root).as_posix(), content]))
         described.append(columns.model_dump_json())
         self._index_of_shard = np.array(index_of)
         self._samples = np.array([shard.reader.samples for shard in self._shards])
         self._ends = np.cumsum(self._samples)
         self.digest = sha256("".join(described).encode())
         """SHA-256 of all indexes (with the hashes, or else the sizes, of the shards) and of the columns."""
+        self.has_latents = any(map(has_latents, self._shards))
+        """Whether text latents of some tower are stored beside captions."""
         self._hashes = Hashes(self._library) if verify else None
         self._recent = threading.local()
 
@@ -98,22 +103,50 @@ class MdsSource:
 
     def key(self, index: int) -> str:
         shard, row = self._find(index)
-        return f"{shard.path.relative_to(self._root).with_suffix('').as_posix()}/{row}"
+        return f"{shard.path.relative_to(self.root).with_suffix('').as_posix()}/{row}"
 
     def captions(self, index: int) -> Captions:
         """Both captions without white space around them. Raises UnreadablePicture where both are empty."""
+        found = list(self._captions(index).values())
+        return Captions(found[0], found[-1])
+
+    def rows(self, index: int, which: Literal["long", "short"], tower: Tower) -> Tensor:
+        """(n, E) rows of a caption, as PRX stores them. Raises UnreadablePicture, and UserError where the
+        shard has no rows of this tower."""
+        shard, _ = self._find(index)
+        captions = list(self._captions(index))
+        columns = latent_columns(shard, captions[0 if which == "long" else -1], tower)
+        try:
+            return text_rows(self._library, shard, self._columns(index), columns, tower)
+        except DamagedSample as error:
+            raise UnreadablePicture(self._where(index), str(error)) from error
+
+    def require_rows(self, tower: Tower) -> None:
+        """Raises UserError unless every shard has rows of this tower, those of the first sample as wanted."""
+        for shard in self._shards:
+            for caption in (shard.long, shard.short):
+                latent_columns(shard, caption, tower)
+        try:
+            self.rows(0, "long", tower)
+        except UnreadablePicture as problem:
+            raise UserError(
+                f"{problem}; set conditioning.text to another tower, or take text out of data.cached"
+            ) from None
+
+    def _captions(self, index: int) -> dict[int, str]:
+        """Captions with ink by the place of their column, the long one first. Raises UnreadablePicture."""
         shard, _ = self._find(index)
         columns = self._columns(index)
-        found = []
-        for place in {shard.long: None, shard.short: None}:
+        found = {}
+        for place in (shard.long, shard.short):
             try:
-                found.append(checked(columns[place], f"its {shard.reader.column_names[place]}"))
+                found[place] = checked(columns[place], f"its {shard.reader.column_names[place]}")
             except Rejected as problem:
                 if problem.reason is not Reason.EMPTY_CAPTION:
                     raise UnreadablePicture(self._where(index), problem.detail, problem.reason) from None
         if not found:
             raise UnreadablePicture(self._where(index), "its captions are empty", Reason.EMPTY_CAPTION)
-        return Captions(found[0], found[-1])
+        return found
 
     def image(self, index: int) -> Image.Image:
         data, encoding = self._picture(index)
@@ -204,7 +237,7 @@ class MdsSource:
         return self._shards[shard], int(index - self._ends[shard] + self._samples[shard])
 
     def _where(self, index: int) -> str:
-        return f"{self._root}: {self.key(index)}"
+        return f"{self.root}: {self.key(index)}"
 
     def _picture(self, index: int) -> tuple[bytes, str]:
         """The picture as it is stored, and how it is stored. Raises UnreadablePicture."""

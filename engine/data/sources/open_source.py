@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterator
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
+from millrace.engine.data.public_sets import require_published
 from millrace.engine.data.sources.key_subset import KeptSource, Rest, keep_listed
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
@@ -68,6 +69,7 @@ def open_source(config: Data, opened: Opened | None = None) -> Source:
 def _open(part: Data | Part, config: Data, opened: Opened) -> Source:
     settings = part.source, part.path, part.columns, _of_source(config)
     if settings not in opened:
+        require_published(part.path)
         opened[settings] = registry.entry("data.sources", part.source)(part, config)
     if part.keys is None:
         return opened[settings]

@@ -3,7 +3,14 @@ import json
 import pytest
 
 from millrace.engine.data import Captions
-from millrace.engine.data.captions import captions_by_key, captions_of, check_size, checked, is_visible
+from millrace.engine.data.captions import (
+    captions_by_key,
+    captions_listed,
+    captions_of,
+    check_size,
+    checked,
+    is_visible,
+)
 from millrace.engine.data.reject_reasons import Reason, Rejected
 
 
@@ -147,3 +154,52 @@ def test_limits_are_exact():
     check_size("json", 2**20)
     with pytest.raises(Rejected):
         check_size("txt", 65537)
+
+
+LISTED = ["a cat", "zwei Hunde, naïve 猫", "one line\u2028that goes on"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_list_of_captions_is_the_same_in_every_form(encoding, end):
+    first, second, third = LISTED
+    objects = [{"long": first, "short": "s"}, {"caption": second, "n": 1}, {"long": None, "short": third}]
+    dumped = [json.dumps(value, ensure_ascii=False) for value in (first, *objects[1:])]
+    forms = {
+        ".txt": end.join([f"  {first} ", "", "\u200b", second, third, ""]),
+        "": end.join(LISTED),
+        ".jsonl": end.join([*dumped, ""]),
+        ".JSON": json.dumps(objects, indent=2).replace("\n", end),
+        ".json": json.dumps(LISTED, ensure_ascii=False),
+    }
+    for suffix, text in forms.items():
+        assert captions_listed(text.encode(encoding), suffix) == LISTED, suffix
+
+
+def test_one_object_and_nothing_at_all():
+    assert captions_listed(b'{"short": "s", "caption": "c"}', ".json") == ["c"]
+    for suffix, data in ((".txt", b""), (".txt", b" \n\xef\xbb\xbf\n"), (".jsonl", b"\n"), (".json", b"[]")):
+        assert captions_listed(data, suffix) == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "reason", "detail"),
+    [
+        (".txt", b"a\nb \xff", Reason.CAPTION_NOT_UTF8, "not UTF-8 at byte 4"),
+        (".txt", b"a\n" + b"w" * 70_000, Reason.CAPTION_TOO_LONG, "line 2: the caption has 70000 bytes"),
+        (".jsonl", b'"a"\n\n{"long": ', Reason.CAPTION_NOT_JSON, "line 3: not valid JSON"),
+        (".jsonl", b'"a"\n[1]', Reason.CAPTION_NOT_TEXT, "line 2: the caption is a list"),
+        (".jsonl", b'{"prompt": "a"}', Reason.MISSING_CAPTION, 'line 1: it has neither "long" nor'),
+        (".jsonl", b'{"long": "a", "long": "b"}', Reason.AMBIGUOUS_CAPTION, 'line 1: it has "long" more'),
+        (".json", b'["a", "\\ud800"]', Reason.CAPTION_NOT_UTF8, "place 2: the caption has half a character"),
+        (".json", b'["a", ""]', Reason.EMPTY_CAPTION, "place 2: the caption is empty"),
+        (".json", b'[{"long": 7}]', Reason.CAPTION_NOT_TEXT, 'place 1: "long" is a int, not text'),
+        (".json", b"a cat", Reason.CAPTION_NOT_JSON, "not valid JSON"),
+        (".json", b"[" * 100_000, Reason.CAPTION_NOT_JSON, "not valid JSON"),
+    ],
+)
+def test_a_list_names_what_is_wrong_and_where(suffix, data, reason, detail):
+    with pytest.raises(Rejected) as caught:
+        captions_listed(data, suffix)
+    assert caught.value.reason is reason
+    assert caught.value.detail.startswith(detail)

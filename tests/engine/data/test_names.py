@@ -4,7 +4,10 @@ import pytest
 from PIL import Image
 
 from millrace.engine.data.names import Entry, Role, is_hidden, list_folder, places
+from millrace.engine.data.prepare.folders import read_entries
 from millrace.engine.data.reject_reasons import Reason
+from millrace.engine.data.sources.folder import FolderSource
+from millrace.engine.util.errors import UserError
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "._1.jpg", "a/.thumbs/1.jpg", ".git/x", "./.x", "a/..b"])
@@ -85,6 +88,20 @@ def test_every_leftover_has_a_reason_or_is_counted(tmp_path):
     ]
     assert listing.left_alone == {"hidden": 3, "auxiliary .mask.png": 1, ".md": 1, "without suffix": 1}
     assert listing.notes() == ["left alone: 3 hidden, 1 auxiliary .mask.png, 1 .md, 1 without suffix"]
+
+
+def test_two_spellings_of_one_name_are_named(tmp_path):
+    """macOS takes accents apart; two such files look alike and are of different names."""
+    fill(tmp_path, "caf\u00e9.jpg", "cafe\u0301.txt", "na\u00efve.jpg", "na\u00efve.txt", "nai\u0308ve.txt")
+    found = {entry.path: entry for entry in list_folder(tmp_path).entries}
+    wanted = "its caption 'cafe\\u0301.txt' spells the name in another Unicode form (NFC and NFD)"
+    assert found["caf\u00e9.jpg"] == Entry("caf\u00e9.jpg", (), wanted, Reason.MISSING_CAPTION)
+    assert found["na\u00efve.jpg"].captions == ("na\u00efve.txt",)
+    assert found["cafe\u0301.txt"].reason is Reason.MISSING_PICTURE
+    with pytest.raises(UserError, match=r"Unicode form \(NFC and NFD\); rename one of them$"):
+        FolderSource(tmp_path)
+    rejects = [item for item in read_entries(tmp_path, [found["caf\u00e9.jpg"]])]
+    assert [(reject.reason, reject.detail) for reject in rejects] == [(Reason.MISSING_CAPTION, wanted)]
 
 
 def test_the_files_of_img2dataset(tmp_path):

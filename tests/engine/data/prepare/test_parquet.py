@@ -132,6 +132,6 @@ def test_a_folder_of_tables_becomes_shards(tmp_path, bad):
         write(tmp_path / "in" / f"{name}.parquet", {"image": pictures, "caption": ["c"] * 6})
     (tmp_path / "in" / "c.parquet").write_bytes(b"damaged")
     manifest, _ = prepare(tmp_path / "in", tmp_path / "out", SETTINGS, 0, 0.1)
-    assert manifest.counts == {"seen": 13, "samples": 12, "rejected": 1}
+    assert manifest.counts == {"seen": 13, "samples": 12, "rejected": 1, "unusable_profiles": 0}
     assert manifest.reject_examples == {"corrupt_parquet": ["c.parquet"]}
     assert ShardsSource(tmp_path / "out").key(11) == "b.parquet#5"

@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.shard_job import prepare
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.util.errors import UserError
+from tests.engine.data.odd_pictures import PIXELS, odd_picture
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -69,10 +71,35 @@ def test_torture(tmp_path, bad, settings, kind):
         "seen": len(good) + planted.total(),
         "samples": len(good),
         "rejected": planted.total(),
+        "unusable_profiles": 0,
     }
     # Nothing was written outside of the output, whatever names the tars have.
     new = set(tmp_path.parent.rglob("*")) - before
     assert all(path.is_relative_to(tmp_path / "out") for path in new)
+
+
+def test_pictures_with_a_profile_that_cannot_be_used_are_counted(tmp_path, settings):
+    """Of every format, stored as it is or encoded anew; counted on when they are not read again."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, pixels in enumerate(PIXELS):
+        for profile in ("none", "Display P3", "broken"):
+            name = f"{i:02d} {profile}"
+            (folder / f"{name}.{pixels.split()[-1].lower()}").write_bytes(
+                odd_picture(pixels, "none", profile).data
+            )
+            (folder / f"{name}.txt").write_text(name)
+    wanted = {"samples": 3 * len(PIXELS), "unusable_profiles": len(PIXELS)}
+    taken = replace(settings, upscale=True)
+    first, _ = prepare(folder, tmp_path / "out", taken, 0, 0)
+    assert first.counts == first.counts | wanted
+    (folder / "00 none.txt").write_text("another caption")
+    second, _ = prepare(folder, tmp_path / "out", taken, 0, 0)
+    assert second.counts == second.counts | wanted
+    assert second.digest != first.digest
+    (folder / "00 broken.jpeg").unlink()
+    third, _ = prepare(folder, tmp_path / "out", taken, 0, 1)
+    assert third.counts["unusable_profiles"] == len(PIXELS) - 1
 
 
 def test_result_does_not_depend_on_the_number_of_workers_or_the_size_of_parts(
@@ -255,7 +282,7 @@ def test_too_much_bad_input_stops_in_one_line_and_can_go_on(photos, tmp_path, ba
     )
     assert [reject["key"] for reject in bad.rejects_of(tmp_path / "out")] == ["00.jpg", "01.jpg"]
     manifest, _ = prepare(photos, tmp_path / "out", settings, 0, 2 / 30)
-    assert manifest.counts == {"seen": 30, "samples": 28, "rejected": 2}
+    assert manifest.counts == {"seen": 30, "samples": 28, "rejected": 2, "unusable_profiles": 0}
 
 
 def test_tars_stop_early_only_when_enough_is_known(tmp_path, bad, settings, monkeypatch):

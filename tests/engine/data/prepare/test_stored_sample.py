@@ -45,7 +45,7 @@ def test_others_become_rgb_jpeg_that_look_the_same(bad, name):
 
 
 def test_turned_pictures_are_upright_and_go_to_their_own_bucket(bad):
-    bucket, result = convert(RawSample("key", bad.GOOD["turned.jpg"], Captions("l", "s")), SETTINGS)
+    bucket, result, _ = convert(RawSample("key", bad.GOOD["turned.jpg"], Captions("l", "s")), SETTINGS)
     assert SETTINGS.buckets[bucket][0] > SETTINGS.buckets[bucket][1]
     assert result.height > result.width
     assert b'"width":40,"height":60' in result.record
@@ -53,7 +53,7 @@ def test_turned_pictures_are_upright_and_go_to_their_own_bucket(bad):
 
 @pytest.mark.parametrize("size", [(640, 480), (333, 2000), (2000, 333), (41, 41)])
 def test_pictures_are_stored_a_quarter_larger_than_their_bucket_at_most(bad, size):
-    bucket, result = convert(RawSample("key", bad.jpeg(*size), Captions("l", "s")), SETTINGS)
+    bucket, result, _ = convert(RawSample("key", bad.jpeg(*size), Captions("l", "s")), SETTINGS)
     h, w = SETTINGS.buckets[bucket]
     assert min(result.width / w, result.height / h) == pytest.approx(1.25, abs=0.03)
     assert result.width / result.height == pytest.approx(size[0] / size[1], rel=0.05)
