@@ -219,8 +219,7 @@ def continue_stream(root: Path, world_size: int) -> str:
         world_size=world_size,
         first_sample=STEP * config.global_batch,
     )
-    for index in stream._next_indices():
-        stream._place(index)
+    stream._next_places()
     seconds = time.perf_counter() - begun
     _kept.append(stream)
     return f":seconds:{seconds}"

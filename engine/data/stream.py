@@ -21,6 +21,7 @@ from millrace.engine.config import Data
 from millrace.engine.data.batch import Batch
 from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.crop import check_bucket, check_resolution
+from millrace.engine.data.dealing import Dealing, Place
 from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder, parts
 from millrace.engine.data.latent_cache import CachedText, Caches
 from millrace.engine.data.order import Pool
@@ -55,7 +56,7 @@ class SampleStream:
     """Endless micro-batches of one process; a pure function of (seed, sample index).
 
     Step k takes the global samples first_sample + [k G, (k + 1) G), G = data.global_batch. Process `rank` of
-    `world_size` takes the rank-th contiguous part of G / world_size samples, in parts of data.micro_batch.
+    `world_size` takes G / world_size of them, in parts of data.micro_batch (`dealing.py`).
     Epoch e visits every picture once, in the order `epoch_order(seed, e, len(source))`; in a mixture every
     part has epochs of its own.
 
@@ -98,8 +99,6 @@ class SampleStream:
         self.bad: dict[str, str] = {}
         self._source, self._caches = source, caches
         self._config = config
-        self._share = config.global_batch // world_size
-        self._first = first_sample + rank * self._share
         self._submitted = 0
         self._origin_sample = origin[0]
         self._order = order_of(source, config, seed, origin[1])
@@ -107,6 +106,7 @@ class SampleStream:
             check_bucket(size, config, patch)
         if self._order.sizes:
             _check_cut(first_sample - origin[0], config.micro_batch)
+        self._dealing = Dealing(source, config, self._order, patch, rank, world_size, first_sample, origin[0])
         self._choices = Choices(config, seed, patch, caption_drop, origin)
         self._bad_in: defaultdict[str, set[str]] = defaultdict(set)
         self._untold: list[tuple[str, int, str, str]] = []
@@ -119,7 +119,7 @@ class SampleStream:
             if self._pool and self._decoder.lanes
             else None
         )
-        self._ahead: deque[tuple[range, Callable[[], list[_Sample]]]] = deque()
+        self._ahead: deque[tuple[list[int], Callable[[], list[_Sample]]]] = deque()
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -130,14 +130,12 @@ class SampleStream:
             raise RuntimeError("this SampleStream is closed")
         try:
             if self._pool is None:
-                indices = self._next_indices()
-                return self._collect(
-                    indices, self._finish(self._start_all([self._place(i) for i in indices]))
-                )
+                places = self._next_places()
+                return self._collect(_samples(places), self._finish(self._start_all(places)))
             # One more than asked for: the first is the one that is handed out now.
             while len(self._ahead) <= self._config.prefetch:
-                indices = self._next_indices()
-                self._ahead.append((indices, self._submit(indices, self._pool)))
+                places = self._next_places()
+                self._ahead.append((_samples(places), self._submit(places, self._pool)))
             indices, samples = self._ahead.popleft()
             return self._collect(indices, samples())
         except BaseException:
@@ -173,21 +171,13 @@ class SampleStream:
                 pool.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _next_indices(self) -> range:
-        """Global sample indices of the next micro-batch of this process."""
-        micro = self._config.micro_batch
-        step, part = divmod(self._submitted, self._share // micro)
-        start = self._first + step * self._config.global_batch + part * micro
+    def _next_places(self) -> list[Place]:
+        """The next micro-batch of this process."""
         self._submitted += 1
-        return range(start, start + micro)
+        return self._dealing.micro_batch(self._submitted - 1)
 
-    def _place(self, i: int) -> tuple[int, int, Pool]:
-        """Sample `i`, the index in the source of its picture, and the pictures among which that is."""
-        return i, *self._order.picture(i - self._origin_sample)
-
-    def _submit(self, indices: range, pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
+    def _submit(self, places: list[Place], pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
         """Begin a micro-batch in threads; what is returned waits for it."""
-        places = [self._place(i) for i in indices]
         started = [pool.submit(self._start_all, part) for part in parts(places, self._config.workers)]
 
         def samples() -> list[_Sample]:
@@ -195,7 +185,7 @@ class SampleStream:
 
         return samples if self._finisher is None else self._finisher.submit(samples).result
 
-    def _start_all(self, places: Sequence[tuple[int, int, Pool]]) -> list[_Sample]:
+    def _start_all(self, places: Sequence[Place]) -> list[_Sample]:
         found = []
         for place in places:
             if self._closed:
@@ -237,7 +227,7 @@ class SampleStream:
                     samples[k] = sample._replace(pixels=pixels)
         return samples
 
-    def _collect(self, indices: range, samples: list[_Sample]) -> Batch:
+    def _collect(self, indices: list[int], samples: list[_Sample]) -> Batch:
         # Bad pictures are counted here, in sample order, so the count does not depend on how far threads are.
         for sample in samples:
             for key, problem in sample.bad:
@@ -283,6 +273,10 @@ class SampleStream:
         if count / pool.part_size > limit:
             problem = f"{latest.where}: cannot be read: {latest.reason}"
             raise UserError(_too_many(problem, count, pool.part_size, pool.name, limit))
+
+
+def _samples(places: list[Place]) -> list[int]:
+    return [place.sample for place in places]
 
 
 def _too_many(problem: str, count: int, size: int, part: str, limit: float) -> str:

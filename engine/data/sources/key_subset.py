@@ -22,6 +22,7 @@ from millrace.engine.data.sources.pictures import (
     key_alone,
     key_digests,
     stored_size,
+    stored_sizes,
 )
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256, sha256_file, write_atomically
@@ -58,6 +59,9 @@ class KeptSource:
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return stored_size(self.whole, self._place(index))
+
+    def stored_sizes(self, indices: np.ndarray) -> np.ndarray | None:
+        return stored_sizes(self.whole, self.kept[indices])
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

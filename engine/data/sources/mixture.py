@@ -17,7 +17,14 @@ from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data.order import BucketRuns, Epochs, Order, Pool, deal
 from millrace.engine.data.sources.mixture_shares import SharePlan
-from millrace.engine.data.sources.pictures import Captions, Source, encoded, key_alone, stored_size
+from millrace.engine.data.sources.pictures import (
+    Captions,
+    Source,
+    encoded,
+    key_alone,
+    stored_size,
+    stored_sizes,
+)
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose, host_generator
 
@@ -58,6 +65,18 @@ class MixtureSource:
     def stored_size(self, index: int) -> tuple[int, int] | None:
         part, place = self._find(index)
         return stored_size(self.sources[part], place)
+
+    def stored_sizes(self, indices: np.ndarray) -> np.ndarray | None:
+        part_of = np.searchsorted(self.offsets, indices, side="right") - 1
+        sizes = np.zeros((len(indices), 2), np.int64)
+        parts = [
+            stored_sizes(source, indices[part_of == p] - self.offsets[p])
+            for p, source in enumerate(self.sources)
+        ]
+        for p, found in enumerate(parts):
+            if found is not None:
+                sizes[part_of == p] = found
+        return None if all(found is None for found in parts) else sizes
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""

@@ -85,6 +85,14 @@ def stored_size(source: Source, index: int) -> tuple[int, int] | None:
     return source.stored_size(index) if hasattr(source, "stored_size") else None
 
 
+def stored_sizes(source: Source, indices: np.ndarray) -> np.ndarray | None:
+    """(n, 2) int64, (width, height) of pictures by the index of a source, 0 where a part of it has none; None
+    where the whole has none."""
+    if hasattr(source, "stored_sizes"):
+        return source.stored_sizes(indices)
+    return None
+
+
 def key_alone(source: Source, index: int) -> str:
     """Key of a picture of which nothing else is wanted; a source that would read the picture for it has
     `key_alone`."""
