@@ -112,7 +112,8 @@ class SampleStream:
         self._untold: list[tuple[str, int, str, str]] = []
         decoded = caches is None or not caches.complete("latents")
         self._decoder = open_decoder(source, config, device) if decoded else PythonDecoder(source, 0)
-        self.loader = self._decoder.description
+        threads = f"{config.workers} threads" if config.workers else "in the training thread"
+        self.loader = self._decoder.description if decoded else f"latents of the cache, {threads}"
         self._pool = ThreadPoolExecutor(config.workers, "pictures") if config.workers else None
         self._finisher = (
             ThreadPoolExecutor(self._decoder.lanes, "micro-batches")
