@@ -21,6 +21,7 @@ from millrace.engine.data.sources.pictures import (
     encoded,
     key_alone,
     key_digests,
+    picture_size,
     stored_size,
     stored_sizes,
 )
@@ -59,6 +60,9 @@ class KeptSource:
 
     def stored_size(self, index: int) -> tuple[int, int] | None:
         return stored_size(self.whole, self._place(index))
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        return picture_size(self.whole, self._place(index))
 
     def stored_sizes(self, indices: np.ndarray) -> np.ndarray | None:
         return stored_sizes(self.whole, self.kept[indices])

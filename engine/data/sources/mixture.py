@@ -22,6 +22,7 @@ from millrace.engine.data.sources.pictures import (
     Source,
     encoded,
     key_alone,
+    picture_size,
     stored_size,
     stored_sizes,
 )
@@ -65,6 +66,10 @@ class MixtureSource:
     def stored_size(self, index: int) -> tuple[int, int] | None:
         part, place = self._find(index)
         return stored_size(self.sources[part], place)
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        part, place = self._find(index)
+        return picture_size(self.sources[part], place)
 
     def stored_sizes(self, indices: np.ndarray) -> np.ndarray | None:
         part_of = np.searchsorted(self.offsets, indices, side="right") - 1
