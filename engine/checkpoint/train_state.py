@@ -139,9 +139,10 @@ def load_weights(
         before += tensor.numel()
 
     def read() -> None:
-        for key, tensor in wanted.items():
-            if sources[key] == rank():
-                tensor.copy_(reader.tensor(key))
+        with reader.kept_open():
+            for key, tensor in wanted.items():
+                if sources[key] == rank():
+                    tensor.copy_(reader.tensor(key))
 
     together(read, gather_objects)
     if world_size() > 1:
@@ -197,6 +198,22 @@ def load_optimizer(
             f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); resume with the "
             "optimizer of the run"
         )
+    with reader.kept_open():
+        _fill_optimizer(shards, optimizer, reader, steps, stored)
+    return _kinds_of("optimizer state that starts at zero", missing) + _kinds_of(
+        "optimizer state dropped", extra
+    )
+
+
+def _fill_optimizer(
+    shards: list[Shard],
+    optimizer: TrainingOptimizer,
+    reader: CheckpointReader,
+    steps: int,
+    stored: Set[str],
+) -> None:
+    """The state that is `stored` of this rank's masters; what is not starts at zero."""
+    names = set(reader.names())
     fused = bool(optimizer.defaults.get("fused"))
     for master in masters(shards):
         held = [shard for shard in shards if shard.master is master]
@@ -212,9 +229,6 @@ def load_optimizer(
             for kind in kinds:
                 if f"{kind}/{shard.name}" in stored:
                     _fill(shard, state[kind], reader, kind)
-    return _kinds_of("optimizer state that starts at zero", missing) + _kinds_of(
-        "optimizer state dropped", extra
-    )
 
 
 def _read_updates(reader: CheckpointReader, name: str, names: Set[str], steps: int) -> int:
@@ -233,10 +247,11 @@ def _kinds_of(what: str, keys: list[str]) -> list[str]:
 def load_ema(shards: list[Shard], ema: EmaWeights, reader: CheckpointReader) -> None:
     """Recreate the averages; those that the checkpoint lacks stay at the weights."""
     stored = set(reader.names())
-    for shard in shards:
-        for name in ema.names:
-            if f"{name}/{shard.name}" in stored:
-                _fill(shard, ema.of(shard.master, name), reader, name)
+    with reader.kept_open():
+        for shard in shards:
+            for name in ema.names:
+                if f"{name}/{shard.name}" in stored:
+                    _fill(shard, ema.of(shard.master, name), reader, name)
 
 
 def _fill(shard: Shard, like_master: Tensor, reader: CheckpointReader, kind: str) -> None:
