@@ -44,6 +44,7 @@ from millrace.engine.checkpoint.manifest import Manifest as CheckpointManifest
 from millrace.engine.checkpoint.manifest import write_manifest as write_checkpoint_manifest
 from millrace.engine.checkpoint.meta_format import stamp
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+from millrace.engine.checkpoint.train_state import shares
 from millrace.engine.cli import run_command
 from millrace.engine.config import Data
 from millrace.engine.config.loading import load_config
@@ -348,14 +349,11 @@ def resume(folder: Path, world_size: int) -> str:
     reader = CheckpointReader(folder, verify=False)
     numels = {name: math.prod(reader.shape(name)) for name in reader.names()}
     masters = [name for name in numels if name.startswith("master/")]
-    total, sent = sum(numels[name] for name in masters), 0
-    before = np.cumsum([0, *(numels[name] for name in masters)]).tolist()
-    sources = [start * world_size // total for start in before]
-    rank = sources[len(masters) // 2]  # one that has any: there may be more processes than tensors
+    rank, total, sent = world_size // 2, sum(numels[name] for name in masters), 0
     with reader.kept_open():
-        for name, source in zip(masters, sources, strict=False):
+        for name, start, count, source in shares({name: numels[name] for name in masters}, world_size):
             if source == rank:
-                sent += len(reader.read(name))
+                sent += len(reader.read(name, start, count))
     with reader.kept_open():
         for name in numels.keys() - set(masters):
             start, end = (numels[name] * r // world_size for r in (rank, rank + 1))

@@ -110,7 +110,7 @@ def load_weights(
 ) -> list[str]:
     """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over, and the buffers.
 
-    Each rank reads an equal share of the tensors and sends them to the others on the module's device, so the
+    Each rank reads an equal share of the elements and sends them to the others on the module's device, so the
     file system gives out every byte once, whatever the number of ranks. Collective.
 
     `allow_changes` lets parameters that the checkpoint lacks keep their values, and drops those that the
@@ -132,23 +132,36 @@ def load_weights(
                 f"{folder}: {key.partition('/')[2]} is {reader.shape(key)} there and {tuple(tensor.shape)} "
                 "in this configuration; resume with the configuration of the run"
             )
-    total, before = sum(tensor.numel() for tensor in wanted.values()), 0
-    sources = {}
-    for key, tensor in wanted.items():
-        sources[key] = before * world_size() // total
-        before += tensor.numel()
+    parts = list(shares({key: tensor.numel() for key, tensor in wanted.items()}, world_size()))
 
     def read() -> None:
         with reader.kept_open():
-            for key, tensor in wanted.items():
-                if sources[key] == rank():
-                    tensor.copy_(reader.tensor(key))
+            for key, start, count, source in parts:
+                if source == rank():
+                    part = reader.read(key, start, count)
+                    wanted[key].view(-1)[start : start + count].copy_(part)
 
     together(read, gather_objects)
     if world_size() > 1:
-        for key, tensor in wanted.items():
-            dist.broadcast(tensor, sources[key], group=training_group())
+        for key, start, count, source in parts:
+            part = wanted[key].view(-1)[start : start + count]
+            dist.broadcast(part, source, group=training_group())
     return messages
+
+
+def shares(sizes: dict[str, int], ranks: int) -> Iterator[tuple[str, int, int, int]]:
+    """(tensor, first element, elements, rank that reads them) of tensors laid end to end and cut into a part
+    of equal size for each of `ranks`."""
+    total, before = sum(sizes.values()), 0
+    for key, size in sizes.items():
+        start = 0
+        while start < size:
+            # The rank in whose part, [r total // ranks, (r + 1) total // ranks), the next element lies.
+            source = ((before + start + 1) * ranks - 1) // total
+            end = min(size, (source + 1) * total // ranks - before)
+            yield key, start, end - start, source
+            start = end
+        before += size
 
 
 def _change(what: str, keys: Iterable[str]) -> list[str]:
