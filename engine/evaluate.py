@@ -4,7 +4,7 @@ millrace evaluate --checkpoint runs/latent_256 --features.fid weights/inception.
 millrace evaluate --checkpoint runs/latent_256 --reference datasets/coco-val --metrics cmmd dino_mmd
 millrace evaluate --checkpoint runs/jit_1024_tread --guidance 1.5 --method self --output scores.json
 millrace evaluate --checkpoint runs/quickstart --smoke
-deepspeed --num_gpus 8 engine/evaluate.py --checkpoint runs/latent_256 --steps 50 --guidance 3.5
+torchrun --nproc-per-node 8 engine/evaluate.py --checkpoint runs/latent_256 --steps 50 --guidance 3.5
 torchrun --nproc-per-node 8 engine/evaluate.py --checkpoint prx-latent-256 --config configs/latent_256.json
 """
 

@@ -4,10 +4,9 @@ millrace train --config latent_256
 millrace train --config jit_1024_tread --smoke
 millrace train --config quickstart --set run.steps=20 --print-config
 millrace train --config jit_1024_sprint --plan 8
-deepspeed --num_gpus 8 engine/train.py --config configs/latent_256.json --resume auto
 torchrun --nproc-per-node 8 engine/train.py --config configs/latent_256.json --resume auto
 srun --ntasks-per-node 8 python engine/train.py --config configs/latent_256.json --resume auto
-deepspeed --num_gpus 8 --module millrace.engine.train --config latent_256     (where engine/ is not at hand)
+torchrun --nproc-per-node 8 -m millrace.engine.train --config latent_256     (where engine/ is not at hand)
 """
 
 import argparse

@@ -130,11 +130,12 @@ class Trainer:
     Raises UserError for anything about the configuration, data or checkpoint that cannot be used.
     """
 
-    # Where the inputs come from; a throughput benchmark replaces them with stand-ins.
+    # Where the inputs come from, and whether people see the steps; a throughput benchmark replaces these.
     open_source = staticmethod(open_source)
     open_autoencoder = staticmethod(open_autoencoder)
     open_text_encoder = staticmethod(open_text_encoder)
     open_teacher = staticmethod(teacher_of)
+    shows_steps = True
 
     def __init__(self, config: Config, resume: str | None = None) -> None:
         self.output = Path(config.run.output_dir)
@@ -340,7 +341,7 @@ class Trainer:
     def _open_logs(self, messages: list[str]) -> None:
         """The files of the run's folder; then the lines that people read at the start."""
         self.records: list[dict[str, Any]] = []
-        self.run_log = RunLog(self.config, self.output, self.step)
+        self.run_log = RunLog(self.config, self.output, self.step, self.shows_steps)
         channels = self.run_log.channels
         self.sample_log = SampleLog(self.output, self.step, self.config.logging.sample_keys, channels)
         if process_group.rank() == 0:

@@ -1,4 +1,4 @@
-"""Measure how costs of data and logs grow: opening, order, lists of keys, logs, layouts, metrics.
+"""Measure how costs of data, checkpoints and logs grow: opening, order, samples, resuming, layouts, metrics.
 
 python -m benchmarks scale                             # 10 k and 1 M samples, a minute
 python -m benchmarks scale --rows 10000 1000000 100000000 --output benchmarks/results/scale.json
@@ -7,19 +7,22 @@ python -m benchmarks scale --smoke                     # try the program
 Data sets are synthetic: indexes, digests of keys and a manifest as `millrace prepare` writes them, beside
 tars that are holes of the right size, so 100 M samples take 11 GB while they are measured. Each number is of
 a process of its own. Memory is what that process has more than after its imports: `held` of its own, `mapped`
-the pages of files that it looked at, which the processes of a machine share, and `peak` of both.
+the pages of files that it looked at, which the processes of a machine share, and `peak` of both. `opened` are
+the files of the data set that it opened, each time counted, and `read` the bytes that it read by calls.
 """
 
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +31,26 @@ import numpy as np
 import torch
 
 from millrace.benchmarks.report import recording
+from millrace.engine.checkpoint.manifest import (
+    META,
+    FileRecord,
+    PieceRecord,
+    TensorRecord,
+    declare,
+    shard_name,
+    write_file,
+)
+from millrace.engine.checkpoint.manifest import Manifest as CheckpointManifest
+from millrace.engine.checkpoint.manifest import write_manifest as write_checkpoint_manifest
+from millrace.engine.checkpoint.meta_format import stamp
+from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+from millrace.engine.checkpoint.train_state import shares
 from millrace.engine.cli import run_command
 from millrace.engine.config import Data
+from millrace.engine.config.loading import load_config
 from millrace.engine.data import fingerprint
-from millrace.engine.data.crop import buckets
+from millrace.engine.data.crop import buckets, output_size
+from millrace.engine.data.dealing import Dealing
 from millrace.engine.data.formats.shard_index import (
     BLOCK,
     ROW,
@@ -45,9 +64,11 @@ from millrace.engine.data.formats.shard_writer import write_manifest
 from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.mixture import order_of
+from millrace.engine.data.sources.pictures import UnreadablePicture
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.data.stream import SampleStream
 from millrace.engine.evaluation.statistics import FeatureRows, FeatureSums, Statistics
+from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.layout import LayoutCache, patchify
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.run_log.sample_log import SampleLog
@@ -79,6 +100,10 @@ class Measured(NamedTuple):
     mapped: float
     """MB."""
     peak: float
+    """MB."""
+    opened: int
+    """Files, each time counted."""
+    read: float
     """MB."""
     note: str = ""
 
@@ -137,18 +162,32 @@ def memory() -> tuple[float, float, float]:
     return own, mapped, peak
 
 
+def _bytes_read() -> int:
+    """By calls of this process until now; pages of mapped files are not among them."""
+    (line,) = (line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+    return int(line.split()[1])
+
+
 def _in_process(pipe: Any, what: str, size: int, action: Callable[..., str | None], words: tuple) -> None:
     set_up_logging()
-    before = memory()
+    folders, opened = [str(word) for word in words if isinstance(word, Path)], [0]
+
+    def audit(event: str, arguments: tuple) -> None:
+        if event == "open" and any(str(arguments[0]).startswith(folder) for folder in folders):
+            opened[0] += 1
+
+    sys.addaudithook(audit)
+    before, read = memory(), _bytes_read()
     begun = time.perf_counter()
     note = action(*words)
     seconds = time.perf_counter() - begun
-    after = memory()
+    after, read = memory(), _bytes_read() - read
     if note is not None and ":seconds:" in note:  # what was prepared before does not count
         note, _, own = note.partition(":seconds:")
         seconds = float(own)
     peak = after[2] - before[0] - before[1]
-    pipe.send(Measured(what, size, seconds, after[0] - before[0], after[1] - before[1], peak, note or ""))
+    held, mapped = after[0] - before[0], after[1] - before[1]
+    pipe.send(Measured(what, size, seconds, held, mapped, peak, opened[0], read / 1e6, note or ""))
 
 
 def measured(what: str, size: int, action: Callable[..., str | None], *words: Any) -> Measured:
@@ -219,11 +258,108 @@ def continue_stream(root: Path, world_size: int) -> str:
         world_size=world_size,
         first_sample=STEP * config.global_batch,
     )
-    for index in stream._next_indices():
-        stream._place(index)
+    stream._next_places()
     seconds = time.perf_counter() - begun
     _kept.append(stream)
     return f":seconds:{seconds}"
+
+
+def read_samples(root: Path, count: int) -> str:
+    """Read samples in the order of training, the process's whole share of a machine of its own; the tars are
+    holes, so each is refused after it was read."""
+    source = ShardsSource(root)
+    order = order_of(source, Data(source="shards", path=str(root), aspect="mixed", resolution=512), 0, 0)
+    begun = time.perf_counter()
+    for place in range(count):
+        with suppress(UnreadablePicture):
+            source.record(order.picture(place)[0])
+    seconds = (time.perf_counter() - begun) / count
+    return f"{count} samples of {len(source.manifest.shards)} shards; seconds of one:seconds:{seconds}"
+
+
+def deal(root: Path, resolution: int, world_size: int) -> str:
+    """Share out a few steps of mixed sizes, 32 samples for each process; the seconds of a step."""
+    source, steps = ShardsSource(root), 10
+    config = Data(
+        source="shards",
+        path=str(root),
+        aspect="mixed",
+        resolution=resolution,
+        global_batch=32 * world_size,
+        micro_batch=32,
+    )
+    rank = world_size // 2
+    dealing = Dealing(source, config, order_of(source, config, 0, 0), EDGE, rank, world_size, 0, 0)
+    sizes = {}
+    dealing.micro_batch(0)
+    begun = time.perf_counter()
+    dealt = [[place.picture for place in dealing.micro_batch(step)] for step in range(1, steps + 1)]
+    seconds = (time.perf_counter() - begun) / steps
+    order = order_of(source, config, 0, 0)
+    places = [step * config.global_batch + rank * 32 for step in range(1, steps + 1)]
+    unsorted = [[order.picture(place + i)[0] for i in range(32)] for place in places]
+    for name, batches in (("sorted", dealt), ("unsorted", unsorted)):
+        shapes = [{output_size(*source.stored_size(i), config, EDGE) for i in batch} for batch in batches]
+        sizes[name] = sum(map(len, shapes)) / steps
+    return f"{sizes['sorted']:g} sizes in a micro-batch, {sizes['unsorted']:g} unsorted:seconds:{seconds}"
+
+
+STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+def make_checkpoint(folder: Path, world_size: int, name: str) -> None:
+    """The checkpoint of a configuration as ZeRO-3 leaves it: every tensor is cut into equal parts, one in the
+    file of each process. The files are holes."""
+    config = load_config(name)
+    with torch.device("meta"):
+        shapes = [
+            (name, tuple(p.shape)) for name, p in Denoiser(config.model, config.routing).named_parameters()
+        ]
+    tensors: dict[str, TensorRecord] = {}
+    sizes = [_HEADER] * world_size
+    for state in STATES:
+        for name, shape in shapes:
+            record = declare(tensors, f"{state}/{name}", shape, "F32")
+            for rank in range(world_size):
+                start, end = (record.numel * r // world_size for r in (rank, rank + 1))
+                if end > start:
+                    record.pieces.append(PieceRecord(rank, start, end - start, sizes[rank]))
+                    sizes[rank] += 4 * (end - start)
+    folder.mkdir()
+    files = {}
+    for rank, size in enumerate(sizes):
+        name = shard_name(rank, world_size)
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+        files[name] = FileRecord(size, "0" * 64)
+    files[META] = write_file(folder / META, json.dumps(stamp() | {"step": STEP}).encode())
+    write_checkpoint_manifest(
+        folder, CheckpointManifest(STEP, world_size, files, dict(sorted(tensors.items())))
+    )
+
+
+_HEADER = 4096
+"""Bytes of a shard before its tensors."""
+
+
+def resume(folder: Path, world_size: int) -> str:
+    """What one process of as many as saved reads: its ranges of optimizer state and averages, and the masters
+    that it sends to the others. Holes are read, so the seconds are those of the host."""
+    begun = time.perf_counter()
+    reader = CheckpointReader(folder, verify=False)
+    numels = {name: math.prod(reader.shape(name)) for name in reader.names()}
+    masters = [name for name in numels if name.startswith("master/")]
+    rank, total, sent = world_size // 2, sum(numels[name] for name in masters), 0
+    with reader.kept_open():
+        for name, start, count, source in shares({name: numels[name] for name in masters}, world_size):
+            if source == rank:
+                sent += len(reader.read(name, start, count))
+    with reader.kept_open():
+        for name in numels.keys() - set(masters):
+            start, end = (numels[name] * r // world_size for r in (rank, rank + 1))
+            reader.read(name, start, end - start)
+    seconds = time.perf_counter() - begun
+    return f"{4 * sent / 1e6:.0f} MB of masters, {4 * total / 1e9:.1f} GB in the whole job:seconds:{seconds}"
 
 
 def list_keys(root: Path, listed: Path) -> str:
@@ -362,6 +498,12 @@ def of_data(parent: Path | None, rows: int) -> list[Measured]:
                 )
                 for world_size in (8, 256, 1024)
             ),
+            measured("a sample", rows, read_samples, root, min(2000, rows)),
+            *(
+                measured(f"sharing out 32 samples of {n} processes, {px} px", rows, deal, root, px, n)
+                for px in (256, 512)
+                for n in (8, 256, 1024)
+            ),
             measured("data.keys, the first time on a machine", rows, list_keys, root, listed),
             measured("data.keys, other processes", rows, list_keys, root, listed),
         ]
@@ -385,6 +527,17 @@ def of_folder(parent: Path | None, count: int) -> list[Measured]:
             measured("open a folder, the first time on a machine", count, open_folder, root),
             measured("open a folder, other processes", count, open_folder, root),
         ]
+
+
+def of_resume(parent: Path | None, worlds: list[int], name: str) -> list[Measured]:
+    """Resuming a configuration, one of so many processes."""
+    found = []
+    for world_size in worlds:
+        with scratch(parent) as folder:
+            make_checkpoint(folder / "step", world_size, name)
+            what = f"resume of {name}, ZeRO 3"
+            found.append(measured(what, world_size, resume, folder / "step", world_size))
+    return found
 
 
 def of_logs(parent: Path | None, sizes: list[int]) -> list[Measured]:
@@ -425,13 +578,16 @@ def line(found: Measured) -> str:
     """A row of the table."""
     return (
         f"| {found.what} | {found.size:,} | {found.seconds:.4f} | {found.held:.0f} | {found.mapped:.0f} | "
-        f"{found.peak:.0f} | {found.note} |"
+        f"{found.peak:.0f} | {found.opened:,} | {found.read:.1f} | {found.note} |"
     )
 
 
 def table(rows: list[Measured]) -> str:
     """All numbers as Markdown."""
-    head = "| cost | size | seconds | held MB | mapped MB | peak MB | |\n|---|---|---|---|---|---|---|"
+    head = (
+        "| cost | size | seconds | held MB | mapped MB | peak MB | opened | read MB | |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    )
     return "\n".join([head, *map(line, sorted(rows, key=lambda row: (row.what, row.size)))])
 
 
@@ -446,6 +602,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--folders", type=int, nargs="+", metavar="N", help="pictures of a folder; default 10000 100000"
     )
+    parser.add_argument(
+        "--worlds", type=int, nargs="+", metavar="N", help="processes that resume; default 256 1024"
+    )
     parser.add_argument("--lines", type=int, nargs="+", metavar="N", help="of logs; default 10000 1000000")
     parser.add_argument(
         "--pictures", type=int, nargs="+", metavar="N", help="of metrics; default 2500 5000 10000"
@@ -457,6 +616,7 @@ def parse() -> argparse.Namespace:
     arguments.rows = arguments.rows or ([2000] if arguments.smoke else [10_000, 1_000_000])
     arguments.pictures = arguments.pictures or ([100] if arguments.smoke else [2500, 5000, 10_000])
     arguments.folders = arguments.folders or ([50] if arguments.smoke else [10_000, 100_000])
+    arguments.worlds = arguments.worlds or ([2] if arguments.smoke else [256, 1024])
     arguments.lines = arguments.lines or ([200] if arguments.smoke else [10_000, 1_000_000])
     return arguments
 
@@ -469,6 +629,8 @@ def main() -> int:
     multiprocessing.set_start_method("fork" if arguments.smoke else "spawn")
     rows = [row for size in arguments.rows for row in of_data(arguments.folder, size)]
     rows += [row for size in arguments.folders for row in of_folder(arguments.folder, size)]
+    model = "quickstart" if arguments.smoke else "models/prx_7b"
+    rows += of_resume(arguments.folder, arguments.worlds, model)
     rows += of_logs(arguments.folder, arguments.lines)
     rows += of_layouts()
     rows += of_evaluation(arguments.pictures)

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import logging
 import os
 import resource
 import time
@@ -22,6 +23,8 @@ from millrace.engine.distributed import process_group
 from millrace.engine.planning.automatic import settle_run
 from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
+
+log = logging.getLogger("millrace.benchmarks.throughput")
 
 Row = dict[str, Any]
 
@@ -181,6 +184,7 @@ def _measure(path: str, what: Measured, conditioning: str, arguments: argparse.N
     ceilings = (
         waterfall.ceilings(process_group.choose_device(config.run.device)) if arguments.profile else None
     )
+    log.info("%s, %s: %d steps after %d", what.name, conditioning, arguments.steps, arguments.warmup)
     trainer = open_trainer(config, conditioning, arguments.text_tokens)
     trainer.count_frozen()
     config, device, devices = trainer.config, trainer.device, process_group.world_size()

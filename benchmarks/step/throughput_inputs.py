@@ -33,11 +33,16 @@ class Live(Trainer):
     open_autoencoder = staticmethod(frozen_networks.open_autoencoder)
     open_text_encoder = staticmethod(frozen_networks.open_text_encoder)
     open_teacher = staticmethod(frozen_networks.open_teacher)
+    shows_steps = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.frozen_flops = dict.fromkeys(FROZEN, 0.0)
         self.count_from_here()
+
+    def _open_logs(self, messages: list[str]) -> None:
+        """Without what a run says of itself, which the row has; warnings are said."""
+        super()._open_logs([line for line in messages if line.startswith("warning:")])
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

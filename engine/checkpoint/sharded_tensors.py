@@ -13,7 +13,9 @@ hash or fsync what it writes.
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +46,8 @@ from millrace.engine.util.safetensors_file import dtype_code, dtype_of, tensor_b
 
 _CHUNK = 2**24
 """Bytes that are checked at a time; a multiple of every element's size."""
+_KEPT_OPEN = 64
+"""Shards that stay open in `CheckpointReader.kept_open`."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class CheckpointReader:
 
     Opening always checks the manifest against its seal, and `meta.json` against the manifest; `verify` also
     reads every shard once for its sha256. Raises DamagedCheckpoint, or UserError for another format version.
-    No file stays open between calls, so the folder may be pruned while a reader exists.
+    No file stays open between calls but in `kept_open`, so the folder may be pruned while a reader exists.
     """
 
     meta: dict[str, Any]
@@ -120,6 +124,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = Path(folder)
+        self._open: OrderedDict[str, BinaryIO] | None = None
         self._manifest = read_manifest(self.folder)
         self.step, self.world_size = self._manifest.step, self._manifest.world_size
         verify_file(self.folder, META, self._manifest.files[META])
@@ -237,13 +242,41 @@ class CheckpointReader:
         """Fill `target` with the bytes of `piece` after its first `skip`."""
         name = shard_name(piece.shard, self._manifest.world_size)
         try:
-            with open(self.folder / name, "rb") as file:
+            with self._file(name) as file:
                 file.seek(piece.offset + skip)
                 found = file.readinto(target)
         except OSError as error:
             raise DamagedCheckpoint(self.folder, name, f"cannot be read: {error.strerror}") from None
         if found != len(target):
             raise DamagedCheckpoint(self.folder, name, f"ends {len(target) - found} bytes too early")
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """In this block the shards that were read last stay open: what a rank resumes from mostly lies in
+        one, and each of its tensors would cost an open, on a file system that all ranks ask at once."""
+        if self._open is not None:
+            yield
+            return
+        self._open = OrderedDict()
+        try:
+            yield
+        finally:
+            while self._open:
+                self._open.popitem()[1].close()
+            self._open = None
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[BinaryIO]:
+        if self._open is None:
+            with open(self.folder / name, "rb") as file:
+                yield file
+            return
+        if name not in self._open:
+            self._open[name] = open(self.folder / name, "rb")  # noqa: SIM115 closed by `kept_open`
+            if len(self._open) > _KEPT_OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(name)
+        yield self._open[name]
 
     def _record(self, name: str) -> TensorRecord:
         try:

@@ -110,7 +110,7 @@ def load_weights(
 ) -> list[str]:
     """Fill the parameters with a checkpoint's masters, before DeepSpeed takes them over, and the buffers.
 
-    Each rank reads an equal share of the tensors and sends them to the others on the module's device, so the
+    Each rank reads an equal share of the elements and sends them to the others on the module's device, so the
     file system gives out every byte once, whatever the number of ranks. Collective.
 
     `allow_changes` lets parameters that the checkpoint lacks keep their values, and drops those that the
@@ -132,22 +132,36 @@ def load_weights(
                 f"{folder}: {key.partition('/')[2]} is {reader.shape(key)} there and {tuple(tensor.shape)} "
                 "in this configuration; resume with the configuration of the run"
             )
-    total, before = sum(tensor.numel() for tensor in wanted.values()), 0
-    sources = {}
-    for key, tensor in wanted.items():
-        sources[key] = before * world_size() // total
-        before += tensor.numel()
+    parts = list(shares({key: tensor.numel() for key, tensor in wanted.items()}, world_size()))
 
     def read() -> None:
-        for key, tensor in wanted.items():
-            if sources[key] == rank():
-                tensor.copy_(reader.tensor(key))
+        with reader.kept_open():
+            for key, start, count, source in parts:
+                if source == rank():
+                    part = reader.read(key, start, count)
+                    wanted[key].view(-1)[start : start + count].copy_(part)
 
     together(read, gather_objects)
     if world_size() > 1:
-        for key, tensor in wanted.items():
-            dist.broadcast(tensor, sources[key], group=training_group())
+        for key, start, count, source in parts:
+            part = wanted[key].view(-1)[start : start + count]
+            dist.broadcast(part, source, group=training_group())
     return messages
+
+
+def shares(sizes: dict[str, int], ranks: int) -> Iterator[tuple[str, int, int, int]]:
+    """(tensor, first element, elements, rank that reads them) of tensors laid end to end and cut into a part
+    of equal size for each of `ranks`."""
+    total, before = sum(sizes.values()), 0
+    for key, size in sizes.items():
+        start = 0
+        while start < size:
+            # The rank in whose part, [r total // ranks, (r + 1) total // ranks), the next element lies.
+            source = ((before + start + 1) * ranks - 1) // total
+            end = min(size, (source + 1) * total // ranks - before)
+            yield key, start, end - start, source
+            start = end
+        before += size
 
 
 def _change(what: str, keys: Iterable[str]) -> list[str]:
@@ -197,6 +211,22 @@ def load_optimizer(
             f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); resume with the "
             "optimizer of the run"
         )
+    with reader.kept_open():
+        _fill_optimizer(shards, optimizer, reader, steps, stored)
+    return _kinds_of("optimizer state that starts at zero", missing) + _kinds_of(
+        "optimizer state dropped", extra
+    )
+
+
+def _fill_optimizer(
+    shards: list[Shard],
+    optimizer: TrainingOptimizer,
+    reader: CheckpointReader,
+    steps: int,
+    stored: Set[str],
+) -> None:
+    """The state that is `stored` of this rank's masters; what is not starts at zero."""
+    names = set(reader.names())
     fused = bool(optimizer.defaults.get("fused"))
     for master in masters(shards):
         held = [shard for shard in shards if shard.master is master]
@@ -212,9 +242,6 @@ def load_optimizer(
             for kind in kinds:
                 if f"{kind}/{shard.name}" in stored:
                     _fill(shard, state[kind], reader, kind)
-    return _kinds_of("optimizer state that starts at zero", missing) + _kinds_of(
-        "optimizer state dropped", extra
-    )
 
 
 def _read_updates(reader: CheckpointReader, name: str, names: Set[str], steps: int) -> int:
@@ -233,10 +260,11 @@ def _kinds_of(what: str, keys: list[str]) -> list[str]:
 def load_ema(shards: list[Shard], ema: EmaWeights, reader: CheckpointReader) -> None:
     """Recreate the averages; those that the checkpoint lacks stay at the weights."""
     stored = set(reader.names())
-    for shard in shards:
-        for name in ema.names:
-            if f"{name}/{shard.name}" in stored:
-                _fill(shard, ema.of(shard.master, name), reader, name)
+    with reader.kept_open():
+        for shard in shards:
+            for name in ema.names:
+                if f"{name}/{shard.name}" in stored:
+                    _fill(shard, ema.of(shard.master, name), reader, name)
 
 
 def _fill(shard: Shard, like_master: Tensor, reader: CheckpointReader, kind: str) -> None:

@@ -165,7 +165,18 @@ def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise UserError(f"{path}: extends is {base!r}; it is the name of another configuration file")
-    return merge(read_json(path.parent / base, (*seen, path)), values)
+    below = read_json(path.parent / base, (*seen, path))
+    if below.get("stages") and "stages" not in values and _starts_from_weights(values):
+        raise UserError(
+            f"{path}: starts from the weights of run.init_from, and would go through the "
+            f'{len(below["stages"])} stages of {base}; give it stages of its own, or "stages": []'
+        )
+    return merge(below, values)
+
+
+def _starts_from_weights(values: dict[str, Any]) -> bool:
+    run = values.get("run")
+    return isinstance(run, dict) and run.get("init_from") is not None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

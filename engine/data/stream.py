@@ -21,6 +21,7 @@ from millrace.engine.config import Data
 from millrace.engine.data.batch import Batch
 from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.crop import check_bucket, check_resolution
+from millrace.engine.data.dealing import Dealing, Place
 from millrace.engine.data.decoding import Encoded, PythonDecoder, open_decoder, parts
 from millrace.engine.data.latent_cache import CachedText, Caches
 from millrace.engine.data.order import Pool
@@ -39,9 +40,6 @@ from millrace.engine.util.errors import UserError
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-
-_Place = tuple[int, int, Pool]
-"""A sample's number, the index in the source of its picture, and the pictures among which that is."""
 Bad = tuple[tuple[str, UnreadablePicture], ...]
 """Unreadable pictures, by key, that a sample passed over."""
 
@@ -63,7 +61,7 @@ class SampleStream:
     """Endless micro-batches of one process; a pure function of (seed, sample index).
 
     Step k takes the global samples first_sample + [k G, (k + 1) G), G = data.global_batch. Process `rank` of
-    `world_size` takes the rank-th contiguous part of G / world_size samples, in parts of data.micro_batch.
+    `world_size` takes G / world_size of them, in parts of data.micro_batch (`dealing.py`).
     Epoch e visits every picture once, in the order `epoch_order(seed, e, len(source))`; in a mixture every
     part has epochs of its own.
 
@@ -106,8 +104,6 @@ class SampleStream:
         self.bad: dict[str, str] = {}
         self._source, self._caches = source, caches
         self._config = config
-        self._share = config.global_batch // world_size
-        self._first = first_sample + rank * self._share
         self._submitted = 0
         self._origin_sample = origin[0]
         self._order = order_of(source, config, seed, origin[1])
@@ -115,21 +111,23 @@ class SampleStream:
             check_bucket(size, config, patch)
         if self._order.sizes:
             _check_cut(first_sample - origin[0], config.micro_batch)
+        self._dealing = Dealing(source, config, self._order, patch, rank, world_size, first_sample, origin[0])
         self._choices = Choices(config, seed, patch, caption_drop, origin)
         self._bad_in: defaultdict[str, set[str]] = defaultdict(set)
         self._untold: list[tuple[str, int, str, str]] = []
         decoded = caches is None or not caches.complete("latents")
         self._decoder = open_decoder(source, config, device) if decoded else PythonDecoder(source, 0)
-        self.loader = self._decoder.description
+        threads = f"{config.workers} threads" if config.workers else "in the training thread"
+        self.loader = self._decoder.description if decoded else f"latents of the cache, {threads}"
         self._pool = ThreadPoolExecutor(config.workers, "pictures") if config.workers else None
         self._finisher = (
             ThreadPoolExecutor(self._decoder.lanes, "micro-batches")
             if self._pool and self._decoder.lanes
             else None
         )
-        self._ahead: deque[tuple[range, Callable[[], list[_Sample]]]] = deque()
-        self._placed: deque[tuple[range, list[_Place]]] = deque()
+        self._placed: deque[list[Place]] = deque()
         self._asked_ahead = -(-samples_ahead(source) // config.micro_batch)
+        self._ahead: deque[tuple[list[int], Callable[[], list[_Sample]]]] = deque()
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -140,12 +138,12 @@ class SampleStream:
             raise RuntimeError("this SampleStream is closed")
         try:
             if self._pool is None:
-                indices, places = self._next_places()
-                return self._collect(indices, self._finish(self._start_all(places)))
+                places = self._next_places()
+                return self._collect(_samples(places), self._finish(self._start_all(places)))
             # One more than asked for: the first is the one that is handed out now.
             while len(self._ahead) <= self._config.prefetch:
-                indices, places = self._next_places()
-                self._ahead.append((indices, self._submit(places, self._pool)))
+                places = self._next_places()
+                self._ahead.append((_samples(places), self._submit(places, self._pool)))
             indices, samples = self._ahead.popleft()
             return self._collect(indices, samples())
         except BaseException:
@@ -182,27 +180,16 @@ class SampleStream:
         self._decoder.close()
         forget_ahead(self._source)
 
-    def _next_places(self) -> tuple[range, list[_Place]]:
-        """Indices and places of the next micro-batch; a source that is far away hears of those after it."""
+    def _next_places(self) -> list[Place]:
+        """The next micro-batch of this process; a source that is far away hears of those after it."""
         while len(self._placed) <= self._asked_ahead:
-            indices = self._next_indices()
-            self._placed.append((indices, [self._place(i) for i in indices]))
+            self._placed.append(self._dealing.micro_batch(self._submitted))
+            self._submitted += 1
             if self._asked_ahead:
-                read_ahead(self._source, [picture for _, picture, _ in self._placed[-1][1]])
+                read_ahead(self._source, [place.picture for place in self._placed[-1]])
         return self._placed.popleft()
 
-    def _next_indices(self) -> range:
-        """Global sample indices of the next micro-batch of this process."""
-        micro = self._config.micro_batch
-        step, part = divmod(self._submitted, self._share // micro)
-        start = self._first + step * self._config.global_batch + part * micro
-        self._submitted += 1
-        return range(start, start + micro)
-
-    def _place(self, i: int) -> _Place:
-        return i, *self._order.picture(i - self._origin_sample)
-
-    def _submit(self, places: list[_Place], pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
+    def _submit(self, places: list[Place], pool: ThreadPoolExecutor) -> Callable[[], list[_Sample]]:
         """Begin a micro-batch in threads; what is returned waits for it."""
         started = [pool.submit(self._start_all, part) for part in parts(places, self._config.workers)]
 
@@ -211,7 +198,7 @@ class SampleStream:
 
         return samples if self._finisher is None else self._finisher.submit(samples).result
 
-    def _start_all(self, places: Sequence[_Place]) -> list[_Sample]:
+    def _start_all(self, places: Sequence[Place]) -> list[_Sample]:
         found = []
         for place in places:
             if self._closed:
@@ -253,7 +240,7 @@ class SampleStream:
                     samples[k] = sample._replace(pixels=pixels)
         return samples
 
-    def _collect(self, indices: range, samples: list[_Sample]) -> Batch:
+    def _collect(self, indices: list[int], samples: list[_Sample]) -> Batch:
         # Bad pictures are counted here, in sample order, so the count does not depend on how far threads are.
         for sample in samples:
             for key, problem in sample.bad:
@@ -299,6 +286,10 @@ class SampleStream:
         if count / pool.part_size > limit:
             problem = f"{latest.where}: cannot be read: {latest.reason}"
             raise UserError(_too_many(problem, count, pool.part_size, pool.name, limit))
+
+
+def _samples(places: list[Place]) -> list[int]:
+    return [place.sample for place in places]
 
 
 def _too_many(problem: str, count: int, size: int, part: str, limit: float) -> str:

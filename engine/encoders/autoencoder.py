@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from millrace.engine import config as settings
 from millrace.engine.encoders.latent_statistics import load_statistics
@@ -43,6 +44,7 @@ from millrace.engine.encoders.pretrained import (
     load_network,
     name_of,
     random_network,
+    shape_alone,
     unreadable,
 )
 from millrace.engine.util import registry
@@ -50,6 +52,8 @@ from millrace.engine.util.errors import UserError
 
 _KEY = "conditioning.autoencoder.path"
 
+_COUNTED = 256
+"""Edge of the picture whose encoding is counted, in pixels."""
 _FOLD = 2
 """Edge of the squares of positions that FLUX.2 folds into channels."""
 
@@ -324,6 +328,23 @@ def open_random(config: settings.Autoencoder, device: torch.device) -> Latents:
     scale, shift = _scale_and_shift(own, network.config)
     constants = Constants(entry.channels, entry.factor, scale, shift)
     return _latents(config, f"{config.kind}, random weights", lambda: network, constants)
+
+
+def size_of(config: settings.Autoencoder) -> NetworkSize:
+    """Size of the network and work of its encoder, by the configuration in a local folder or in what was
+    fetched of a hub id before. Raises OSError or ValueError where that cannot be read, UserError without
+    diffusers."""
+    own, source = network_of(config), source_of(config)
+    network_class = import_class("diffusers", own.class_name, f"conditioning.autoencoder.kind {config.kind}")
+    try:
+        shape = network_class.load_config(source, subfolder="vae", local_files_only=True)
+    except (OSError, ValueError):
+        shape = network_class.load_config(source, local_files_only=True)
+    network = shape_alone(lambda: network_class.from_config(shape))
+    with FlopCounterMode(display=False) as counter:
+        network.encode(torch.empty(1, 3, _COUNTED, _COUNTED, device="meta", dtype=network.dtype))
+    parameters = sum(p.numel() for p in network.parameters())
+    return NetworkSize(parameters, counter.get_total_flops() / _COUNTED**2)
 
 
 def arithmetic(config: settings.Autoencoder) -> torch.dtype:

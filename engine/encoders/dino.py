@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from millrace.engine.config import AttentionAlignment
 from millrace.engine.config import Teacher as TeacherConfig
-from millrace.engine.encoders.pretrained import Settings, import_class, load, load_network, random_network
+from millrace.engine.encoders.pretrained import (
+    NetworkSize,
+    Settings,
+    import_class,
+    load,
+    load_network,
+    random_network,
+    shape_alone,
+)
 from millrace.engine.encoders.teacher import (
     KEY,
     PublishedVision,
@@ -238,6 +246,17 @@ class DinoEntry(VisionEntry):
         )
         dino = Dino(network, f"{self.kind}, random weights", device, dtype)
         return DinoTeacher(config, dino, device, attention)
+
+    def size_of(self, source: str) -> NetworkSize:
+        key = f"alignment.teacher.kind {self.kind}"
+        automatic = import_class("transformers", "AutoConfig", key)
+        config = automatic.from_pretrained(source, local_files_only=True)
+        if config.model_type not in self.classes:
+            raise ValueError(f"{source!r} holds a {config.model_type}")
+        network_class = import_class("transformers", self.classes[config.model_type], key)
+        network = shape_alone(lambda: network_class(config))
+        parameters = sum(p.numel() for p in network.parameters())
+        return NetworkSize(parameters, 2.0 * parameters)
 
     def new_network(self, shape: Settings, name: str | None = None, **others: Any) -> nn.Module:
         """A network of a shape with random weights, of the family's newest class or of class `name`."""

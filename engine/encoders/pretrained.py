@@ -16,7 +16,7 @@ Settings = dict[str, Any]
 
 
 class NetworkSize(NamedTuple):
-    """Size and work of a frozen network, from its published shape."""
+    """Size and work of a frozen network, from its shape."""
 
     parameters: int
     flops: float
@@ -86,6 +86,11 @@ def weights_digest(network: torch.nn.Module) -> str:
     """Of the first values of every weight: other weights under the same name are another network."""
     first = {name: value.flatten()[:64].float().cpu() for name, value in network.state_dict().items()}
     return sha256(name.encode() + value.numpy().tobytes() for name, value in first.items())[:16]
+
+
+def shape_alone(make: Callable[[], Any]) -> Any:
+    """`make()` on the meta device: a network that has shapes and takes no memory."""
+    return random_network(make, torch.device("meta"), torch.bfloat16)
 
 
 def random_network(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:

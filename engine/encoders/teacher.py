@@ -167,6 +167,11 @@ class VisionEntry(ABC):
     ) -> Teacher:
         """As the function `open_teacher`, without a cache."""
 
+    def size_of(self, source: str) -> NetworkSize:
+        """Of the network of a local folder or a hub id that was fetched before, by its configuration alone.
+        Raises OSError or ValueError where that cannot be read."""
+        raise ValueError(f"{source!r} does not say its size")
+
     @abstractmethod
     def tiny(self, folder: Path) -> Path:
         """Save a small network of the same class with random weights, for `--smoke` and tests."""

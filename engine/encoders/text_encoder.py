@@ -188,6 +188,9 @@ class TextEncoderEntry:
     """Hub commit of a source, found without loading the weights; it may raise."""
     size: NetworkSize | None = None
     """Of the published network; None where it is not known."""
+    size_of: Callable[[str], NetworkSize] | None = None
+    """Of the network of a local folder, or of a hub id that was fetched before, by its configuration alone;
+    it may raise."""
     tiny: Callable[[int, Path], Path] | None = None
     """Saves a small network of the same class that emits so many features, for `--smoke` and tests."""
     random: Callable[[TextTower, Any, torch.device, torch.dtype], TextEncoder] | None = None

@@ -23,6 +23,7 @@ from millrace.engine.encoders.pretrained import (
     load,
     name_of,
     random_network,
+    shape_alone,
 )
 from millrace.engine.encoders.text_encoder import TextEncoder, TextEncoderEntry
 from millrace.engine.util.errors import UserError
@@ -90,6 +91,12 @@ class HFTextEncoder(TextEncoder):
         network, with random weights."""
 
     @staticmethod
+    @abstractmethod
+    def network_of(source: str) -> Any:
+        """What `read_network` returns, with random weights, by the configuration in a local folder or in what
+        was fetched of a hub id before."""
+
+    @staticmethod
     def new_network(shape: Settings) -> Any:
         """What `read_network` returns, with random weights of another shape. Raises ValueError where the
         published shape is not known."""
@@ -144,6 +151,12 @@ def hf_entry(kind: str, encoder: type[HFTextEncoder]) -> TextEncoderEntry:
         found = import_class("transformers", "AutoConfig", kind_key(kind))
         return getattr(found.from_pretrained(source), "_commit_hash", None)
 
+    def size_of(source: str) -> NetworkSize:
+        network = shape_alone(lambda: encoder.network_of(source))
+        parameters = sum(p.numel() for p in network.parameters())
+        looked_up = network.get_input_embeddings().weight.numel()
+        return NetworkSize(parameters, 2.0 * (parameters - looked_up))
+
     def tiny(dim: int, folder: Path) -> Path:
         settings = {
             "vocab_size": len(_VOCABULARY),
@@ -168,7 +181,13 @@ def hf_entry(kind: str, encoder: type[HFTextEncoder]) -> TextEncoderEntry:
         return encoder(config, tokenizer(shape["vocab_size"]), network, identity, device, dtype)
 
     return TextEncoderEntry(
-        opened, encoder.source, revision, encoder.size, tiny, random if encoder.shape else None
+        opened,
+        source=encoder.source,
+        revision=revision,
+        size=encoder.size,
+        size_of=size_of,
+        tiny=tiny,
+        random=random if encoder.shape else None,
     )
 
 

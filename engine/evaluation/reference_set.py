@@ -17,9 +17,9 @@ from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.pictures import (
     UnreadablePicture,
     key_alone,
+    picture_size,
     read_ahead,
     read_picture,
-    stored_size,
 )
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256
@@ -107,13 +107,12 @@ class Reference:
 
     def size(self, sample: int) -> tuple[int, int]:
         """Height and width of sample number `sample`: with mixed aspects those of the picture that its
-        caption is of, which is read where its source has no index of sizes."""
+        caption is of, whose header is read where its source has no index of sizes."""
         resolution = self._data.resolution
         if self._data.aspect == "square":
             return resolution, resolution
         picture = self._captioned_picture(sample)
-        size = stored_size(self._captioned, picture) or self._captioned.image(picture).size
-        return output_size(*size, self._data, self._edge)
+        return output_size(*picture_size(self._captioned, picture), self._data, self._edge)
 
     def identity(self) -> str:
         """What the reference pictures are: their names in order, how they are cut, and pixels of some. The

@@ -7,7 +7,7 @@ from millrace.engine.config import Config
 from millrace.engine.distributed.process_group import ranks_here
 from millrace.engine.planning.activations import trace
 from millrace.engine.planning.frozen_sizes import frozen_networks
-from millrace.engine.planning.step_memory import memory_of, shape_of
+from millrace.engine.planning.step_memory import gigabytes, memory_of, shape_of
 from millrace.engine.util.errors import UserError
 
 
@@ -43,8 +43,8 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
     if memory.peak <= have:
         return None
     line = (
-        f"the run needs about {memory.peak / 1e9:.1f} GB per process ({memory.table()}), {where} has "
-        f"{have / 1e9:.1f} GB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more "
+        f"the run needs about {gigabytes(memory.peak)} GB per process ({memory.table()}), {where} has "
+        f"{gigabytes(have)} GB free; take a smaller model or data.micro_batch, a higher ZeRO stage on more "
         "processes, or run.activation_checkpointing"
     )
     if memory.certain > have:

@@ -1,15 +1,21 @@
-"""Frozen networks of a run: their memory and work, by their published sizes."""
+"""Frozen networks of a run: their memory and work.
 
-from pathlib import Path
+The published network counts by the size in its entry. One that `path` names counts by its own configuration,
+read without its weights from a local folder or from what was fetched of a hub id before; where there is none
+to read, it counts as the published one, and the plan says so.
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 
 from millrace.engine.config import Config
-from millrace.engine.encoders.autoencoder import arithmetic, autoencoder_entry
+from millrace.engine.encoders.autoencoder import arithmetic, autoencoder_entry, size_of
 from millrace.engine.encoders.pretrained import NetworkSize
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.encoders.text_encoder import text_encoder_entry
+from millrace.engine.util.errors import UserError
 
 
 class Load(NamedTuple):
@@ -22,7 +28,9 @@ class Load(NamedTuple):
     flops: float
     """For one image."""
     known: bool
-    """Whether there is a published shape to count by; else it counts as nothing."""
+    """Whether there is a shape to count by; else it counts as nothing."""
+    assumed: str = ""
+    """The folder or hub id whose own shape cannot be read, in place of which the published one counts."""
 
 
 class Loaded(tuple[Load, ...]):
@@ -49,13 +57,14 @@ class Loaded(tuple[Load, ...]):
         """Kinds that are not counted."""
         return tuple(load.kind for load in self if not load.known)
 
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """Folders and hub ids that count as the published network of their kind."""
+        return tuple(f"{load.kind} {load.assumed}" for load in self if load.assumed)
+
 
 def frozen_networks(config: Config, image_tokens: int, text_tokens: int) -> Loaded:
-    """Live ones; what has a complete cache in `data.cached` is neither loaded nor run.
-
-    By the published sizes in their entries; a folder of weights that is smaller, as those of a smoke run,
-    counts as large as its files.
-    """
+    """Live ones; what has a complete cache in `data.cached` is neither loaded nor run."""
     conditioning, alignment, dino = config.conditioning, config.alignment, config.objective.dino
     text, autoencoder, teacher = conditioning.text, conditioning.autoencoder, alignment.teacher
     compute = getattr(torch, config.precision.compute)
@@ -64,21 +73,31 @@ def frozen_networks(config: Config, image_tokens: int, text_tokens: int) -> Load
     # MDS shards lack the empty caption, so their tower is loaded all the same.
     cached = "text" in config.data.cached and "mds" not in config.data.named_sources.values()
     if encoder.source is not None and not cached:
-        found.append(_load("text", text, encoder.size, text_tokens, compute))
+        own = encoder.size, encoder.size_of, text.path or encoder.source
+        found.append(_load("text", text, *own, text_tokens, compute))
     network = autoencoder_entry(autoencoder.kind).network
     if network is not None and "latents" not in config.data.cached:
         pixels = config.data.resolution**2
-        found.append(_load("autoencoder", autoencoder, network.size, pixels, arithmetic(autoencoder)))
+        own = network.size, lambda _: size_of(autoencoder), autoencoder.path
+        found.append(_load("autoencoder", autoencoder, *own, pixels, arithmetic(autoencoder)))
     if alignment.active and teacher.cache is None:
-        size = getattr(vision_entry(teacher.kind).large, "size", None)
-        found.append(_load("teacher", teacher, size, image_tokens, getattr(torch, teacher.dtype)))
+        vision = vision_entry(teacher.kind)
+        own = getattr(vision.large, "size", None), vision.size_of, teacher.path
+        found.append(_load("teacher", teacher, *own, image_tokens, getattr(torch, teacher.dtype)))
     if dino.weight:
         vision = vision_entry(dino.kind)
         # Forward of both pictures, and backward to the predicted one.
         patches = 3 * (dino.size // vision.patch) ** 2
-        size = getattr(vision.base, "size", None)
-        found.append(_load("perceptual", dino, size, patches, getattr(torch, dino.dtype)))
+        own = getattr(vision.base, "size", None), vision.size_of, dino.path
+        found.append(_load("perceptual", dino, *own, patches, getattr(torch, dino.dtype)))
     return Loaded(found)
+
+
+def _own(size_of: Callable[[str], NetworkSize], source: str) -> NetworkSize | None:
+    try:
+        return size_of(source)
+    except (OSError, ValueError, TypeError, UserError):  # what is wrong there is said by who opens it
+        return None
 
 
 class _Section(Protocol):
@@ -86,11 +105,22 @@ class _Section(Protocol):
     path: str | None
 
 
-def _load(role: str, section: _Section, size: NetworkSize | None, units: float, dtype: torch.dtype) -> Load:
+def _load(
+    role: str,
+    section: _Section,
+    published: NetworkSize | None,
+    size_of: Callable[[str], NetworkSize] | None,
+    source: str | None,
+    units: float,
+    dtype: torch.dtype,
+) -> Load:
+    """By its own shape where it is not the published network, or one whose size the entry does not have."""
+    size, assumed = published, ""
+    if size_of is not None and source is not None and (section.path is not None or published is None):
+        own = _own(size_of, source)
+        size, assumed = own or published, "" if own or published is None else source
     if size is None:
         return Load(role, section.kind, 0.0, 0.0, known=False)
-    stored = float(size.parameters * dtype.itemsize)
-    if section.path is not None and Path(section.path).is_dir():
-        files = Path(section.path).rglob("*.safetensors")
-        stored = min(stored, sum(file.stat().st_size for file in files))
-    return Load(role, section.kind, stored, size.flops * units, known=True)
+    return Load(
+        role, section.kind, float(size.parameters * dtype.itemsize), size.flops * units, True, assumed
+    )

@@ -11,8 +11,9 @@ from millrace.engine.model.routing import describe as describe_routing
 from millrace.engine.planning.automatic import automatic
 from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
+from millrace.engine.planning.frozen_sizes import Loaded
 from millrace.engine.planning.search import TIE, Option, Planner
-from millrace.engine.planning.step_memory import saved_bytes
+from millrace.engine.planning.step_memory import gigabytes, saved_bytes
 from millrace.engine.planning.step_time import Step
 from millrace.engine.util.errors import UserError
 
@@ -34,6 +35,7 @@ def plan(
     hours = 0.0
     stages = resolve_stages(config)
     taken: dict[int, list[str]] = {}
+    frozen: list[Loaded] = []
     for stage in stages:
         if len(stages) > 1:
             lines += [f"== steps {stage.first} to {stage.last}{': ' + stage.name if stage.name else ''}"]
@@ -43,11 +45,12 @@ def plan(
         lines += ["", *alternatives(planner, best, found, stage.last - stage.first), ""]
         hours += best.step.seconds * (stage.last - stage.first) / 3600
         taken[stage.first] = settings(best)
+        frozen.append(planner.frozen)
     if len(stages) > 1:
         lines += [f"whole run: {hours / 24:.2f} days, {hours * gpus:,.0f} device hours"]
         parts = [merge(part, dict_from_overrides(taken[part["at"]])) for part in config.stages]
         lines += [_as_arguments([*taken[0], f"stages={json.dumps(parts)}"]), ""]
-    return [*lines, *notes(planner.frozen.unknown, device)]
+    return [*lines, *notes(frozen, device)]
 
 
 def describe(
@@ -71,9 +74,9 @@ def describe(
         f"micro-batch: {best.micro_batch}, {accumulation} of them on each device make data.global_batch "
         f"{batch}",
         f"activation checkpointing: {best.policy}",
-        f"memory: {memory.peak / 1e9:.1f} GB of {capacity / 1e9:.1f} GB usable "
+        f"memory: {gigabytes(memory.peak)} GB of {gigabytes(capacity)} GB usable "
         f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
-        f"{memory.held / 1e9:.1f} GB; at the peak {memory.table()}",
+        f"{gigabytes(memory.held)} GB; at the peak {memory.table()}",
         *_host_memory(planner),
         f"step: {step.seconds:.3g} s: {_terms(step)}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
@@ -108,7 +111,7 @@ def _configured(planner: Planner, best: Option) -> list[str]:
     fits = "" if option.fits else ", does not fit"
     return [
         f"as configured: ZeRO {option.stage}, micro-batch {option.micro_batch}, checkpointing "
-        f"{option.policy}: {option.memory.peak / 1e9:.1f} GB{fits}, {option.step.seconds:.3g} s a step"
+        f"{option.policy}: {gigabytes(option.memory.peak)} GB{fits}, {option.step.seconds:.3g} s a step"
     ]
 
 
@@ -117,7 +120,7 @@ def _host_memory(planner: Planner) -> list[str]:
         return []
     size = saved_bytes(planner.config, planner.ranks, planner.shape)
     return [
-        f"host memory: {size / 1e9:.1f} GB for each process, of which checkpoints are written "
+        f"host memory: {gigabytes(size)} GB for each process, of which checkpoints are written "
         "(checkpoint.blocking=true needs none)"
     ]
 
@@ -179,7 +182,7 @@ def reasons(planner: Planner, best: Option, compared: list[Option]) -> list[str]
         why = "all activations fit, nothing is computed twice"
     else:
         kept = planner.option(best.stage, best.micro_batch, "none")
-        why = f"without it {kept.memory.peak / 1e9:.1f} GB at this micro-batch"
+        why = f"without it {gigabytes(kept.memory.peak)} GB at this micro-batch"
         if kept.fits:
             why = "with a larger micro-batch the step is faster than without it"
     found.append(f"why checkpointing {best.policy}: {why}")
@@ -209,7 +212,7 @@ def alternatives(planner: Planner, best: Option, found: list[Option], steps: int
                 str(option.stage),
                 str(option.micro_batch),
                 option.policy,
-                f"{option.memory.peak / 1e9:.1f}",
+                gigabytes(option.memory.peak),
                 "yes" if option.fits else "no",
                 f"{step.seconds:.3g}",
                 f"{planner.config.data.global_batch / step.seconds:,.0f}",
@@ -222,8 +225,8 @@ def alternatives(planner: Planner, best: Option, found: list[Option], steps: int
     return ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def notes(unknown: tuple[str, ...], device: Device) -> list[str]:
-    """What the figures rest on."""
+def notes(frozen: list[Loaded], device: Device) -> list[str]:
+    """What the figures rest on; `frozen` has the frozen networks of each stage."""
     found = [
         "A model, no measurement: formulas in engine/planning, checked in docs/performance.md. Uncounted: "
         "saving, drawing and judging samples (but for the weights that draw them), operators' own workspace, "
@@ -232,6 +235,8 @@ def notes(unknown: tuple[str, ...], device: Device) -> list[str]:
     if device.assumed:
         assumed = ", ".join(f"{name} {ASSUMED[name]:g}" for name in device.assumed)
         found.append(f"Assumed, not measured: {assumed}.")
-    if unknown:
+    if unknown := dict.fromkeys(kind for loaded in frozen for kind in loaded.unknown):
         found.append(f"Not counted, size unknown: {', '.join(unknown)}.")
+    if assumed := dict.fromkeys(name for loaded in frozen for name in loaded.assumed):
+        found.append(f"Counted as the published network, no config.json to read: {', '.join(assumed)}.")
     return found

@@ -17,7 +17,7 @@ from millrace.engine.model.routing import require_grid
 from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import Device
 from millrace.engine.planning.frozen_sizes import Loaded, frozen_networks
-from millrace.engine.planning.step_memory import Memory, Shape, memory_of, shape_of
+from millrace.engine.planning.step_memory import Memory, Shape, gigabytes, memory_of, shape_of
 from millrace.engine.planning.step_time import Step, step_of
 from millrace.engine.util.errors import UserError
 
@@ -227,7 +227,7 @@ class Planner:
             raise UserError(
                 f"no setting fits {self.ranks} x {self.device.name}: ZeRO {least.stage}, micro-batch "
                 f"{least.micro_batch} and checkpointing {least.policy} take least, "
-                f"{least.memory.peak / 1e9:.1f} GB of {self.device.capacity / 1e9:.1f} GB; take more "
+                f"{gigabytes(least.memory.peak)} GB of {gigabytes(self.device.capacity)} GB; take more "
                 "devices, a smaller model, or fewer pixels"
             )
         limit = fitting[0].step.seconds * (1 + TIE)

@@ -68,6 +68,11 @@ def fetched(section: Mapping[str, Any], shape: Shape) -> int:
     return min(shape.parameters, max(int(group), 1))
 
 
+def gigabytes(size: float) -> str:
+    """Bytes in units of 1e9: a decimal, of what is below 0.1 two digits."""
+    return f"{size / 1e9:.1f}" if size == 0 or size >= 1e8 else f"{size / 1e9:.2g}"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one process."""
@@ -102,7 +107,7 @@ class Memory:
     def table(self) -> str:
         """The parts of the peak in GB, for people."""
         parts = self.parts | {_IN_PHASE[self.worst]: self.phases[self.worst]}
-        return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+        return ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
 
 
 _IN_PHASE = {

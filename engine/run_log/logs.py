@@ -36,10 +36,11 @@ class RunLog:
     Args:
         output_dir: receives log.jsonl, validation.jsonl and `tensorboard/`.
         step: steps done before; later lines of existing records are dropped, they will be made again.
+        shows_steps: whether people see the steps, as a progress bar or as lines.
     """
 
-    def __init__(self, config: Config, output_dir: Path, step: int) -> None:
-        self._leads = rank() == 0
+    def __init__(self, config: Config, output_dir: Path, step: int, shows_steps: bool = True) -> None:
+        self._leads, self._shows_steps = rank() == 0, shows_steps
         self.channels = SideChannels(self.say if self._leads else log.warning)
         self._bar = self._board = self._wandb = None
         if not self._leads:
@@ -57,7 +58,7 @@ class RunLog:
                 self._board = _open_board(output_dir, step)
         if config.logging.wandb:
             self._wandb = self._open_wandb(config, output_dir, step)
-        if sys.stderr.isatty():
+        if shows_steps and sys.stderr.isatty():
             self._bar = tqdm(
                 total=config.run.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1
             )
@@ -89,8 +90,9 @@ class RunLog:
             values = record | record.get("losses", {}) | tuning
             scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self._scalars(record["step"], scalars, record)
-        with suppress(OSError):  # a terminal that has gone away
-            self._show(records[-1])
+        if self._shows_steps:
+            with suppress(OSError):  # a terminal that has gone away
+                self._show(records[-1])
 
     def _scalars(self, step: int, scalars: dict[str, Any], whole: dict[str, Any]) -> None:
         """Values of a step for TensorBoard, and for Weights & Biases, which takes nested ones too."""

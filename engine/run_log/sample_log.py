@@ -21,7 +21,7 @@ class SampleLog:
     `rejects.jsonl` has a line {"key", "reason"} for each unreadable picture that any process met, once.
     `keys/rank-00000.jsonl` and so on, with `keep_keys`, have a line {"step", "keys", "captions"} for each
     step: what that process consumed, in order, and with which caption (long, short or empty). The lines of
-    all processes for a step, by rank, are the step's samples.
+    all processes for a step are the step's samples, by rank in their order unless sizes are mixed.
 
     Lines after `step` are dropped, to be made again, maybe by fewer processes: rank r cuts the files of the
     ranks r, r + W, r + 2 W of the process before.

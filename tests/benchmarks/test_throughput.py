@@ -339,12 +339,12 @@ def measured(folder, *arguments):
     assert done.returncode == 0, done.stderr
     left = [*work.iterdir(), *temporary.iterdir()]
     assert left == [], "the run left something behind"
-    return json.loads((folder / "out.json").read_text()), done.stdout
+    return json.loads((folder / "out.json").read_text()), done.stdout, done.stderr
 
 
 def test_smoke_run(tmp_path):
     config = ROOT / "configs" / "jit_1024_tread.json"
-    content, printed = measured(
+    content, printed, said = measured(
         tmp_path, "--smoke", "--config", config, "--conditioning", "cached", "live", "--text-tokens", "7",
         "--steps", "3", "--set", "optimizer.lr=1e-5",
     )  # fmt: skip
@@ -375,12 +375,20 @@ def test_smoke_run(tmp_path):
     assert live["text_tokens"] > 7, "live captions have their own lengths"
     assert "unknown" in printed
     assert "written to" in printed
+    # A line a row, not what each run says of itself.
+    assert [line for line in said.splitlines() if "jit_1024_tread" in line] == [
+        f"jit_1024_tread, {inputs}: 3 steps after 1" for inputs in ("cached", "live")
+    ]
+    assert not {"precision audit", "loader", "data", "step 1/5"} & {
+        line.partition(":")[0] for line in said.splitlines()
+    }
+    assert "img/s" not in said
 
 
 @pytest.mark.cuda
 def test_run_on_the_gpu(tmp_path):
     config = ROOT / "configs" / "quickstart.json"
-    content, _ = measured(
+    content, *_ = measured(
         tmp_path, "--config", config, "--steps", "3", "--warmup", "1", "--set", "run.device=cuda"
     )
     (found,) = content["rows"]

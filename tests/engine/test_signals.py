@@ -1,8 +1,11 @@
 """Stopping a run from outside: it ends at a step boundary with a checkpoint, and leaves nothing running."""
 
 import os
+import shlex
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import psutil
@@ -165,3 +168,107 @@ def test_a_second_ctrl_c_interrupts_at_once(runs, tmp_path):
     assert err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def in_a_container(*words):
+    """The words of a command that runs as the first process of a process namespace, which ends with it."""
+    return ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *words]
+
+
+def no_namespaces():
+    try:
+        return subprocess.run(in_a_container("true"), capture_output=True).returncode != 0
+    except FileNotFoundError:
+        return True
+
+
+def torchrun(plain):
+    """The same training under torchrun, in two processes."""
+    _, *words = plain
+    port = ["--master-port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *words]
+
+
+def shell(text):
+    return ["sh", "-c", text]
+
+
+CONTAINERS = {
+    "python": (lambda plain, _: plain, 0),
+    "torchrun": (lambda plain, _: torchrun(plain), 1),
+    "sh -c exec": (lambda plain, _: shell(f"umask 022; exec {shlex.join(plain)}"), 0),
+    "sh -c": (lambda plain, _: shell(f"umask 022; {shlex.join(plain)}; true"), None),
+    "deepspeed": (lambda _, deepspeed: deepspeed, None),
+}
+"""First processes of a container, and their exit code after SIGTERM; None if they do not heed it."""
+GRACE = 10.0
+"""Seconds after which a container that does not end is killed, as by `docker stop`."""
+
+
+@pytest.mark.skipif(no_namespaces(), reason="needs a process namespace of its own (unshare)")
+@pytest.mark.parametrize("first", CONTAINERS)
+def test_sigterm_to_a_containers_first_process(runs, tmp_path, first):
+    """The kernel drops signals that the first process of a namespace has no handler for."""
+    output = tmp_path / "run"
+    command, code = CONTAINERS[first]
+    plain, deepspeed = runs.command(output, ENDLESS), runs.command(output, ENDLESS, ranks=2)
+    process = runs.start(in_a_container(*command(plain, deepspeed)))
+    try:
+        wait_until(lambda: steps_logged(output) >= 3, process)
+        (inner,) = psutil.Process(process.pid).children()
+        begun = time.monotonic()
+        inner.terminate()
+        if code is None:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            inner.kill()
+            assert process.wait(PATIENCE) != 0
+            assert list_checkpoints(output / "checkpoints") == []
+        else:
+            assert process.wait(PATIENCE) == code
+            ((step, folder),) = list_checkpoints(output / "checkpoints")
+            assert step == CheckpointReader(folder).meta["step"] == steps_logged(output)
+        print(f"{first}: ended after {time.monotonic() - begun:.1f} s with {process.returncode}")
+    finally:
+        end(process)
+
+
+@pytest.mark.skipif(no_namespaces(), reason="needs a process namespace of its own (unshare)")
+def test_sigterm_to_deepspeed_below_a_containers_init(runs, tmp_path):
+    """An init that passes signals on and ends with its child, as `docker run --init` does: the container is
+    gone before the orphans have saved."""
+    output = tmp_path / "run"
+    init = "deepspeed=; trap 'kill $deepspeed' TERM; " + shlex.join(runs.command(output, ENDLESS, ranks=2))
+    process = runs.start(in_a_container("bash", "-c", f"{init} & deepspeed=$!; wait $deepspeed; exit 143"))
+    try:
+        wait_until(lambda: steps_logged(output) >= 3, process)
+        (inner,) = psutil.Process(process.pid).children()
+        begun = time.monotonic()
+        inner.terminate()
+        assert process.wait(PATIENCE) == 143
+        print(f"deepspeed below init: {time.monotonic() - begun:.1f} s")
+        assert list_checkpoints(output / "checkpoints") == []
+    finally:
+        end(process)
+
+
+def test_sigterm_to_torchrun(runs, tmp_path):
+    """It passes the signal on and waits for the save."""
+    output = tmp_path / "run"
+    process = runs.start(torchrun(runs.command(output, ENDLESS)))
+    try:
+        wait_until(lambda: steps_logged(output) >= 3, process)
+        begun = time.monotonic()
+        process.terminate()
+        assert process.wait(PATIENCE) == 1
+        print(f"torchrun: {time.monotonic() - begun:.1f} s")
+        ((step, folder),) = list_checkpoints(output / "checkpoints")
+        assert step == CheckpointReader(folder).meta["step"] == steps_logged(output)
+    finally:
+        end(process)

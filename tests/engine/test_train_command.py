@@ -57,7 +57,7 @@ def test_help_shows_examples(runs):
         "--smoke",
         "--resume",
         "examples:",
-        "deepspeed --num_gpus 8 engine/train.py",
+        "torchrun --nproc-per-node 8 engine/train.py",
     ):
         assert word in done.stdout
 

@@ -25,12 +25,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from millrace.engine.data.captions import Captions
-from millrace.engine.data.formats.joined_index import MAPPED_ROWS
 from millrace.engine.data.names import PICTURES
 from millrace.engine.util.node_cache import VARIABLE, cached_file
 
 log = logging.getLogger(__name__)
 
+MAPPED_PICTURES = 1 << 10
+"""From so many pictures on the captions are mapped: fewer files take as long to open as a lock does, also on
+a shared file system, where an open costs half a millisecond and all processes ask at once."""
 _VERSION = 1
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a file that is changed again has another time of change, on any file system."""
@@ -77,7 +79,7 @@ def stored_captions(root: Path, read: Read) -> CaptionStore:
     Raises what `read` raises.
     """
     state = folder_state(root)
-    if state.pictures >= MAPPED_ROWS and time.time_ns() - state.changed > _SETTLED:
+    if state.pictures >= MAPPED_PICTURES and time.time_ns() - state.changed > _SETTLED:
         try:
             path = cached_file(f"{state.digest}.captions", None, lambda file: write_store(file, read))
             return CaptionStore(np.memmap(path, np.uint8, "r").view(np.ndarray))

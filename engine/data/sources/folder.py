@@ -28,6 +28,7 @@ from millrace.engine.data.sources.pictures import (
     Source,
     UnreadablePicture,
     decode_picture,
+    upright_size,
 )
 from millrace.engine.util.errors import UserError
 
@@ -94,6 +95,10 @@ class FolderSource:
         """The file of a picture; None where its name is not a JPEG's. Raises UnreadablePicture."""
         is_jpeg = self.key(index).lower().endswith((".jpg", ".jpeg"))
         return self._file(index) if is_jpeg else None
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels of a picture that is not decoded. Raises UnreadablePicture."""
+        return upright_size(self._file(index), str(self._root / self.key(index)))
 
     def _file(self, index: int) -> bytes:
         path = self._root / self.key(index)

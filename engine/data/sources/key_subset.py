@@ -22,8 +22,10 @@ from millrace.engine.data.sources.pictures import (
     encoded,
     key_alone,
     key_digests,
+    picture_size,
     read_ahead,
     stored_size,
+    stored_sizes,
 )
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256, sha256_file, write_atomically
@@ -96,6 +98,12 @@ class KeptSource:
 
     def read_ahead(self, indices: Sequence[int], keys: bool = False) -> None:
         read_ahead(self.whole, self.kept[np.asarray(indices)].tolist(), keys)
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        return picture_size(self.whole, self._place(index))
+
+    def stored_sizes(self, indices: np.ndarray) -> np.ndarray | None:
+        return stored_sizes(self.whole, self.kept[indices])
 
     @property
     def buckets(self) -> tuple[tuple[int, int], ...]:

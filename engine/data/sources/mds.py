@@ -190,7 +190,7 @@ class MdsSource:
         seen = []
         for index in np.unique(np.linspace(first, last, PROBED).round().astype(int)).tolist():
             try:
-                seen.append(self._size(index))
+                seen.append(self.header_size(index))
             except UnreadablePicture:
                 continue  # reported when its turn comes
         if not seen:
@@ -215,8 +215,8 @@ class MdsSource:
                     return h, w
         return None
 
-    def _size(self, index: int) -> tuple[int, int]:
-        """(width, height) in pixels of a picture, upright. Raises UnreadablePicture."""
+    def header_size(self, index: int) -> tuple[int, int]:
+        """(width, height) in pixels of a picture, upright, that is not decoded. Raises UnreadablePicture."""
         data, encoding = self._picture(index)
         try:
             if encoding == PIXELS:

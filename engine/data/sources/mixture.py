@@ -23,8 +23,10 @@ from millrace.engine.data.sources.pictures import (
     Source,
     encoded,
     key_alone,
+    picture_size,
     read_ahead,
     stored_size,
+    stored_sizes,
 )
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose, host_generator
@@ -71,6 +73,22 @@ class MixtureSource:
         places = [self._find(index) for index in indices]
         for part in {part for part, _ in places}:
             read_ahead(self.sources[part], [place for of, place in places if of == part], keys)
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        part, place = self._find(index)
+        return picture_size(self.sources[part], place)
+
+    def stored_sizes(self, indices: np.ndarray) -> np.ndarray | None:
+        part_of = np.searchsorted(self.offsets, indices, side="right") - 1
+        sizes = np.zeros((len(indices), 2), np.int64)
+        parts = [
+            stored_sizes(source, indices[part_of == p] - self.offsets[p])
+            for p, source in enumerate(self.sources)
+        ]
+        for p, found in enumerate(parts):
+            if found is not None:
+                sizes[part_of == p] = found
+        return None if all(found is None for found in parts) else sizes
 
     def description(self) -> str:
         """What the order of samples depends on besides keys: names, sizes and weights of the parts."""

@@ -108,6 +108,22 @@ def forget_ahead(source: Source) -> None:
         source.forget_ahead()
 
 
+def stored_sizes(source: Source, indices: np.ndarray) -> np.ndarray | None:
+    """(n, 2) int64, (width, height) of pictures by the index of a source, 0 where a part of it has none; None
+    where the whole has none."""
+    if hasattr(source, "stored_sizes"):
+        return source.stored_sizes(indices)
+    return None
+
+
+def picture_size(source: Source, index: int) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture: by the index of the source, else by the header of its
+    file, and decoded only where a source has neither. Raises UnreadablePicture."""
+    if (stored := stored_size(source, index)) is not None:
+        return stored
+    return source.header_size(index) if hasattr(source, "header_size") else source.image(index).size
+
+
 def key_alone(source: Source, index: int) -> str:
     """Key of a picture of which nothing else is wanted; a source that would read the picture for it has
     `key_alone`."""
@@ -178,6 +194,14 @@ def open_picture(data: bytes, where: str) -> Iterator[Image.Image]:
             if image.format == "PNG" and "transparency" in image.info:
                 image.info["transparency"] = transparent_value(png.data, image.info["transparency"])
             yield image
+
+
+def upright_size(data: bytes, where: str) -> tuple[int, int]:
+    """(width, height) of a picture file when upright, of which no pixels are decoded. Raises
+    UnreadablePicture."""
+    with open_picture(data, where) as image:
+        width, height = image.size
+        return (height, width) if orientation(image) >= 5 else (width, height)
 
 
 def orientation(image: Image.Image) -> int:

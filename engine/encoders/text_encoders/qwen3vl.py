@@ -45,6 +45,12 @@ class Qwen3VL(HFTextEncoder):
         model = import_class("transformers", "Qwen3VLForConditionalGeneration", _KIND_KEY)
         return model(config(text_config=settings | {"rope_parameters": rope}, vision_config=vision))
 
+    @staticmethod
+    def network_of(source: str) -> Any:
+        config = import_class("transformers", "Qwen3VLConfig", _KIND_KEY)
+        found = config.from_pretrained(source, local_files_only=True)
+        return import_class("transformers", "Qwen3VLModel", _KIND_KEY)(found).language_model
+
     def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         # Time, height and width positions are equal for text. Without the fourth row that transformers would
         # add, it does not look for packed sequences, which would wait for the device.

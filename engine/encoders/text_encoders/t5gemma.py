@@ -60,6 +60,12 @@ class T5Gemma(HFTextEncoder):
         return model(config(encoder=side, decoder=side, vocab_size=side["vocab_size"]))
 
     @staticmethod
+    def network_of(source: str) -> Any:
+        config = import_class("transformers", "T5GemmaConfig", _KIND_KEY)
+        found = config.from_pretrained(source, is_encoder_decoder=False, local_files_only=True)
+        return import_class("transformers", "T5GemmaEncoderModel", _KIND_KEY)(found)
+
+    @staticmethod
     def new_network(shape: Settings) -> Any:
         config = import_class("transformers", "T5GemmaConfig", _KIND_KEY)(
             encoder=shape,

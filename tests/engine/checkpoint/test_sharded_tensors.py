@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from millrace.engine.checkpoint import sharded_tensors
 from millrace.engine.checkpoint.checkpoints import save_checkpoint
 from millrace.engine.checkpoint.manifest import (
     DamagedCheckpoint,
@@ -177,3 +178,41 @@ def test_cuda_pieces_are_stored_by_value(tmp_path):
     reader = CheckpointReader(folder)
     for name, tensor in state().items():
         assert_same_bits(reader.tensor(name), tensor)
+
+
+def opens(monkeypatch):
+    """Names of the shards that are opened from here on."""
+    found = []
+
+    def counted(path, *mode, **options):
+        found.append(path.name)
+        return open(path, *mode, **options)
+
+    monkeypatch.setattr(sharded_tensors, "open", counted, raising=False)
+    return found
+
+
+def test_a_shard_is_opened_once_while_its_ranges_are_read(tmp_path, monkeypatch):
+    tensors = state()
+    reader = CheckpointReader(store(tmp_path / "c", tensors, 3))
+    found = opens(monkeypatch)
+    with reader.kept_open(), reader.kept_open():
+        read = {name: reader.tensor(name) for name in tensors}
+    for name, tensor in tensors.items():
+        assert_same_bits(read[name], tensor)
+    assert sorted(found) == [shard_name(rank, 3) for rank in range(3)]
+    reader.tensor("master/w")
+    assert len(found) == 6  # nothing stays open afterwards
+
+
+def test_few_shards_stay_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded_tensors, "_KEPT_OPEN", 2)
+    reader = CheckpointReader(store(tmp_path / "c", {"w": torch.arange(20.0), "v": torch.arange(9.0)}, 3))
+    found = opens(monkeypatch)
+    with reader.kept_open():
+        assert [reader.tensor(name).tolist() for name in ("w", "v")] == [
+            [float(i) for i in range(n)] for n in (20, 9)
+        ]
+        assert len(reader._open) == 2
+        assert not any(file.closed for file in reader._open.values())
+    assert len(found) == 6

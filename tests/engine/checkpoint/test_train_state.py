@@ -314,3 +314,17 @@ def test_both_averages_come_back(tmp_path):
     later, first = EmaWeights(config, held), saved(tmp_path / "b", shards, optimizer, None)
     train_state.load_ema(held, later, first)
     assert all(torch.equal(later.of(s.master, "ema2"), s.master) for s in held)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
+def test_every_rank_reads_an_equal_share_of_the_weights(ranks):
+    """However large the largest tensor is, every element is read by one rank, in order."""
+    sizes = {"small": 3, "none": 0, "large": 1000, "one": 1, "last": 47}
+    read, held = dict.fromkeys(sizes, 0), [0] * ranks
+    for name, start, count, rank in train_state.shares(sizes, ranks):
+        assert start == read[name]
+        assert count > 0
+        read[name] += count
+        held[rank] += count
+    assert read == sizes
+    assert max(held) - min(held) <= 1

@@ -312,3 +312,21 @@ def test_a_missing_file_is_answered_with_the_nearest(tmp_path, monkeypatch):
     (tmp_path / "leaf.json").write_text('{"extends": "foxs.json"}')
     with pytest.raises(UserError, match=r"foxs.json: no such configuration file; did you mean .*/foxes.json"):
         load_config("leaf.json")
+
+
+def test_a_run_from_weights_says_whose_stages_it_goes_through(tmp_path):
+    """Those of the file it extends would take it over to other data in the middle of its fine-tuning."""
+    stages = [{"at": 30, "data": {"path": "other"}}]
+    (tmp_path / "base.json").write_text(json.dumps({"run": {"steps": 60}, "stages": stages}))
+    tuned = {"extends": "base.json", "run": {"init_from": "weights"}}
+    own = tmp_path / "sft.json"
+    own.write_text(json.dumps(tuned))
+    with pytest.raises(
+        UserError, match=r"would go through the 1 stages of base\.json; give it stages of its own"
+    ):
+        load_config(own)
+    for chosen in ([], stages):
+        own.write_text(json.dumps(tuned | {"stages": chosen}))
+        assert [stage["at"] for stage in load_config(own).stages] == [stage["at"] for stage in chosen]
+    own.write_text(json.dumps({"extends": "base.json", "run": {"init_from": None}}))
+    assert len(load_config(own).stages) == 1

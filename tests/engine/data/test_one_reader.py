@@ -11,6 +11,7 @@ from millrace.engine.config import Data
 from millrace.engine.data import Captions, SampleStream, open_source
 from millrace.engine.data.prepare.settings import Settings
 from millrace.engine.data.prepare.shard_job import prepare
+from millrace.engine.data.sources.pictures import picture_size
 from tests.engine.data.odd_pictures import ORIENTATIONS, PIXELS, PROFILES, odd_picture
 
 SETTINGS = Settings(resolution=32, patch=8)
@@ -144,7 +145,9 @@ def test_every_source_has_the_same_pixels_and_captions(samples, sources):
         for index, (_, picture, *_) in enumerate(samples):
             there = place[index]
             assert source.captions(there) == wanted.captions(index), (name, picture.name)
-            a = np.asarray(source.image(there)).astype(int)
+            image = source.image(there)
+            assert picture_size(source, there) == image.size, (name, picture.name)
+            a = np.asarray(image).astype(int)
             b = np.asarray(wanted.image(index)).astype(int)
             same_bytes = name in ("folder", "MDS") or source.encoded(there) == picture.data
             kept += same_bytes

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.data import Captions, SampleStream, UnreadablePicture, open_source
+from millrace.engine.data import Captions, SampleStream, UnreadablePicture, dealing, open_source
 from millrace.engine.data.crop import crop_box, cut, output_size
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import epoch_order, host_generator
@@ -389,3 +389,58 @@ def test_global_batch_must_divide(global_batch, world_size, micro_batch, choices
 def test_resolution_must_be_whole_patches():
     with pytest.raises(UserError, match=r"data\.resolution 18 is not a multiple of the 4 pixels"):
         make(resolution=18)
+
+
+def test_mixed_shards_are_shared_out_by_size_and_each_sample_stays_what_it_is(
+    tmp_path, write_shards, monkeypatch
+):
+    """Pixels, captions and keys of a step by the number of the sample, for several numbers of processes."""
+    write_shards(tmp_path, {(16, 32): 7, (24, 24): 9, (32, 16): 8}, patch=8)
+    config = Data(
+        source="shards",
+        path=str(tmp_path),
+        resolution=24,
+        aspect="mixed",
+        global_batch=16,
+        micro_batch=4,
+        workers=2,
+        loader="python",
+    )
+
+    def batches(world_size, steps=3):
+        found = []
+        for rank in range(world_size):
+            stream = SampleStream(
+                open_source(config),
+                config,
+                seed=1,
+                patch=8,
+                caption_drop=0.2,
+                rank=rank,
+                world_size=world_size,
+            )
+            found += [next(stream) for _ in range(steps * 4 // world_size)]
+            stream.close()
+        return found
+
+    def by_sample(found):
+        rows = {}
+        for batch in found:
+            for i, image, caption, key in zip(
+                batch.sample_index.tolist(), batch.images, batch.captions, batch.keys, strict=True
+            ):
+                rows[i] = image.numpy().tobytes(), tuple(image.shape), caption, key
+        return rows
+
+    def encodes(found):
+        return sum(len({image.shape for image in batch.images}) for batch in found)
+
+    dealt = {world_size: batches(world_size) for world_size in (1, 2, 4)}
+    monkeypatch.setattr(dealing, "stored_sizes", lambda *_: None)
+    plain = batches(1)
+    wanted = by_sample(plain)
+    assert sorted(wanted) == list(range(48))
+    for found in dealt.values():
+        assert by_sample(found) == wanted
+        assert encodes(found) <= 3 * (4 + 2)  # of a step four micro-batches, and three sizes
+    assert encodes(plain) > 3 * (4 + 2)

@@ -1,12 +1,17 @@
 """Worlds of many processes: every place is given once, in the order of one process, from any step on."""
 
+import itertools
+import sys
+
 import numpy as np
 import pytest
 
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
-from millrace.engine.data import SampleStream, order
+from millrace.engine.data import SampleStream, dealing, order
+from millrace.engine.data.sources.key_subset import KeptSource
 from millrace.engine.data.sources.mixture import MixtureSource
+from millrace.engine.data.sources.pictures import stored_sizes
 
 SIZES = ((16, 32), (24, 24), (32, 16))
 MICRO = 4
@@ -72,8 +77,7 @@ def streams(kind, world_size, first, ranks=None):
 
 def micro_batch(stream):
     """(sample, picture, size in common) of the next micro-batch, which is not read."""
-    places = [stream._place(i) for i in stream._next_indices()]
-    return [(i, picture, pool.size) for i, picture, pool in places]
+    return [(i, picture, pool.size) for i, picture, pool in stream._next_places()]
 
 
 def samples_of_steps(kind, world_size, first, steps):
@@ -126,3 +130,68 @@ def test_a_step_far_away_makes_one_permutation(monkeypatch):
     (stream,) = streams("mixed", 1024, 900_000 * 4096, [1023])
     micro_batch(stream)
     assert made == [(900_000 * 4096 + 1023 * MICRO) // 5003]
+
+
+class Sized(Numbered):
+    """Pictures of mixed sizes, each as its index says, with more than one at the same size."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.sizes = np.random.default_rng(3).permutation(np.array(SIZES)[self.bucket_of])[:, ::-1]
+
+    def stored_sizes(self, indices):
+        return self.sizes[indices]
+
+
+def dealt(monkeypatch, source, world_size):
+    """[samples, pictures] of every micro-batch of a step, by rank."""
+    monkeypatch.setattr(sys.modules[__name__], "Numbered", lambda _: source)
+    found = []
+    for stream in streams("mixed", world_size, 3 * 4096):
+        found.append([micro_batch(stream) for _ in range(4096 // world_size // MICRO)])
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 8, 256])
+def test_a_micro_batch_of_mixed_sizes_meets_few_of_them(monkeypatch, world_size):
+    """The samples of a step are the same as unsorted; what differs is in which micro-batch they are."""
+    source = Sized(5003)
+    ranks = dealt(monkeypatch, source, world_size)
+    batches = [batch for rank in ranks for batch in rank]
+    sizes = [len({tuple(source.sizes[picture]) for _, picture, _ in batch}) for batch in batches]
+    groups = -(-4096 // max(dealing._TOGETHER, 4096 // world_size))
+    assert sum(sizes) <= len(batches) + groups * (len(SIZES) - 1)
+    plain = dealt(monkeypatch, Numbered(5003), world_size)
+    together = sorted(itertools.chain.from_iterable(batches))
+    assert together == sorted(sample for rank in plain for batch in rank for sample in batch)
+
+
+def test_what_processes_share_out_does_not_grow_with_their_number(monkeypatch):
+    """Of a step of many samples only neighbours look at each other's."""
+    monkeypatch.setattr(dealing, "_TOGETHER", 64)
+    asked = []
+    source = Sized(5003)
+    monkeypatch.setattr(
+        source, "stored_sizes", lambda indices: asked.append(len(indices)) or source.sizes[indices]
+    )
+    ranks = dealt(monkeypatch, source, 256)
+    assert [count for count in asked if count > 1] == [64] * 256
+    samples = sorted(sample for rank in ranks for batch in rank for sample, *_ in batch)
+    assert samples == list(range(3 * 4096, 4 * 4096))
+    for first in range(0, 256, 4):
+        group = {sample for rank in ranks[first : first + 4] for batch in rank for sample, *_ in batch}
+        assert group == set(range(3 * 4096 + 16 * first, 3 * 4096 + 16 * (first + 4)))
+
+
+def test_sources_that_do_not_know_sizes_are_dealt_as_they_come(monkeypatch):
+    """A mixture sorts what its parts know, and leaves the rest in order at the end."""
+    known, unknown = Sized(100), Numbered(50)
+    parts = tuple(Part(name=name, source="shards", path="x") for name in ("a", "b"))
+    mixture = MixtureSource(parts, [known, unknown])
+    indices = np.array([149, 3, 100, 99])
+    found = stored_sizes(mixture, indices)
+    assert found.tolist() == [[0, 0], known.sizes[3].tolist(), [0, 0], known.sizes[99].tolist()]
+    assert stored_sizes(unknown, indices) is None
+    assert stored_sizes(MixtureSource(parts, [unknown, unknown]), indices[2:3]) is None
+    kept = KeptSource(known, np.array([7, 50, 80]))
+    assert (stored_sizes(kept, np.array([2, 0])) == known.sizes[[80, 7]]).all()

@@ -222,6 +222,8 @@ def test_one_batch_may_hold_kept_and_live_samples(runs, networks, dataset):
         stream = SampleStream(
             source, c.data, seed=0, patch=8, caption_drop=0.3, rank=0, world_size=1, caches=caches
         )
+        # Where no picture is read, nobody is said to decode.
+        assert stream.loader.startswith("latents of the cache, ") is (caches is not None)
         return [next(stream) for _ in range(6)]
 
     # Its networks load when they are asked for the samples that are not kept.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import evaluation_view, open_source
@@ -126,6 +126,30 @@ def test_refusals(tmp_path, folder):
     large = Reference(config(reference=str(root), data={"resolution": 64}), 4)
     with pytest.raises(UserError, match="its crop needs 64x64"):
         [large.view(place) for place in range(6)]
+
+
+def test_sizes_of_files_come_from_their_headers(tmp_path, monkeypatch):
+    """Also of a mixture and of listed keys; a picture that lies on its side is upright."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for i, size in enumerate([(40, 24), (24, 40), (32, 32), (40, 24)]):
+        path = tmp_path / f"{i}.jpg"
+        Image.new("RGB", size).save(path, exif=turned if i == 3 else Image.Exif())
+        path.with_suffix(".txt").write_text(f"caption {i}")
+    keys = tmp_path / "listed"
+    keys.write_text("1.jpg\n3.jpg\n")
+    part = {"name": "a", "source": "folder", "path": str(tmp_path)}
+    own = {"aspect": "mixed", "resolution": 32, "upscale": True}
+    for data, count in (
+        ({"source": "folder", "path": str(tmp_path)}, 4),
+        ({"source": "mixture", "mixture": [part, part | {"name": "b", "keys": str(keys)}]}, 6),
+    ):
+        found = Reference(config(samples=count, data=own | data), 4)
+        wanted = [found.view(i).shape[1:] for i in range(count)]
+        with monkeypatch.context() as no_pixels:
+            no_pixels.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("a picture was decoded"))
+            assert [found.size(i) for i in range(count)] == wanted
+        assert len(set(wanted)) == 3
 
 
 def test_sizes_of_shards_come_from_their_index(tmp_path, write_shards, monkeypatch):

@@ -5,12 +5,14 @@ import torch
 
 from millrace.engine.config import Autoencoder
 from millrace.engine.config.loading import parse_config
-from millrace.engine.encoders.autoencoder import autoencoder_entry, open_random
+from millrace.engine.encoders.autoencoder import autoencoder_entry, open_autoencoder, open_random
 from millrace.engine.encoders.pretrained import random_network
-from millrace.engine.encoders.teacher import vision_entry
+from millrace.engine.encoders.teacher import open_teacher, vision_entry
 from millrace.engine.encoders.text_encoder import text_encoder_entry
 from millrace.engine.encoders.text_encoders.t5gemma import T5Gemma
+from millrace.engine.planning.devices import GPUS
 from millrace.engine.planning.frozen_sizes import frozen_networks
+from millrace.engine.planning.report import notes
 
 META = torch.device("meta")
 T5 = text_encoder_entry("t5gemma").size
@@ -85,8 +87,47 @@ def test_perceptual_losses_take_the_base_network():
     assert load.flops == 3 * 16 * 16 * base.flops  # two pictures forward, one backward
 
 
-def test_weights_in_a_folder_count_as_large_as_their_files(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    section = {"kind": "t5gemma", "path": str(tmp_path)}
-    config = parse_config({"conditioning": {"text": section}}, "test")
-    assert frozen_networks(config, 256, 100).of("text").bytes == 1000
+def test_a_network_of_its_own_counts_by_its_own_shape(tmp_path):
+    """Towers of another size: no published size is charged, and no weights are read."""
+    text = text_encoder_entry("t5gemma").tiny(32, tmp_path / "text")
+    autoencoder = autoencoder_entry("flux1").tiny(tmp_path / "vae")
+    teacher = vision_entry("dinov2").tiny(tmp_path / "teacher")
+    alignment = {"kind": "repa", "teacher": {"path": str(teacher)}}
+    values = {
+        "conditioning": {
+            "text": {"kind": "t5gemma", "path": str(text)},
+            "autoencoder": {"kind": "flux1", "path": str(autoencoder)},
+        },
+        "alignment": alignment,
+    }
+    config = parse_config(values, "test")
+    opened = (
+        load_network_of("t5gemma", text),
+        open_autoencoder(config.conditioning.autoencoder, torch.device("cpu")).network,
+        open_teacher(config.alignment.teacher, torch.device("cpu")).dino.network,
+    )
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    live = frozen_networks(config, 256, 100)
+    assert [load.bytes for load in live] == [2 * parameters(network) for network in opened]
+    embedded = opened[0].get_input_embeddings().weight.numel()
+    assert live.of("text").flops == 2 * 100 * (parameters(opened[0]) - embedded)
+    assert live.of("autoencoder").flops < FLUX1.flops * 256**2 / 30
+    assert live.of("teacher").flops == 2 * 256 * parameters(opened[2])
+    assert live.assumed == ()
+
+
+def load_network_of(kind, folder):
+    classes = {"t5gemma": T5Gemma}
+    return classes[kind].read_network(str(folder), torch.device("cpu"), torch.bfloat16)
+
+
+def test_what_cannot_be_read_counts_as_the_published_network(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    for path in ("nobody/nothing", str(tmp_path / "absent"), str(tmp_path)):
+        values = {"conditioning": {"text": {"kind": "t5gemma", "path": path}}}
+        live = frozen_networks(parse_config(values, "test"), 256, 100)
+        assert live.of("text").bytes == 2 * T5.parameters
+        assert live.assumed == (f"t5gemma {path}",)
+        (line,) = notes([live, live], GPUS["h200"])[-1:]
+        assert line == f"Counted as the published network, no config.json to read: t5gemma {path}."

@@ -4,7 +4,7 @@ import pytest
 
 from millrace.engine.distributed.zero_settings import zero_section
 from millrace.engine.planning.activations import Traced
-from millrace.engine.planning.step_memory import Shape, memory_of, saved_bytes, shape_of
+from millrace.engine.planning.step_memory import Shape, gigabytes, memory_of, saved_bytes, shape_of
 
 TRACED = Traced(kept=1, peak=10**9, peak_without_gradients=6 * 10**8, moved=0)
 NOTHING = Traced(0, 0, 0, 0)
@@ -105,6 +105,19 @@ def test_samples_are_a_phase_of_their_own(runs, tmp_path, config, psi):
     assert drawing.worst == "sampling"
     assert "an FP32 copy for sampling" in drawing.table()
     assert found(on, 0, 4).worst == "backward"
+
+
+def test_small_sizes_do_not_read_as_nothing(config):
+    assert [gigabytes(size) for size in (0, 9.3e6, 99e6, 1e8, 27.26e9)] == [
+        "0.0",
+        "0.0093",
+        "0.099",
+        "0.1",
+        "27.3",
+    ]
+    table = found(config, 0, 1, NOTHING).table()
+    assert "weights 0.0" in table
+    assert " 0.0," not in table + ","
 
 
 def test_what_is_saved_is_divided_over_the_processes(config, psi):

@@ -50,7 +50,7 @@ def test_it_comes_back(count):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder whose captions were written an hour ago; small ones are mapped too."""
-    monkeypatch.setattr(caption_store, "MAPPED_ROWS", 1)
+    monkeypatch.setattr(caption_store, "MAPPED_PICTURES", 1)
     monkeypatch.setenv(node_cache.VARIABLE, str(tmp_path / "cache"))
     root = tmp_path / "set"
     (root / "sub").mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_a_folder_is_read_once_a_machine(folder, tmp_path):
 
 
 def test_a_small_folder_is_held(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(caption_store, "MAPPED_ROWS", 3)
+    monkeypatch.setattr(caption_store, "MAPPED_PICTURES", 3)
     equals(stored_captions(folder, samples))
     assert not (tmp_path / "cache").exists()
 
