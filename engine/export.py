@@ -2,6 +2,7 @@
 
 millrace export --checkpoint runs/latent_256 --output prx-latent-256 --dtype bfloat16
 millrace export --checkpoint runs/latent_256 --output prx-latent-256 --format prx
+millrace export --checkpoint runs/latent_256 --pipeline prx-256 --dtype bfloat16
 millrace export --checkpoint runs/repa_e_tuning --autoencoder tuned-vae
 """
 
@@ -32,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "millrace export")
     parser.add_argument("--checkpoint", required=True, help="run folder (newest checkpoint) or checkpoint")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", metavar="FOLDER", help="folder to create")
+    where.add_argument("--output", metavar="FOLDER", help="folder to create, of the model alone")
+    where.add_argument(
+        "--pipeline",
+        metavar="FOLDER",
+        help="folder to create of a whole pipeline, for diffusers' PRXPipeline or PRXPixelPipeline",
+    )
     where.add_argument(
         "--autoencoder",
         metavar="FOLDER",
@@ -52,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("diffusers", "prx"),
         default="diffusers",
         help="diffusers: folder for PRXTransformer2DModel (default); prx: state dict of Photoroom/PRX",
+    )
+    parser.add_argument(
+        "--components",
+        choices=("copy", "reference"),
+        default="copy",
+        help="of a pipeline: copy its frozen networks (default), or name where they are",
     )
     return parser
 
@@ -89,11 +101,22 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
         print(f"{folder}: {save_autoencoder(reader.folder, config, folder)}")
         return
     weights = choose_weights(reader, arguments.weights)
-    save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
     dtype = getattr(torch, arguments.dtype)
     state, metadata = read_weights(reader, weights), as_metadata(config)
-    save(state, config.model, arguments.output, dtype=dtype, metadata=metadata)
     origin = describe_checkpoint(reader, weights)
+    if arguments.pipeline:
+        from millrace.engine.publishing.pipeline_folder import pipeline_class, save_pipeline
+
+        frozen = save_pipeline(
+            state, config, arguments.pipeline, reader.folder, arguments.components, dtype, metadata
+        )
+        print(f"{arguments.pipeline}: {origin}, in {arguments.dtype}, for diffusers.{pipeline_class(config)}")
+        for component in frozen:
+            how = "copied from" if arguments.components == "copy" else "not in it, load it from"
+            print(f"{component.name}: {how} {component.source}")
+        return
+    save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
+    save(state, config.model, arguments.output, dtype=dtype, metadata=metadata)
     print(f"{arguments.output}: {origin}, in {arguments.dtype}, format {arguments.format}")
     space, size = config.conditioning.autoencoder.kind, config.data.resolution
     print(

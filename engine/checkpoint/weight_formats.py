@@ -240,8 +240,8 @@ def save_diffusers(
             weight_map |= dict.fromkeys(names, file)
         total = sum(part.numel() for part in theirs.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / f"{STEM}.safetensors.index.json", index)
-    _write_json(folder / "config.json", {"_class_name": CLASS_NAME, **diffusers_config(config)})
+        write_json(folder / f"{STEM}.safetensors.index.json", index)
+    write_json(folder / "config.json", {"_class_name": CLASS_NAME, **diffusers_config(config)})
 
 
 def save_prx(
@@ -294,7 +294,8 @@ def _write_tensors(
         raise UserError(f"{path}: cannot be written: {error}") from None
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, whole or not at all. Raises UserError."""
     try:
         write_atomically(path, json.dumps(values, indent=2) + "\n")
     except OSError as error:
