@@ -102,8 +102,8 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
         return
     weights = choose_weights(reader, arguments.weights)
     dtype = getattr(torch, arguments.dtype)
-    state, metadata = read_weights(reader, weights), as_metadata(config)
-    origin = describe_checkpoint(reader, weights)
+    state, origin = read_weights(reader, weights), describe_checkpoint(reader, weights)
+    metadata = as_metadata(config, origin)
     if arguments.pipeline:
         from millrace.engine.publishing.pipeline_folder import pipeline_class, save_pipeline
 

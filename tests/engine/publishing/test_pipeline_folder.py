@@ -120,10 +120,24 @@ def test_pictures_are_those_of_sampling(trained):
 def test_weights_come_back_bit_for_bit(trained):
     _, root = trained
     wanted, config = checkpoint_state(root / "run")
-    state, model, _ = load_weights(root / "pipeline", config.model)
+    state, model, _, origin = load_weights(root / "pipeline", config.model)
     assert model == config.model
+    assert origin.startswith(f"weights of the diffusers pipeline {root}/pipeline (EMA weights of {root}/run/")
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_starts_from_it(trained, runs, tmp_path, capsys):
+    """And what it then exports is the same file again: weights through diffusers and back."""
+    _, root = trained
+    values = json.loads((root / "run" / "config.json").read_text())
+    start = {"init_from": str(root / "pipeline"), "steps": 1, "output_dir": str(tmp_path / "run")}
+    still = {"run": start, "optimizer": {"lr": 1e-30}, "ema": {"enabled": False}}
+    assert runs.here(tmp_path / "run", values, still).error is None
+    told = capsys.readouterr()
+    assert f"init_from: weights of the diffusers pipeline {root}/pipeline" in told.out + told.err
+    found, wanted = checkpoint_state(tmp_path / "run")[0], checkpoint_state(root / "run")[0]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_by_reference(trained, capsys, tmp_path):
