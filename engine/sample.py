@@ -142,7 +142,7 @@ def _made_by(config: "Config", origin: str, size: tuple[int, int]) -> dict[str, 
     """What a picture keeps of its making, beside caption and seed."""
     of_training = {"every_steps", "prompts", "count", "weights"}
     sampling = config.sampling.model_dump(mode="json", exclude=of_training)
-    return {"version": versions(), "model": origin, "size": list(size), "sampling": sampling}
+    return {"versions": versions().splitlines(), "model": origin, "size": list(size), "sampling": sampling}
 
 
 def _size(text: str) -> tuple[int, int]:
