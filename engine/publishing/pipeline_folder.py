@@ -5,8 +5,7 @@
 | latents    | velocity | PRXPipeline      | N(0, 1)                  | FlowMatchEulerDiscreteScheduler |
 | pixels     | sample   | PRXPixelPipeline | `noise_scale` of the run | with the run's `time_shift`     |
 
-The two do not know any other pair, nor another floor of t than 0.05 in x-prediction. What they cannot express
-is refused before anything is written.
+The two do not know any other pair, nor another floor of t than 0.05 in x-prediction.
 """
 
 from collections.abc import Mapping
