@@ -84,6 +84,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Read the weights of a checkpoint and write them."""
     arguments = build_parser().parse_args(words)
     require_path("--checkpoint", arguments.checkpoint)
+    if arguments.pipeline and arguments.format == "prx":
+        raise UserError("--format prx is a state dict, which a pipeline does not hold; leave it out")
     if arguments.push is not None and not is_hub_name(arguments.push):
         raise UserError(f"--push {arguments.push}: write it as OWNER/NAME")
 
@@ -125,13 +127,16 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> str:
     metadata, folder = as_metadata(config, origin), Path(arguments.pipeline or arguments.output)
     name = arguments.push or folder.name
     if arguments.pipeline:
-        from millrace.engine.publishing.pipeline_folder import pipeline_class, save_pipeline
+        from millrace.engine.publishing.pipeline_folder import noise_scale, pipeline_class, save_pipeline
 
         copied = arguments.components == "copy"
         frozen = save_pipeline(state, config, folder, reader.folder, arguments.components, dtype, metadata)
         kind = pipeline_class(config)
         use = model_card.pipeline_use(arguments.push or str(folder), kind, config, [] if copied else frozen)
         print(f"{folder}: {origin}, in {arguments.dtype}, for diffusers.{kind}")
+        if config.objective.noise_scale == "resolution":
+            scale, edge = noise_scale(config), config.data.resolution
+            print(f"noise_scale is {scale:g}, for pictures of {edge} px; for others set edge / 256")
         for component in frozen:
             how = "copied from" if copied else "not in it, load it from"
             licence = model_card.licence_of(component.source)

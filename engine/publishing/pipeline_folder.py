@@ -8,6 +8,7 @@
 The two do not know any other pair, nor another floor of t than 0.05 in x-prediction.
 """
 
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -138,6 +139,8 @@ def save_pipeline(
     try:
         if components == "copy":
             kinds |= _copy_networks(config, checkpoint, folder)
+            for path in folder.glob("*/*.safetensors"):  # which their libraries let only the owner read
+                shutil.copymode(folder / "scheduler" / "scheduler_config.json", path)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
     index: dict[str, Any] = {

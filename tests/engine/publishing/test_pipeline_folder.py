@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import types
+from pathlib import Path
 
 import numpy
 import pytest
@@ -200,10 +201,36 @@ def test_times_of_diffusers_are_its_scheduler_s(steps, shift):
     assert [step.start for step in found] + [found[-1].end] == pytest.approx(scheduler.sigmas.tolist())
 
 
-def test_the_published_pixel_model_starts_from_its_pipeline_s_noise():
+def test_the_published_pixel_model_starts_from_its_pipeline_s_noise(runs, tmp_path):
     """The 7 B preset trains, samples and exports as PRXPixelPipeline samples by default."""
     defaults = inspect.signature(PRXPixelPipeline.__init__).parameters
+    published = defaults["noise_scale"].default
     config = load_config("models/prx_7b_pixel")
-    assert config.objective.noise_scale == defaults["noise_scale"].default == 2.0
+    assert config.objective.noise_scale == published == 2.0
     assert config.conditioning.text.max_tokens == defaults["prompt_max_tokens"].default
-    assert smoke(config).objective.noise_scale == 2.0
+
+    config = config.model_copy(
+        update={"run": config.run.model_copy(update={"output_dir": str(tmp_path / "a")})}
+    )
+    small = smoke(config, ["run.steps=1", "sampling.every_steps=0"])
+    run = Path(small.run.output_dir)
+    assert runs.here(run, small.model_dump(mode="json")).error is None
+    assert json.loads((run / "config.json").read_text())["objective"]["noise_scale"] == published
+    sampler, _ = sampler_of(run)
+    assert sampler.flow.noise_scale((8, 8)) == published
+    assert export.main(["--checkpoint", str(run), "--pipeline", str(tmp_path / "out")]) == 0
+    pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out")
+    assert (pipeline.config.noise_scale, pipeline.scheduler.config.shift) == (published, 3.0)
+
+
+def test_the_rule_of_resolution_is_written_as_its_value(runs, tmp_path, capsys):
+    own = {"objective": {"noise_scale": "resolution"}, "run": {"steps": 1}}
+    assert runs.here(tmp_path / "run", changes("pixels", "t5gemma", tmp_path), own).error is None
+    words = ["--checkpoint", str(tmp_path / "run"), "--pipeline", str(tmp_path / "out")]
+    assert export.main(words) == 0
+    assert "noise_scale is 0.0625, for pictures of 16 px" in capsys.readouterr().out
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["noise_scale"] == 16 / 256
+    assert len({path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}) == 1
+    with pytest.raises(UserError, match="--format prx is a state dict"):
+        export.main([*words, "--format", "prx"])
