@@ -2,14 +2,19 @@
 
 millrace export --checkpoint runs/latent_256 --output prx-latent-256 --dtype bfloat16
 millrace export --checkpoint runs/latent_256 --output prx-latent-256 --format prx
+millrace export --checkpoint runs/latent_256 --pipeline prx-256 --dtype bfloat16
+millrace export --checkpoint runs/latent_256 --pipeline prx-256 --license apache-2.0 --push me/prx-256
 millrace export --checkpoint runs/repa_e_tuning --autoencoder tuned-vae
 """
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millrace.engine.cli import command_parser, require_path, run_command
+from millrace.engine.util.errors import UserError
+from millrace.engine.util.hub import is_hub_name, push_folder
 
 if TYPE_CHECKING:
     from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
@@ -32,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, "millrace export")
     parser.add_argument("--checkpoint", required=True, help="run folder (newest checkpoint) or checkpoint")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", metavar="FOLDER", help="folder to create")
+    where.add_argument("--output", metavar="FOLDER", help="folder to create, of the model alone")
+    where.add_argument(
+        "--pipeline",
+        metavar="FOLDER",
+        help="folder to create of a whole pipeline, for diffusers' PRXPipeline or PRXPixelPipeline",
+    )
     where.add_argument(
         "--autoencoder",
         metavar="FOLDER",
@@ -53,6 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
         default="diffusers",
         help="diffusers: folder for PRXTransformer2DModel (default); prx: state dict of Photoroom/PRX",
     )
+    parser.add_argument(
+        "--components",
+        choices=("copy", "reference"),
+        default="copy",
+        help="of a pipeline: copy its frozen networks (default), or name where they are",
+    )
+    parser.add_argument(
+        "--license", metavar="NAME", help="of the weights, as the hub spells it (apache-2.0), for the card"
+    )
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload the folder to the hub, as a private repository if it is new",
+    )
     return parser
 
 
@@ -60,16 +84,24 @@ def main(words: Sequence[str] | None = None) -> int:
     """Read the weights of a checkpoint and write them."""
     arguments = build_parser().parse_args(words)
     require_path("--checkpoint", arguments.checkpoint)
+    if arguments.pipeline and arguments.format == "prx":
+        raise UserError("--format prx is a state dict, which a pipeline does not hold; leave it out")
+    if arguments.push is not None and not is_hub_name(arguments.push):
+        raise UserError(f"--push {arguments.push}: write it as OWNER/NAME")
 
     from millrace.engine.checkpoint.model_weights import pinned_checkpoint
     from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 
     with pinned_checkpoint(arguments.checkpoint) as folder:
-        _export(arguments, CheckpointReader(folder))
+        origin = _export(arguments, CheckpointReader(folder))
+    if arguments.push:
+        written = arguments.pipeline or arguments.output or arguments.autoencoder
+        print(f"pushed to {push_folder(written, arguments.push, f'Millrace: {origin}')}")
     return 0
 
 
-def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
+def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> str:
+    """Write what was asked for; returns what it was made of."""
     import torch
 
     from millrace.engine.checkpoint import weight_formats
@@ -80,26 +112,51 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> None:
         read_weights,
     )
     from millrace.engine.checkpoint.weight_meaning import as_metadata
+    from millrace.engine.publishing import model_card
 
     config = checkpoint_config(reader)
     if arguments.autoencoder:
         from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
 
         folder = weight_formats.new_folder(arguments.autoencoder)
-        print(f"{folder}: {save_autoencoder(reader.folder, config, folder)}")
-        return
-    weights = choose_weights(reader, arguments.weights)
-    save = weight_formats.save_diffusers if arguments.format == "diffusers" else weight_formats.save_prx
-    dtype = getattr(torch, arguments.dtype)
-    state, metadata = read_weights(reader, weights), as_metadata(config)
-    save(state, config.model, arguments.output, dtype=dtype, metadata=metadata)
-    origin = describe_checkpoint(reader, weights)
-    print(f"{arguments.output}: {origin}, in {arguments.dtype}, format {arguments.format}")
-    space, size = config.conditioning.autoencoder.kind, config.data.resolution
-    print(
-        f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind), "
-        f"trained at {size} px"
+        identity = save_autoencoder(reader.folder, config, folder)
+        print(f"{folder}: {identity}")
+        return identity
+    weights, dtype = choose_weights(reader, arguments.weights), getattr(torch, arguments.dtype)
+    state, origin = read_weights(reader, weights), describe_checkpoint(reader, weights)
+    metadata, folder = as_metadata(config, origin), Path(arguments.pipeline or arguments.output)
+    name = arguments.push or folder.name
+    if arguments.pipeline:
+        from millrace.engine.publishing.pipeline_folder import noise_scale, pipeline_class, save_pipeline
+
+        copied = arguments.components == "copy"
+        frozen = save_pipeline(state, config, folder, reader.folder, arguments.components, dtype, metadata)
+        kind = pipeline_class(config)
+        use = model_card.pipeline_use(arguments.push or str(folder), kind, config, [] if copied else frozen)
+        print(f"{folder}: {origin}, in {arguments.dtype}, for diffusers.{kind}")
+        if config.objective.noise_scale == "resolution":
+            scale, edge = noise_scale(config), config.data.resolution
+            print(f"noise_scale is {scale:g}, for pictures of {edge} px; for others set edge / 256")
+        for component in frozen:
+            how = "copied from" if copied else "not in it, load it from"
+            licence = model_card.licence_of(component.source)
+            print(f"{component.name}: {how} {component.source} (licence: {licence})")
+    else:
+        frozen, use = [], model_card.transformer_use(arguments.push or str(folder))
+        if arguments.format == "prx":
+            use = f"# millrace train --set run.init_from={arguments.push or folder}"
+        save = weight_formats.save_prx if arguments.format == "prx" else weight_formats.save_diffusers
+        save(state, config.model, folder, dtype=dtype, metadata=metadata)
+        print(f"{folder}: {origin}, in {arguments.dtype}, format {arguments.format}")
+        space, size = config.conditioning.autoencoder.kind, config.data.resolution
+        print(
+            f"it predicts the {config.objective.prediction}, on {space} (conditioning.autoencoder.kind), "
+            f"trained at {size} px"
+        )
+    model_card.write_card(
+        folder, name, config, reader, origin, use, arguments.license, frozen, arguments.components
     )
+    return origin
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 millrace sample --checkpoint runs/quickstart --prompt "a cup of coffee" --grid coffee.png
 millrace sample --checkpoint runs/jit/checkpoints/step-00010000 --prompts-file p.txt --output out
+millrace sample --checkpoint runs/jit --prompt "a fox" --prompt "a hen" --seed 1 2 --output out
 millrace sample --checkpoint runs/quickstart --recall --grid recall.png
 millrace sample --checkpoint runs/latent_256_sprint --prompt "a fox" --method path_drop --grid fox.png
 millrace sample --checkpoint runs/latent_256_contrastive --compute-mean-target mean.safetensors
@@ -13,9 +14,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from millrace.engine.cli import command_parser, number, run_command
+from millrace.engine.cli import command_parser, number, run_command, versions
 from millrace.engine.util.errors import UserError
+
+if TYPE_CHECKING:
+    from millrace.engine.config import Config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,9 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed",
         type=number(int, 0, 2**63 - 1),
-        default=0,
+        nargs="+",
+        default=[0],
         metavar="N",
-        help="of the noise that pictures start from: the same seed gives the same pictures (default 0)",
+        help="of the noise that a picture starts from, one for all captions (default 0) or one for each: a "
+        "caption and a seed give the same picture, alone or among others",
     )
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="height x width in pixels; default data.resolution"
@@ -75,6 +82,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
     check_model_arguments(arguments)
     prompts = _prompts(arguments)
+    count = len(prompts) or 1
+    if len(arguments.seed) not in (1, count):
+        raise UserError(
+            f"--seed: {len(arguments.seed)} seeds for {count} pictures; give one, or one for each"
+        )
 
     from millrace.engine.sampling.trained_model import pinned_model
 
@@ -108,21 +120,34 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
     if arguments.recall:
         from millrace.engine.evaluation.recall import training_recall
 
-        pictures, line = training_recall(sampler, config, arguments.seed)
+        pictures, line = training_recall(sampler, config, arguments.seed[0])
         print(line)
+        asked = {}
     else:
         size = arguments.size or (config.data.resolution, config.data.resolution)
-        pictures = sampler(prompts, size, config.sampling, arguments.seed)
+        # A seed is the number of its picture, so noise and routes do not depend on the place in the list.
+        seeds = arguments.seed * (len(prompts) if len(arguments.seed) == 1 else 1)
+        pictures = sampler(prompts, size, config.sampling, 0, seeds)
+        asked = {"prompts": prompts, "seeds": seeds}
     height, width = pictures.shape[2:]
     print(f"{origin}: {height} x {width} pixels")
     print(describe_cost(sampler, config, pictures))
+    made_by = _made_by(config, origin, (height, width))
     if arguments.grid:
-        save_grid(pictures, arguments.grid)
+        save_grid(pictures, arguments.grid, made_by=made_by | asked)
         print(f"{len(pictures)} pictures in {arguments.grid}")
     if arguments.output:
         for i, picture in enumerate(pictures):
-            save_grid(picture[None], arguments.output / f"{i:05d}.png")
+            own = {key: values[i : i + 1] for key, values in asked.items()}
+            save_grid(picture[None], arguments.output / f"{i:05d}.png", made_by=made_by | own)
         print(f"{len(pictures)} pictures in {arguments.output}/")
+
+
+def _made_by(config: "Config", origin: str, size: tuple[int, int]) -> dict[str, Any]:
+    """What a picture keeps of its making, beside caption and seed."""
+    of_training = {"every_steps", "prompts", "count", "weights"}
+    sampling = config.sampling.model_dump(mode="json", exclude=of_training)
+    return {"versions": versions().splitlines(), "model": origin, "size": list(size), "sampling": sampling}
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -61,6 +61,7 @@ from millrace.engine.model.working_weights import WorkingWeights, has_working_we
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
 from millrace.engine.optim.optimizer_step import OptimizerStep
+from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.planning.automatic import settle_run
 from millrace.engine.planning.fit_check import check_fits
 from millrace.engine.run_log.logs import RunLog, make_output
@@ -232,7 +233,8 @@ class Trainer:
         if reader is not None:
             messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
         elif config.run.init_from:
-            messages += start_from(self.denoiser, config.run.init_from)
+            heads = [name for name, _ in self.model.named_parameters() if name.startswith(HEADS)]
+            messages += start_from(self.denoiser, config.run.init_from, heads)
             messages += differing_meaning(config.run.init_from, config)
         self.model.to(getattr(torch, config.precision.master))
         use_fp8(self.denoiser, config.precision.fp8, self.device)

@@ -34,6 +34,7 @@ ROOMS = (
     "engine.run_log",
     "engine.sampling",
     "engine.repa_e",
+    "engine.publishing",
     "engine.evaluation",
     "engine.planning",
     "engine",

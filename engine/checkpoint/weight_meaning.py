@@ -3,15 +3,15 @@ where a run starts from weights: shapes alone do not tell a velocity from a pict
 channels from another."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from millrace.engine.checkpoint.model_weights import checkpoint_config, checkpoint_folder
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
-from millrace.engine.checkpoint.weight_formats import PRX_FILE, is_diffusers
+from millrace.engine.checkpoint.weight_formats import ORIGIN, PRX_FILE, is_diffusers, stored_metadata
 from millrace.engine.config import Config
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.hub import local_weights
 
 _KEY = "millrace"
 """Of the metadata in the header of an exported file."""
@@ -31,16 +31,16 @@ def meaning_of(config: Config) -> dict[str, str]:
     }
 
 
-def as_metadata(config: Config) -> dict[str, str]:
-    """For the header of a safetensors file."""
-    return {_KEY: json.dumps(meaning_of(config))}
+def as_metadata(config: Config, origin: str) -> dict[str, str]:
+    """For the header of a safetensors file; `origin` as `describe_checkpoint` has it."""
+    return {_KEY: json.dumps(meaning_of(config)), ORIGIN: origin}
 
 
 def stored_meaning(path: Path) -> dict[str, str]:
     """What is known of the weights at `path`, of any kind that `load_weights` reads; empty if nothing is."""
     for folder in (path, path / "transformer"):
         if is_diffusers(folder):
-            return _of_files(sorted(folder.glob("*.safetensors")))
+            return _of_files(folder.glob("*.safetensors"))
     for file in (path, path / PRX_FILE):
         if file.is_file():
             return _of_files([file])
@@ -49,7 +49,7 @@ def stored_meaning(path: Path) -> dict[str, str]:
 
 def differing_meaning(path: str | Path, config: Config) -> list[str]:
     """A warning where the weights at `path` mean something else than those of a run of `config`."""
-    found, wanted = stored_meaning(Path(path)), meaning_of(config)
+    found, wanted = stored_meaning(local_weights(path)), meaning_of(config)
     differing = [
         f"{name} {found[name]}, here {wanted[name]} ({_SETTINGS[name]})"
         for name in wanted
@@ -60,13 +60,9 @@ def differing_meaning(path: str | Path, config: Config) -> list[str]:
     return [f"warning: {path} means something else: {'; '.join(differing)}; training has to undo that"]
 
 
-def _of_files(files: list[Path]) -> dict[str, str]:
-    for file in files:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    text = (opened.metadata() or {}).get(_KEY, "{}")
-                return dict(json.loads(text))
-            except (OSError, SafetensorError, ValueError) as error:
-                raise UserError(f"{file}: cannot be read: {error}") from None
-    return {}
+def _of_files(files: Iterable[Path]) -> dict[str, str]:
+    files = list(files)
+    try:
+        return dict(json.loads(stored_metadata(files).get(_KEY, "{}")))
+    except ValueError as error:
+        raise UserError(f"{files[0]}: cannot be read: {error}") from None

@@ -33,8 +33,9 @@ class Run(Section):
     """`torch.compile` each block (all blocks share one compiled graph)."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     init_from: PathText | None = None
-    """Start from these weights instead of random ones: a diffusers folder, a Photoroom/PRX state-dict
-    file (.safetensors or .pt), or a Millrace checkpoint folder. Optimizer and step start anew."""
+    """Start from these weights instead of random ones: a diffusers folder (of a transformer or a pipeline),
+    a name on the hub (`OWNER/NAME`, `OWNER/NAME@REVISION`), a Photoroom/PRX state dict (.safetensors or .pt),
+    or a Millrace run or checkpoint. Optimizer and step start anew."""
     max_bad_steps: int = Field(10, ge=1)
     """Stop after this many steps in a row were skipped because a loss or gradient was not finite; at the
     first of them if the weights or the optimizer's state are not finite themselves."""

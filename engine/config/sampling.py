@@ -25,6 +25,10 @@ class Sampling(Section):
     """Solver steps."""
     solver: Literal["euler", "heun"] = "euler"
     """`heun` evaluates the model twice a step."""
+    times: Literal["even", "diffusers"] = "even"
+    """Times of the solver's steps before the shift. `even`: 1, (n-1)/n, ..., 1/n, then 0, as PRX samples.
+    `diffusers`: n even ones from 1 to the smallest time of FlowMatchEulerDiscreteScheduler, then 0, as an
+    exported pipeline samples."""
     guidance: float = Field(5.0, ge=0)
     """Scale s of the guidance, weak + s (strong - weak); 1 is off."""
     method: Literal["cfg", "self", "path_drop", "none"] = "cfg"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -173,6 +173,16 @@ class LaterTextEncoder(TextEncoder):
         return self.tower.rows(captions)
 
 
+class PipelineComponent(NamedTuple):
+    """How a pipeline of diffusers names and loads a frozen network."""
+
+    library: str
+    name: str
+    """Of the class in `library`; both stand in the pipeline's model_index.json."""
+    loading: str
+    """Python that loads the same network from weights named `{source}`, for people."""
+
+
 @dataclass(frozen=True)
 class TextEncoderEntry:
     """A kind of text encoder (`conditioning.text.kind`): all that the engine asks of it.
@@ -196,6 +206,9 @@ class TextEncoderEntry:
     random: Callable[[TextTower, Any, torch.device, torch.dtype], TextEncoder] | None = None
     """The published shape with random weights and a tokenizer of a class that takes the size of the
     vocabulary, for benchmarks."""
+
+    component: PipelineComponent | None = None
+    """In a pipeline of diffusers; None where it has no place."""
 
     def source_of(self, config: TextTower) -> str | None:
         """Folder or hub id of the weights."""

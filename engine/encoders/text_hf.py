@@ -6,6 +6,7 @@ depend on the other captions of the batch. Masks are built on the host, because 
 builds itself are read back from the device.
 """
 
+import copy
 import string
 from abc import abstractmethod
 from pathlib import Path
@@ -25,7 +26,7 @@ from millrace.engine.encoders.pretrained import (
     random_network,
     shape_alone,
 )
-from millrace.engine.encoders.text_encoder import TextEncoder, TextEncoderEntry
+from millrace.engine.encoders.text_encoder import PipelineComponent, TextEncoder, TextEncoderEntry
 from millrace.engine.util.errors import UserError
 
 KEY = "conditioning.text.path"
@@ -46,12 +47,14 @@ class HFTextEncoder(TextEncoder):
         source: hub id of the published weights.
         size: of the published network, if known.
         shape: settings of the published network, for one with random weights; None if benchmarks need none.
+        component: what a pipeline of diffusers loads of what `save` writes.
         special: whether its tokenizer puts <bos> and <eos> around a caption.
         served: what liger-kernel can serve of it.
     """
 
     source: str
     served: Served
+    component: PipelineComponent
     size: NetworkSize | None = None
     shape: Settings | None = None
     special: bool = False
@@ -101,6 +104,17 @@ class HFTextEncoder(TextEncoder):
         """What `read_network` returns, with random weights of another shape. Raises ValueError where the
         published shape is not known."""
         raise ValueError("the published shape of this text encoder is not known")
+
+    def save(self, folder: Path) -> None:
+        """Write network and tokenizer, as a pipeline of diffusers reads them from `folder`."""
+        self._save_network(folder / "text_encoder")
+        tokenizer = copy.copy(self.tokenizer)
+        # The pipeline pads to the tokenizer's length, which is that of training.
+        tokenizer.model_max_length, tokenizer.padding_side = self.max_tokens, "right"
+        tokenizer.save_pretrained(folder / "tokenizer")
+
+    def _save_network(self, folder: Path) -> None:
+        self.network.save_pretrained(folder)
 
     @abstractmethod
     def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -188,6 +202,7 @@ def hf_entry(kind: str, encoder: type[HFTextEncoder]) -> TextEncoderEntry:
         size_of=size_of,
         tiny=tiny,
         random=random if encoder.shape else None,
+        component=encoder.component,
     )
 
 

@@ -142,7 +142,7 @@ class Evaluation:
             captions = [self.reference.caption(i) for i in numbers]
             sizes = [self.reference.size(i) for i in numbers]
             begun = time.perf_counter()
-            pictures = sampler.mixed(captions, sizes, sampling, section.seed, numbers.start)
+            pictures = sampler.mixed(captions, sizes, sampling, section.seed, numbers)
             drawn = time.perf_counter()
             for number, picture in zip(numbers, pictures, strict=True):
                 if not bool(torch.isfinite(picture).all()):

@@ -198,7 +198,8 @@ def diffusers_state(state: State, config: Model) -> dict[str, Tensor]:
     if any(name.startswith(FUSION) for name in state):
         raise UserError(
             "these are the weights of a SPRINT model, whose fusion layer has no place in diffusers' or "
-            "Photoroom/PRX's format; sample from the run itself with millrace sample"
+            "Photoroom/PRX's format; sample from the run itself with millrace sample, or fine-tune it "
+            "without the layer (run.init_from, routing.policy none) and export that"
         )
     if config.resolution_tokens:
         raise UserError(

@@ -17,6 +17,9 @@ from typing import NamedTuple
 
 from millrace.engine.config import Config, Routing, Sampling, weak_drop
 
+TRAIN_TIMES = 1000
+"""`num_train_timesteps` of diffusers' scheduler, as every published PRX pipeline has it."""
+
 
 class Branch(NamedTuple):
     """One evaluation of the denoiser."""
@@ -42,8 +45,18 @@ def solver_steps(sampling: Sampling, time_shift: float) -> list[Step]:
 
     The last step of Heun's method would look at t = 0, where nothing was trained: it is Euler's.
     """
-    even = [i / sampling.steps for i in range(sampling.steps, -1, -1)]
-    times = [time_shift * t / (1 + (time_shift - 1) * t) for t in even]
+
+    def shifted(t: float) -> float:
+        return time_shift * t / (1 + (time_shift - 1) * t)
+
+    count = sampling.steps
+    if sampling.times == "even":
+        even = [i / count for i in range(count, -1, -1)]
+    else:
+        # diffusers shifts the smallest of its training times, and that once more with all others.
+        least = shifted(1 / TRAIN_TIMES)
+        even = [1 - (1 - least) * i / max(count - 1, 1) for i in range(count)] + [0.0]
+    times = [shifted(t) for t in even]
     heun = sampling.solver == "heun"
     return [Step(t, after, heun and after > 0) for t, after in pairwise(times)]
 
@@ -78,7 +91,9 @@ def evaluations(config: Config) -> list[Branch]:
 def describe(config: Config) -> str:
     """The sampling in one line for people."""
     sampling = config.sampling
-    line = f"{sampling.steps} steps of {sampling.solver}, {len(evaluations(config))} evaluations a picture"
+    times = "" if sampling.times == "even" else f" at the times of {sampling.times}"
+    count = len(evaluations(config))
+    line = f"{sampling.steps} steps of {sampling.solver}{times}, {count} evaluations a picture"
     if not sampling.guided:
         return f"{line}, no guidance"
     line += f", guidance {sampling.method} with scale {sampling.guidance:.4g}"

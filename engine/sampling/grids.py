@@ -1,9 +1,12 @@
 """Sample grids: pictures of prompts as one PNG for people."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from millrace.engine.config import Config, Sampling
@@ -27,8 +30,15 @@ def draw_grid(sampler: Sampler, config: Config, prompts: list[str], path: Path) 
     write_atomically(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
 
 
-def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write pictures (N, 3, h, w) in [-1, 1] as one PNG, row by row; as square as possible by default."""
+TEXT_KEY = "millrace"
+"""Keyword of the PNG's text chunk that says how its pictures were made."""
+
+
+def save_grid(
+    pictures: Tensor, path: Path, columns: int | None = None, made_by: dict[str, Any] | None = None
+) -> None:
+    """Write pictures (N, 3, h, w) in [-1, 1] as one PNG, row by row; as square as possible by default.
+    `made_by` goes into a text chunk of the file, as JSON."""
     count, _, height, width = pictures.shape
     columns = columns or min(count, max(1, round((count * height / width) ** 0.5)))
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
@@ -38,6 +48,13 @@ def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+            form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+            sheet.save(file, form, **({} if made_by is None else {"pnginfo": _text_chunk(made_by)}))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _text_chunk(values: dict[str, Any]) -> PngInfo:
+    chunk = PngInfo()
+    chunk.add_text(TEXT_KEY, json.dumps(values))
+    return chunk

@@ -1,6 +1,6 @@
 """ODE sampler (Euler, Heun): integrates the learned velocity from noise (t = 1) to data (t = 0)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from millrace.engine.sampling.guidance import Guidance
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import Purpose
 from millrace.kernels.ops.geglu import liger_obstacle
+from millrace.kernels.support.packed import to_device
 from millrace.kernels.support.philox import normal, sample_keys
 
 Shape = tuple[int, int, int]
@@ -74,23 +75,36 @@ class Sampler:
         """Text tokens of the captions of all pictures so far."""
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], size: tuple[int, int], config: Sampling, seed: int) -> Tensor:
+    def __call__(
+        self,
+        prompts: list[str],
+        size: tuple[int, int],
+        config: Sampling,
+        seed: int,
+        numbers: Sequence[int] | None = None,
+    ) -> Tensor:
         """Pictures (len(prompts), 3, height, width) FP32 in [-1, 1] on the CPU.
 
         Args:
             prompts: captions.
             size: height and width in pixels, multiples of the token's edge.
             config: solver, steps and guidance.
-            seed: picture i starts from noise that is a function of (seed, i).
+            seed: picture number i starts from noise that is a function of (seed, i).
+            numbers: of the pictures, 0 to 2^63 - 1; default 0, 1, 2, ... A picture is the same whoever is
+                beside it, and pictures of one number start from one noise.
         """
-        return torch.stack(self.mixed(prompts, [size] * len(prompts), config, seed))
+        return torch.stack(self.mixed(prompts, [size] * len(prompts), config, seed, numbers))
 
     @torch.no_grad()
     def mixed(
-        self, prompts: list[str], sizes: list[tuple[int, int]], config: Sampling, seed: int, number: int = 0
+        self,
+        prompts: list[str],
+        sizes: list[tuple[int, int]],
+        config: Sampling,
+        seed: int,
+        numbers: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """As a call, but every picture has a size of its own: tensors (3, height, width). `number` is the i
-        of the first picture, so that a part of many pictures is the same as among all of them."""
+        """As a call, but every picture has a size of its own: tensors (3, height, width)."""
         edge = self.autoencoder.factor * self.denoiser.config.patch_size
         for height, width in dict.fromkeys(sizes):
             if height % edge or width % edge:
@@ -98,10 +112,11 @@ class Sampler:
                     f"a picture of {height} x {width} pixels cannot be cut in tokens of {edge} pixels"
                 )
         mean_target = self._mean_target(config)
+        numbers = range(len(prompts)) if numbers is None else numbers
         pictures: list[Tensor] = []
         for first in range(0, len(prompts), self.CHUNK):
             part = slice(first, first + self.CHUNK)
-            pictures += self._chunk(prompts[part], sizes[part], number + first, config, seed, mean_target)
+            pictures += self._chunk(prompts[part], sizes[part], numbers[part], config, seed, mean_target)
         return pictures
 
     def _mean_target(self, config: Sampling) -> MeanTarget | None:
@@ -120,7 +135,7 @@ class Sampler:
         self,
         prompts: list[str],
         sizes: list[tuple[int, int]],
-        first: int,
+        numbers: Sequence[int],
         config: Sampling,
         seed: int,
         mean_target: MeanTarget | None,
@@ -128,7 +143,7 @@ class Sampler:
         count, patch, factor = len(prompts), self.denoiser.config.patch_size, self.autoencoder.factor
         shapes = [(self.autoencoder.channels, height // factor, width // factor) for height, width in sizes]
         grids = [(height // patch, width // patch) for _, height, width in shapes]
-        index = torch.arange(first, first + count, device=self.device)
+        index = to_device(torch.tensor(numbers, dtype=torch.int64), self.device)
         captions = self.text_encoder.encode(prompts)
         self.caption_tokens += len(captions.embeddings)
         velocity = Guidance(

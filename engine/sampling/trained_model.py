@@ -73,7 +73,7 @@ def load_model(arguments: argparse.Namespace) -> TrainedModel:
                 f"{arguments.checkpoint} holds weights only; add --config FILE for towers and objective"
             )
         wanted = load_config(arguments.config)
-        weights, model, routing = load_weights(
+        weights, model, routing, _ = load_weights(
             arguments.checkpoint, wanted.model if _is_state_dict(arguments.checkpoint) else None
         )
         # Such weights are of no SPRINT model, whatever the run was that the configuration is for.

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -58,6 +59,28 @@ def test_the_run_s_own_guidance_and_its_cost(command, runs, tmp_path):
     assert f"{share:.3g} times those without guidance" in told
 
 
+def test_a_caption_and_its_seed_give_a_picture_alone_and_in_a_list(command, tmp_path):
+    def drawn(*words, name):
+        command(*words, "--output", tmp_path / name, prompts=())
+        return [Image.open(path) for path in sorted((tmp_path / name).iterdir())]
+
+    prompts = "--prompt", "a cat", "--prompt", "two dogs", "--prompt", "a cat"
+    listed = drawn(*prompts, "--seed", 4, 7, 8, name="list")
+    for place, seed in ((1, 7), (2, 8)):
+        caption = prompts[2 * place + 1]
+        (alone,) = drawn("--prompt", caption, "--seed", seed, name=f"alone-{seed}")
+        apart = np.abs(np.asarray(alone, np.int16) - np.asarray(listed[place], np.int16))
+        assert apart.max() <= 1  # a level: sums of another batch are rounded in another order
+        ours, theirs = (json.loads(picture.text["millrace"]) for picture in (alone, listed[place]))
+        assert ours == theirs
+        assert (ours["prompts"], ours["seeds"], ours["size"]) == ([caption], [seed], [16, 16])
+        assert (ours["sampling"]["steps"], ours["sampling"]["method"]) == (2, "self")
+        assert "step 2" in ours["model"]
+    assert (np.asarray(listed[0]) != np.asarray(listed[2])).any()
+    one = drawn(*prompts, "--seed", 4, name="one")
+    assert (np.asarray(one[0]) == np.asarray(one[2])).all()
+
+
 def test_another_method_puts_the_run_s_aside(command):
     told = command("--method", "cfg", "--guidance", 3)
     assert "guidance cfg with scale 3" in told.out
@@ -90,6 +113,7 @@ def test_mean_target_there_and_back(command, tmp_path):
         (("--mean-target", __file__, "--set", "objective.contrastive_weight=0"), "which is 0 for this model"),
         (("--method", "self", "--set", "sampling.strong_drop=0.8"), "strong_drop 0.8 is not below"),
         (("--set", "sampling.interval=[1,0]"), "interval is"),
+        (("--seed", "1", "2", "3"), "--seed: 3 seeds for 2 pictures; give one, or one for each"),
     ],
 )
 def test_refusals(command, words, message):

@@ -16,6 +16,7 @@ from millrace.engine.config.stages import resolve_stages
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.latent_statistics import STATISTICS_FILE
 from millrace.engine.encoders.small_classifier import SmallClassifier, save_classifier
+from millrace.engine.publishing.folded_scale import fold_scale
 from millrace.engine.repa_e import tuned_autoencoder
 from millrace.engine.repa_e.tuned_autoencoder import open_trained
 from millrace.engine.trainer import Trainer
@@ -191,6 +192,24 @@ def test_an_exported_autoencoder_encodes_like_the_run(runs, tuned, whole, tmp_pa
     with torch.no_grad():
         latents = (network.encode(images).latent_dist.mean - mean) / std
     torch.testing.assert_close(latents, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipeline_s_autoencoder_has_the_scale_of_each_channel_in_its_weights(runs, tuned, whole, tmp_path):
+    """As diffusers' pipelines use it: one factor for all channels, and no statistics beside it."""
+    latents = open_trained(runs.config(tmp_path, tuned), whole, CPU)
+    assert latents.scale.flatten().std() > 0
+    fold_scale(latents).save_pretrained(tmp_path / "vae")
+    network = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")
+    assert (network.config.scaling_factor, network.config.shift_factor) == (1.0, 0.0)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = latents.posterior(images)
+    with torch.no_grad():
+        found = network.encode(images).latent_dist
+        pictures = network.decode(found.mean).sample
+    torch.testing.assert_close(found.mean, latents.sample(wanted), rtol=1e-4, atol=1e-5)
+    noise = torch.ones_like(found.mean)
+    torch.testing.assert_close(found.mean + found.std, latents.sample(wanted, noise), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pictures.clamp(-1, 1), latents.decode(found.mean), rtol=1e-3, atol=1e-4)
 
 
 def test_another_run_trains_on_an_exported_autoencoder(runs, tuned, whole, tmp_path):

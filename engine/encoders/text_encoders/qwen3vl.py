@@ -7,7 +7,7 @@ from torch import Tensor
 
 from millrace.engine.encoders.liger_kernels import Served
 from millrace.engine.encoders.pretrained import Settings, import_class, load_network
-from millrace.engine.encoders.text_encoder import unescape
+from millrace.engine.encoders.text_encoder import PipelineComponent, unescape
 from millrace.engine.encoders.text_hf import KEY, HFTextEncoder, hf_entry, kind_key
 from millrace.kernels.support.packed import to_device
 
@@ -20,6 +20,11 @@ class Qwen3VL(HFTextEncoder):
 
     source = "Qwen/Qwen3-VL-Embedding-2B"
     served = Served("Qwen3VLTextRMSNorm", 0.0, "llama", "Qwen3VLTextAttention", "Qwen3VLTextMLP")
+    component = PipelineComponent(
+        "transformers",
+        "Qwen3VLTextModel",
+        "transformers.Qwen3VLModel.from_pretrained({source!r}).language_model",
+    )
     clean = staticmethod(unescape)
 
     @staticmethod

@@ -1,5 +1,6 @@
 """T5Gemma text encoder: the encoder half of T5Gemma 2B (PRX's text encoder)."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from millrace.engine.encoders.liger_kernels import Served
 from millrace.engine.encoders.pretrained import NetworkSize, Settings, import_class, load_network
-from millrace.engine.encoders.text_encoder import clean_text
+from millrace.engine.encoders.text_encoder import PipelineComponent, clean_text
 from millrace.engine.encoders.text_hf import KEY, HFTextEncoder, hf_entry, kind_key
 from millrace.kernels.support.packed import to_device
 
@@ -33,6 +34,11 @@ class T5Gemma(HFTextEncoder):
         "attn_logit_softcapping": 50.0,
     }
     special = True
+    component = PipelineComponent(
+        "prx",
+        "T5GemmaEncoder",
+        "transformers.T5GemmaEncoderModel.from_pretrained({source!r}, is_encoder_decoder=False).encoder",
+    )
     served = Served("T5GemmaRMSNorm", 1.0, "gemma", "T5GemmaSelfAttention", "T5GemmaMLP")
     clean = staticmethod(clean_text)
 
@@ -75,6 +81,11 @@ class T5Gemma(HFTextEncoder):
             attn_implementation="eager",
         )
         return import_class("transformers", "T5GemmaEncoderModel", _KIND_KEY)(config)
+
+    def _save_network(self, folder: Path) -> None:
+        self.network.encoder.save_pretrained(folder)
+        # diffusers takes the encoder's settings from those of the whole model.
+        self.network.config.save_pretrained(folder)
 
     def _forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         padding = torch.arange(ids.shape[1]) >= lengths[:, None]

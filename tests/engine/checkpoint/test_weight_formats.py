@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from diffusers import PRXTransformer2DModel
@@ -136,7 +137,7 @@ def test_reads_what_diffusers_saves_also_inside_a_pipeline(shard_bytes, tmp_path
         tmp_path / "transformer", max_shard_size=shard_bytes
     )
     for folder in (tmp_path, tmp_path / "transformer"):
-        state, config, _ = weight_formats.load_weights(folder)
+        state, config, *_ = weight_formats.load_weights(folder)
         assert config == PIXEL
         _assert_equal(state, denoiser.state_dict())
 
@@ -151,14 +152,99 @@ def test_photoroom_state_dict(suffix, under, tmp_path):
         save_file(theirs, path)
     else:
         torch.save({under: theirs} if under else theirs, path)
-    found, config, _ = weight_formats.load_weights(path)
+    found, config, *_ = weight_formats.load_weights(path)
     assert config == LATENT.model_copy(update={"rope_axes": None})
     _assert_equal(found, state)
     # What shapes cannot tell is the caller's to decide.
     folded = LATENT.model_copy(update={"in_channels": 4, "patch_size": 4, "rope_theta": 7.0})
-    found, config, _ = weight_formats.load_weights(path, folded)
+    found, config, *_ = weight_formats.load_weights(path, folded)
     assert config == folded
     _assert_equal(found, state)
+
+
+def _ddp(theirs):
+    return {f"module.{name}": tensor for name, tensor in theirs.items()}
+
+
+def _composer(theirs, ema=None):
+    """A checkpoint of Photoroom/PRX's trainer, by the names in its pipeline."""
+    model = {f"denoiser.{name.replace('blocks.', 'blocks._orig_mod.')}": x for name, x in theirs.items()}
+    model |= {"vae.scale": torch.ones(1), "text_tower.embed.weight": torch.ones(2, 2)}
+    if ema is not None:
+        model["ema_denoiser._is_active"] = torch.tensor(ema)
+        model |= {f"ema_denoiser.model.{name}": tensor + 1 for name, tensor in theirs.items()}
+    rng = [{"numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}]
+    return {"state": {"model": model, "timestamp": {"Timestamp": {"batch": 7}}}, "rng": rng}
+
+
+WRAPPED = {
+    "module": (_ddp, "weights"),
+    "module under model": (lambda theirs: {"model": _ddp(theirs), "step": 3}, "weights"),
+    "composer": (_composer, "weights"),
+    "composer before its EMA": (lambda theirs: _composer(theirs, False), "weights"),
+    "composer with EMA": (lambda theirs: _composer(theirs, True), "EMA weights"),
+}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_what_trainers_put_around_a_state_dict_is_taken_off(form, tmp_path):
+    wrap, what = WRAPPED[form]
+    state = dict(_random_denoiser(LATENT).state_dict())
+    theirs = {name: part.clone() for name, part in prx_state(state, LATENT).items()}
+    torch.save(wrap(theirs), tmp_path / "their.pt")
+    found = weight_formats.load_weights(tmp_path / "their.pt", LATENT)
+    assert found.origin == f"{what} of the state dict {tmp_path / 'their.pt'}"
+    more = 1 if what == "EMA weights" else 0
+    _assert_equal(found.state, {name: tensor + more for name, tensor in state.items()})
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Stands for the client of the hub: `OWNER/NAME` is a folder below `tmp_path / "hub"`."""
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        if not (tmp_path / "hub" / name).is_dir():
+            raise OSError(f"Repository Not Found: {name}.\nPlease make sure you specified it correctly.")
+        return str(tmp_path / "hub" / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def test_weights_of_the_hub(hub, tmp_path):
+    denoiser = _random_denoiser(PIXEL)
+    folder = tmp_path / "hub" / "someone" / "prx" / "transformer"
+    weight_formats.to_diffusers(denoiser).save_pretrained(folder)
+    found = weight_formats.load_weights("someone/prx@v2", PIXEL)
+    assert found.origin == "weights of the diffusers pipeline someone/prx@v2"
+    _assert_equal(found.state, denoiser.state_dict())
+    assert hub == [("someone/prx", "v2")]
+    with pytest.raises(UserError) as caught:
+        weight_formats.load_weights("someone/else")
+    assert str(caught.value) == (
+        "someone/else: no such file or folder here, and not to be had from the hub: "
+        "Repository Not Found: someone/else"
+    )
+
+
+def test_the_hub_without_its_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="for a repository of the hub: pip install huggingface_hub"):
+        weight_formats.load_weights("someone/prx")
+
+
+def test_an_export_says_of_what_it_was_made(tmp_path):
+    _save_run(tmp_path / "run", LATENT)
+    export.main(["--checkpoint", f"{tmp_path}/run", "--output", f"{tmp_path}/out"])
+    denoiser = Denoiser(LATENT)
+    (line,) = weight_formats.start_from(denoiser, tmp_path / "out", heads=["projector.weight"])
+    assert line == (
+        f"init_from: weights of the diffusers folder {tmp_path}/out (EMA weights of {tmp_path}/run/"
+        f"checkpoints/step-00000007, step 7): {len(denoiser.state_dict())} tensors, "
+        "left new: projector.weight"
+    )
 
 
 @DTYPES
@@ -250,7 +336,7 @@ def _save_run(run, model, *, ema=True, routing=None):
 def test_load_weights_of_a_run(tmp_path):
     _, average = _save_run(tmp_path, LATENT)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-00000007"):
-        state, config, _ = weight_formats.load_weights(path, LATENT)
+        state, config, *_ = weight_formats.load_weights(path, LATENT)
         assert config == LATENT
         _assert_equal(state, average)
     with pytest.raises(UserError, match=r"is another model: .*hidden_size 32 instead of 48"):
@@ -265,13 +351,17 @@ FROZEN = SPRINT.model_copy(update={"mask_token": "frozen"})
 def test_sprint_round_trip(routing, tmp_path):
     _, average = _save_run(tmp_path, LATENT, routing=routing)
     assert "fusion.mask_token" in average
-    state, config, found = weight_formats.load_weights(tmp_path)
+    state, config, found, _ = weight_formats.load_weights(tmp_path)
     assert (config, found) == (LATENT, routing)
     _assert_equal(state, average)
     denoiser = weight_formats.from_diffusers(tmp_path)
     _assert_equal(denoiser.state_dict(), average)
     other = Denoiser(LATENT, routing)
-    assert weight_formats.start_from(other, tmp_path) == []
+    (line,) = weight_formats.start_from(other, tmp_path)
+    assert line == (
+        f"init_from: EMA weights of {tmp_path}/checkpoints/step-00000007, step 7: {len(average)} tensors, "
+        "none left new"
+    )
     _assert_equal(other.state_dict(), average)
     for refused in (
         lambda: weight_formats.to_diffusers(denoiser),
@@ -289,7 +379,10 @@ def test_starting_sprint_from_weights_without_it(tmp_path):
     denoiser = Denoiser(LATENT, FROZEN)
     denoiser.init_weights(5)
     fresh = {name: tensor.clone() for name, tensor in denoiser.state_dict().items() if "fusion" in name}
-    (message,) = weight_formats.start_from(denoiser, tmp_path)
+    line, message = weight_formats.start_from(denoiser, tmp_path)
+    assert line.endswith(
+        f"step 7: {len(master)} tensors, left new: fusion.weight, fusion.bias, fusion.mask_token"
+    )
     assert message == (
         f"warning: {tmp_path} has no SPRINT fusion layer; this run's starts from random weights"
     )
@@ -300,7 +393,7 @@ def test_starting_sprint_from_weights_without_it(tmp_path):
 def test_starting_without_sprint_from_its_weights(tmp_path):
     master, _ = _save_run(tmp_path, LATENT, ema=False, routing=FROZEN)
     denoiser = Denoiser(LATENT, Routing(policy="tread"))
-    (message,) = weight_formats.start_from(denoiser, tmp_path)
+    _, message = weight_formats.start_from(denoiser, tmp_path)
     assert message.startswith(f"warning: {tmp_path} is a SPRINT model; its fusion layer is left out")
     assert "routing.policy is tread" in message
     _assert_equal(denoiser.state_dict(), {n: tensor for n, tensor in master.items() if "fusion" not in n})
@@ -314,7 +407,7 @@ def test_sprint_of_other_blocks_or_order_is_refused(tmp_path):
     ):
         weight_formats.start_from(Denoiser(LATENT, other), tmp_path)
     learned = Denoiser(LATENT, FROZEN)  # the other kind of mask token holds the same numbers
-    assert weight_formats.start_from(learned, tmp_path) == []
+    assert len(weight_formats.start_from(learned, tmp_path)) == 1
 
 
 def test_public_names_of_the_export_module():

@@ -124,7 +124,7 @@ def test_starting_from_weights_without_them(tmp_path):
     save_diffusers(plain.state_dict(), PLAIN, tmp_path / "plain")
     model.init_weights(3)
     before = {n: p.clone() for n, p in model.resolution_tokens.state_dict().items()}
-    (message,) = start_from(model, tmp_path / "plain")
+    _, message = start_from(model, tmp_path / "plain")
     assert message == (
         f"warning: {tmp_path / 'plain'} has no resolution tokens; this run's start from random weights"
     )
@@ -136,7 +136,8 @@ def test_starting_from_weights_without_them(tmp_path):
 def test_starting_without_them_from_their_weights_is_refused(monkeypatch):
     state = filled(TOKENS).state_dict()
     monkeypatch.setattr(
-        "millrace.engine.checkpoint.weight_formats.load_weights", lambda *_: (state, TOKENS, Routing())
+        "millrace.engine.checkpoint.weight_formats.load_weights",
+        lambda *_: (state, TOKENS, Routing(), "a run"),
     )
     with pytest.raises(UserError, match=r"with resolution tokens; set model\.resolution_tokens to true"):
         start_from(Denoiser(PLAIN), "a run")

@@ -1,0 +1,1 @@
+"""Publishing: pipelines of diffusers, model cards."""
