@@ -228,7 +228,7 @@ def graph_of_imports() -> dict[str, set[str]]:
 
 
 LIGHT = ("engine.cli", "engine.config", "engine.util", "engine.sampling.model_arguments")
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan")
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "replay")
 
 
 @pytest.mark.parametrize("room", [*LIGHT, *(f"engine.{name}" for name in COMMANDS)])
