@@ -36,6 +36,7 @@ _QUIET = {
     "logging": {"tensorboard": False, "wandb": False, "sample_keys": False},
     "sampling": {"every_steps": 0},
     "evaluation": {"every_steps": 0},
+    "validation": {"every_steps": 0},
 }
 """What a replay leaves out of a run; none of it is part of a step."""
 

@@ -142,6 +142,6 @@ def test_configuration_of_a_replay_is_the_run_s(runs, tmp_path):
     quiet = _in_folder(config, "/elsewhere").model_dump(mode="json")
     values = config.model_dump(mode="json")
     values["run"]["output_dir"] = "/elsewhere"
-    for name in ("logging", "sampling", "evaluation"):
+    for name in ("logging", "sampling", "evaluation", "validation"):
         values[name] = quiet[name]
     assert parse_config(quiet, "quiet") == parse_config(values, "values")

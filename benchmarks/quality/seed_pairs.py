@@ -1,0 +1,95 @@
+"""Seed noise: runs that differ only in seed, and what `millrace compare` says of their pairs.
+
+python -m benchmarks seed_pairs                                      # 40 seeds, 20 pairs; minutes on one core
+python -m benchmarks seed_pairs --seeds 4 --output pairs.json        # try it
+
+A small denoiser on the built-in digits, once for each seed, and for a few seeds with ten times the learning
+rate and a tenth of it. Kept are the records of the held-out loss; tests judge the pairs from them.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from millrace.benchmarks.report.recording import RESULTS, environment, write
+from millrace.engine.cli import command_parser, number, run_command
+from millrace.engine.config import Config
+from millrace.engine.config.loading import merge, parse_config
+from millrace.engine.run_log.logs import VALIDATION
+from millrace.engine.trainer import train
+
+SMALL: dict[str, Any] = {
+    "run": {"steps": 300, "device": "cpu"},
+    "model": {"width": 48, "depth": 2, "heads": 2, "patch_size": 8, "in_channels": 3, "context_dim": 32},
+    "conditioning": {"text": {"kind": "hash"}, "autoencoder": {"kind": "pixels"}},
+    "data": {
+        **{"source": "digits", "resolution": 32, "crop_scale": 0.95},
+        **{"global_batch": 16, "micro_batch": 16, "workers": 0},
+    },
+    "optimizer": {"lr": 2e-3, "eps": 1e-8, "clip": 1.0},
+    "schedule": {"kind": "cosine", "warmup": 20, "final": 0.05},
+    "ema": {"enabled": True, "decay": 0.9, "every": 5},
+    "precision": {"compute": "float32"},
+    "checkpoint": {"every_steps": 1000, "keep": 1},
+    "validation": {"every_steps": 25, "share": 0.1, "samples": 64, "times": 4},
+    "logging": {"every_steps": 25, "tensorboard": False},
+}
+"""A run of seconds."""
+RATES = {"same": 1.0, "tenfold": 10.0, "tenth": 0.1}
+OTHER_SEEDS = 5
+"""Seeds of the settings that do differ."""
+
+
+def config_of(folder: Path, seed: int, rate: float = 1.0, **changes: Any) -> Config:
+    """A run of `SMALL` with this seed, and the learning rate times `rate`."""
+    values = merge(SMALL, {"run": {"seed": seed, "output_dir": str(folder)}})
+    values = merge(values, {"optimizer": {"lr": SMALL["optimizer"]["lr"] * rate}})
+    return parse_config(merge(values, changes), "seed_pairs")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The held-out losses of a run; those of each picture for the last measurement alone."""
+    records = [json.loads(line) for line in (folder / VALIDATION).read_text().splitlines()]
+    found: dict[str, Any] = {"set": records[-1]["set"], "samples_seen": [], "loss": {}, "losses": {}}
+    for record in records:
+        weights = record["weights"]
+        found["loss"].setdefault(weights, []).append(round(record["loss"], 7))
+        found["losses"][weights] = [round(loss, 5) for loss in record["losses"]]
+        if weights == "model":
+            found["samples_seen"].append(record["samples_seen"])
+    return found
+
+
+def main() -> int:
+    """Train every seed, write the records."""
+    parser: argparse.ArgumentParser = command_parser(__doc__)
+    parser.add_argument(
+        "--seeds", type=number(int, 2), default=40, metavar="N", help="runs that differ only so"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "seed_pairs.json", metavar="FILE.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    jobs = [("same", seed) for seed in range(arguments.seeds)]
+    jobs += [
+        (name, seed) for name in RATES if name != "same" for seed in range(min(OTHER_SEEDS, arguments.seeds))
+    ]
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="seed-pairs-") as scratch:
+        for name, seed in jobs:
+            folder = Path(scratch) / f"{name}-{seed}"
+            config = config_of(folder, seed, RATES[name])
+            train(config)
+            runs.append({"name": name, "seed": seed, **summary_of(folder)})
+            print(f"{name} seed {seed}: held-out loss {runs[-1]['loss']['ema'][-1]:.5f}", flush=True)
+    head = {"benchmark": "seed_pairs", **environment(), "config": SMALL, "rates": RATES}
+    write(arguments.output, head | {"runs": runs})
+    print(f"results in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
