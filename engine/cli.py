@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from millrace.engine.util.errors import FailedElsewhere, UserError, did_you_mean
 
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "replay")
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "compare", "replay")
 """`millrace NAME` is `main` of the module `millrace.engine.NAME`."""
 VERSIONS_OF = ("millrace", "torch", "triton", "deepspeed")
 

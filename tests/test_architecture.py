@@ -35,6 +35,7 @@ ROOMS = (
     "engine.sampling",
     "engine.repa_e",
     "engine.evaluation",
+    "engine.comparison",
     "engine.planning",
     "engine",
 )
@@ -228,7 +229,7 @@ def graph_of_imports() -> dict[str, set[str]]:
 
 
 LIGHT = ("engine.cli", "engine.config", "engine.util", "engine.sampling.model_arguments")
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "replay")
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "compare", "replay")
 
 
 @pytest.mark.parametrize("room", [*LIGHT, *(f"engine.{name}" for name in COMMANDS)])
