@@ -10,6 +10,9 @@ rate and a tenth of it. Kept are the records of the held-out loss; tests judge t
 import argparse
 import json
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import torch
 
 from millrace.benchmarks.report.recording import RESULTS, environment, write
 from millrace.engine.cli import command_parser, number, run_command
+from millrace.engine.comparison.run_curves import HELD_OUT, Curve, RunCurves
+from millrace.engine.comparison.verdicts import compare_pair
 from millrace.engine.config import Config
 from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.run_log.logs import VALIDATION
@@ -64,6 +69,35 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def curves_of(run: dict[str, Any]) -> RunCurves:
+    """A run of the results as compare reads one."""
+    counts, found = run["samples_seen"], RunCurves(f"{run['name']}-{run['seed']}", run["seed"], {}, 16)
+    found.settings["optimizer.lr"] = SMALL["optimizer"]["lr"] * RATES[run["name"]]
+    for weights, losses in run["loss"].items():
+        values = dict(zip(counts, losses, strict=True))
+        curve = Curve(values, dict.fromkeys(values, run["set"]), {counts[-1]: run["losses"][weights]})
+        found.curves[HELD_OUT[weights]] = curve
+    return found
+
+
+def verdicts(pairs: Iterable[tuple[RunCurves, RunCurves]]) -> Counter[str]:
+    """How often which verdict is given of pairs of single runs, by what decides."""
+    return Counter(compare_pair(first, second).rows[0].verdict for first, second in pairs)
+
+
+def judged(runs: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Verdicts of disjoint pairs of seeds, of all pairs, and of each other learning rate beside the usual."""
+    curves = {name: [curves_of(run) for run in runs if run["name"] == name] for name in RATES}
+    same = curves["same"]
+    found = {
+        "pairs": verdicts(zip(same[::2], same[1::2], strict=False)),
+        "all pairs": verdicts(combinations(same, 2)),
+    }
+    for name in list(RATES)[1:]:
+        found[name] = verdicts((first, second) for first in same for second in curves[name])
+    return {name: dict(counts) for name, counts in found.items()}
+
+
 def main() -> int:
     """Train every seed, write the records."""
     parser: argparse.ArgumentParser = command_parser(__doc__)
@@ -86,7 +120,10 @@ def main() -> int:
             runs.append({"name": name, "seed": seed, **summary_of(folder)})
             print(f"{name} seed {seed}: held-out loss {runs[-1]['loss']['ema'][-1]:.5f}", flush=True)
     head = {"benchmark": "seed_pairs", **environment(), "config": SMALL, "rates": RATES}
-    write(arguments.output, head | {"runs": runs})
+    found = judged(runs)
+    write(arguments.output, head | {"verdicts": found, "runs": runs})
+    for name, counts in found.items():
+        print(f"{name}: {', '.join(f'{count} {verdict}' for verdict, count in sorted(counts.items()))}")
     print(f"results in {arguments.output}")
     return 0
 

@@ -17,19 +17,22 @@ Bulletin 2, 1946), and the interval is Student's.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
-FACTOR = 3.0
-"""Error of the seeds over the spread along the training, by the runs of `python -m benchmarks seed_pairs`."""
+FACTOR = 2.5
+"""Standard deviation between pairs of seeds over the spread along the training: 2.4 as root mean square over
+the pairs of `python -m benchmarks seed_pairs`, rounded up."""
 FREEDOM = 4
 """Degrees of freedom that are given to the error of a single pair of runs: it is known roughly."""
 LEAST_SPREAD = 0.002
-"""Error of the seeds of a single pair, relative to the value, at least."""
+"""Error of the seeds of a single pair, relative to the value, at least: the same runs have 0.0035."""
 FEWEST = 5
 """Measurements in the second half of a training from which a spread is taken."""
 MOST_SEEDS = 30
+PAIRED_FROM = 3
+"""Seeds in common from which their differences are taken; two have one degree of freedom."""
 
 
 class Error(NamedTuple):
@@ -94,7 +97,8 @@ def paired(differences: Sequence[float]) -> Error:
 def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
     """Standard deviation between seeds relative to the mean, over all settings with several seeds, and its
     degrees of freedom; None without any."""
-    parts = [(statistics.variance(g) / statistics.fmean(g) ** 2, len(g) - 1) for g in groups if len(g) > 1]
+    known = [group for group in groups if len(group) > 1 and statistics.fmean(group)]
+    parts = [(statistics.variance(g) / statistics.fmean(g) ** 2, len(g) - 1) for g in known]
     freedom = sum(count for _, count in parts)
     if not freedom:
         return None
@@ -105,6 +109,28 @@ def pooled(spread: float, freedom: int, level: float, first: int, second: int) -
     """Of a difference between means of `first` and `second` seeds about `level`, with a relative spread."""
     error = spread * abs(level) * math.sqrt(1 / first + 1 / second)
     return Error(error, freedom, f"{first} and {second} seeds, pooled spread {spread:.2%}")
+
+
+def between_seeds(
+    first: Mapping[int, float], second: Mapping[int, float], groups: Sequence[Sequence[float]]
+) -> tuple[float, Error | None]:
+    """Difference of two settings, given the value of each by seed, and its error.
+
+    Args:
+        groups: values of all settings that share their spread, these two among them.
+
+    The error is None where every setting has one seed.
+    """
+    shared = sorted(first.keys() & second.keys())
+    if len(shared) >= PAIRED_FROM:
+        differences = [second[seed] - first[seed] for seed in shared]
+        return statistics.fmean(differences), paired(differences)
+    level = statistics.fmean(first.values())
+    difference = statistics.fmean(second.values()) - level
+    found = pooled_spread(groups)
+    if found is None:
+        return difference, None
+    return difference, pooled(*found, level, len(first), len(second))
 
 
 def spread_of_course(differences: Sequence[float]) -> float | None:

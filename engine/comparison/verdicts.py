@@ -15,10 +15,8 @@ from millrace.engine.comparison.seed_noise import (
     FEWEST,
     Error,
     Interval,
+    between_seeds,
     of_pictures,
-    paired,
-    pooled,
-    pooled_spread,
     seeds_to_decide,
     single,
     slope_of_course,
@@ -142,14 +140,21 @@ def _row(name: str, first: Setting, second: Setting, settings: Sequence[Setting]
         for setting in settings
         if common and all(common[-1] in _values(run, name) for run in setting.runs)
     ]
-    seeds = _error_of_seeds(first, second, value, groups, means[0])
+    difference, seeds = between_seeds(_by_seed(first, value), _by_seed(second, value), groups)
     if seeds is None:
-        seeds = _error_of_course(name, runs, common, means[0])
+        seeds = _error_of_course(name, runs, means[0])
     if seeds is None:
-        short = f"one seed, and fewer than {FEWEST} measurements in its second half"
-        return row._replace(verdict="not decided", remark=remark or short)
-    interval = Interval(_difference(first, second, value, means), seeds, pictures)
+        held_out = name in HELD_OUT.values()
+        short = f"one seed, and fewer than {FEWEST} common measurements in the second half of the training"
+        unknown = short if held_out else "one seed: the noise between seeds is not known"
+        return row._replace(verdict="not decided", remark=remark or unknown)
+    interval = Interval(difference, seeds, pictures)
     return row._replace(interval=interval, verdict=_word(name, interval))
+
+
+def _by_seed(setting: Setting, value: dict[int, float]) -> dict[int, float]:
+    """Values of a setting's runs, which are given by their id."""
+    return {seed: value[id(run)] for seed, run in setting.seeds.items()}
 
 
 def _values(run: RunCurves, name: str) -> dict[int, float]:
@@ -157,48 +162,16 @@ def _values(run: RunCurves, name: str) -> dict[int, float]:
     return curve.values if curve is not None else {}
 
 
-def _shared(first: Setting, second: Setting) -> list[int]:
-    """Seeds that both settings have."""
-    return sorted(first.seeds.keys() & second.seeds.keys())
-
-
-def _difference(first: Setting, second: Setting, value: dict[int, float], means: Sequence[float]) -> float:
-    """Over the seeds that both have if they are paired, else of the means."""
-    shared = _shared(first, second)
-    if len(shared) < 3:
-        return means[1] - means[0]
-    pairs = [(value[id(first.seeds[s])], value[id(second.seeds[s])]) for s in shared]
-    return statistics.fmean(b - a for a, b in pairs)
-
-
-def _error_of_seeds(
-    first: Setting, second: Setting, value: dict[int, float], groups: list[list[float]], level: float
-) -> Error | None:
-    """From runs that differ in seed; None where every setting has one."""
-    shared = _shared(first, second)
-    if len(shared) >= 3:
-        return paired([value[id(second.seeds[s])] - value[id(first.seeds[s])] for s in shared])
-    found = pooled_spread(groups)
-    if found is None:
+def _error_of_course(name: str, runs: Sequence[RunCurves], level: float) -> Error | None:
+    """Of a held-out loss, from the measurements of one pair of runs; None for a metric, whose noise between
+    seeds its course does not tell. An average is as calm as it is made, so that the course of the weights
+    themselves counts where it is there."""
+    if name not in HELD_OUT.values():
         return None
-    return pooled(*found, level, len(first.runs), len(second.runs))
-
-
-def _error_of_course(name: str, runs: Sequence[RunCurves], common: list[int], level: float) -> Error | None:
-    """From the measurements of one pair of runs. An average is as calm as it is made, so that the weights'
-    own course counts where it is there."""
-    names = [n for n in HELD_OUT.values() if all(n in run.curves for run in runs)]
-    first, second = runs
-    spreads = []
-    for curve in names if name in names else [name]:
-        course = [
-            _values(second, curve)[n] - _values(first, curve)[n]
-            for n in common
-            if n in _values(first, curve) and n in _values(second, curve)
-        ]
-        spreads.append(spread_of_course(course))
-    known = [spread for spread in spreads if spread is not None]
-    return single(max(known), level) if known else None
+    curves = [name for name in reversed(HELD_OUT.values()) if all(name in run.curves for run in runs)]
+    one, two = (run.curves[curves[0]].values for run in runs)
+    spread = spread_of_course([two[n] - one[n] for n in sorted(one.keys() & two.keys())])
+    return None if spread is None else single(spread, level)
 
 
 def _pictures(name: str, first: Setting, second: Setting, at: dict[int, int]) -> Error | None:
@@ -231,7 +204,7 @@ def _speed(first: Setting, second: Setting, settings: Sequence[Setting]) -> Row 
     value = {id(run): run.speed for run in runs}
     means = [statistics.fmean(value[id(run)] for run in setting.runs) for setting in (first, second)]
     groups = [[run.speed for run in s.runs if run.speed is not None] for s in settings]
-    seeds = _error_of_seeds(first, second, value, groups, means[0])
+    difference, seeds = between_seeds(_by_seed(first, value), _by_seed(second, value), groups)
     if seeds is None and all(len(run.speeds) > 2 for run in runs):
         errors = [statistics.stdev(run.speeds) / math.sqrt(len(run.speeds)) for run in runs]
         freedom = sum(len(run.speeds) - 1 for run in runs)
@@ -239,7 +212,7 @@ def _speed(first: Setting, second: Setting, settings: Sequence[Setting]) -> Row 
     row = Row(SPEED, None, means[0], means[1], None, "-", "of the machines that they ran on")
     if seeds is None:
         return row
-    interval = Interval(_difference(first, second, value, means), seeds, None)
+    interval = Interval(difference, seeds, None)
     return row._replace(interval=interval, verdict=_word(SPEED, interval))
 
 
