@@ -7,9 +7,11 @@ two trainings. So the error of a difference has two parts, and the first does no
 
 The error of the seeds comes from the first of these that there is:
 
-    three or more seeds in common     sd(d_s) / sqrt(n), d_s differences of runs with the same seed; n - 1
-    any setting with two seeds        s sqrt(1 / n_a + 1 / n_b), s pooled over all settings; sum of (n_g - 1)
-    one seed each                     FACTOR times the spread of the difference along the training; FREEDOM
+    three seeds in common       sd(d_s) / sqrt(n), d_s differences of runs with the same seed; n - 1
+    the same of more settings   sigma sqrt((a² + b²) / n), sigma the relative spread over blocks of a seed, of
+                                all settings that have the n seeds; (settings - 1) (n - 1), two or more
+    two seeds of any setting    s sqrt(1 / n_a + 1 / n_b), s pooled over all settings; sum of (n_g - 1)
+    one seed each               FACTOR times the spread of the difference along the training; FREEDOM
 
 The last number is that of the degrees of freedom. They are joined as Welch and Satterthwaite do (Biometrics
 Bulletin 2, 1946), and the interval is Student's.
@@ -31,8 +33,8 @@ LEAST_SPREAD = 0.002
 FEWEST = 5
 """Measurements in the second half of a training from which a spread is taken."""
 MOST_SEEDS = 30
-PAIRED_FROM = 3
-"""Seeds in common from which their differences are taken; two have one degree of freedom."""
+LEAST_FREEDOM = 2
+"""Degrees of freedom from which runs are paired by seed; with one, Student's t is 12.7."""
 
 
 class Error(NamedTuple):
@@ -94,6 +96,24 @@ def paired(differences: Sequence[float]) -> Error:
     return Error(statistics.stdev(differences) / math.sqrt(count), count - 1, f"{count} seeds, paired")
 
 
+def blocked(settings: Sequence[Mapping[int, float]], seeds: Sequence[int], level: float) -> Error:
+    """Of a difference between the means of two of many settings over seeds that all of them have.
+
+    A randomized block design, a seed a block: each value is divided by the mean of its setting, what all
+    settings have in common with a seed is taken away, and the rest is the noise.
+
+    Args:
+        level: root of the sum of squares of the two means.
+    """
+    means = [statistics.fmean(values[seed] for seed in seeds) for values in settings]
+    rows = [[values[seed] / mean for seed in seeds] for values, mean in zip(settings, means, strict=True)]
+    common = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    rest = sum((value - base) ** 2 for row in rows for value, base in zip(row, common, strict=True))
+    freedom = (len(rows) - 1) * (len(seeds) - 1)
+    error = level * math.sqrt(rest / freedom / len(seeds))
+    return Error(error, freedom, f"{len(seeds)} seeds, paired, spread of {len(rows)} settings")
+
+
 def pooled_spread(groups: Sequence[Sequence[float]]) -> tuple[float, int] | None:
     """Standard deviation between seeds relative to the mean, over all settings with several seeds, and its
     degrees of freedom; None without any."""
@@ -112,22 +132,27 @@ def pooled(spread: float, freedom: int, level: float, first: int, second: int) -
 
 
 def between_seeds(
-    first: Mapping[int, float], second: Mapping[int, float], groups: Sequence[Sequence[float]]
+    first: Mapping[int, float], second: Mapping[int, float], settings: Sequence[Mapping[int, float]]
 ) -> tuple[float, Error | None]:
     """Difference of two settings, given the value of each by seed, and its error.
 
     Args:
-        groups: values of all settings that share their spread, these two among them.
+        settings: values of all settings that share their spread, these two among them.
 
     The error is None where every setting has one seed.
     """
     shared = sorted(first.keys() & second.keys())
-    if len(shared) >= PAIRED_FROM:
+    alike = [
+        values for values in settings if values.keys() >= set(shared) and statistics.fmean(values.values())
+    ]
+    if (len(alike) - 1) * (len(shared) - 1) >= LEAST_FREEDOM:
         differences = [second[seed] - first[seed] for seed in shared]
-        return statistics.fmean(differences), paired(differences)
+        means = [statistics.fmean(values[seed] for seed in shared) for values in (first, second)]
+        error = paired(differences) if len(alike) == 2 else blocked(alike, shared, math.hypot(*means))
+        return statistics.fmean(differences), error
     level = statistics.fmean(first.values())
     difference = statistics.fmean(second.values()) - level
-    found = pooled_spread(groups)
+    found = pooled_spread([list(values.values()) for values in settings])
     if found is None:
         return difference, None
     return difference, pooled(*found, level, len(first), len(second))

@@ -136,7 +136,7 @@ def _row(name: str, first: Setting, second: Setting, settings: Sequence[Setting]
             return row._replace(remark="not the same held-out pictures, times and noise")
         pictures = _pictures(name, first, second, at)
     groups = [
-        [run.curves[name].values[common[-1]] for run in setting.runs]
+        {seed: run.curves[name].values[common[-1]] for seed, run in setting.seeds.items()}
         for setting in settings
         if common and all(common[-1] in _values(run, name) for run in setting.runs)
     ]
@@ -203,7 +203,7 @@ def _speed(first: Setting, second: Setting, settings: Sequence[Setting]) -> Row 
         return None
     value = {id(run): run.speed for run in runs}
     means = [statistics.fmean(value[id(run)] for run in setting.runs) for setting in (first, second)]
-    groups = [[run.speed for run in s.runs if run.speed is not None] for s in settings]
+    groups = [{seed: run.speed for seed, run in s.seeds.items() if run.speed is not None} for s in settings]
     difference, seeds = between_seeds(_by_seed(first, value), _by_seed(second, value), groups)
     if seeds is None and all(len(run.speeds) > 2 for run in runs):
         errors = [statistics.stdev(run.speeds) / math.sqrt(len(run.speeds)) for run in runs]

@@ -55,6 +55,25 @@ def test_three_seeds_in_common_are_paired():
     assert found.sentence.startswith("better by held-out loss, EMA at 4,800 samples: -2.73 % ± 2.26 %")
 
 
+def test_many_settings_with_the_same_seeds_share_their_noise():
+    """Blocks of a seed, of which two settings are the paired test with relative values."""
+    generator = random.Random(3)
+    values = {rate: [1 + 0.05 * s + generator.gauss(0, 0.001) for s in range(3)] for rate in (1, 2, 3, 4, 5)}
+    values[2] = [value * 0.995 for value in values[2]]
+    runs = [flat(s, rate, values[rate][s]) for rate in values for s in range(3)]
+    second = compare(group(runs))[0].rows[0]
+    assert second.interval.seeds.freedom == 8
+    assert "3 seeds, paired, spread of 5 settings" in second.interval.seeds.basis
+    assert second.interval.seeds.value == pytest.approx(0.001 * math.sqrt(2 / 3), rel=0.5)
+    assert second.verdict == "better"
+    two = [dict(enumerate(values[rate])) for rate in (1, 2)]
+    means = [sum(one.values()) / 3 for one in two]
+    relative = [b / means[1] - a / means[0] for a, b in zip(*(one.values() for one in two), strict=True)]
+    blocks = seed_noise.blocked(two, [0, 1, 2], math.sqrt(2))
+    assert blocks.value == pytest.approx(seed_noise.paired(relative).value)
+    assert blocks.freedom == 2
+
+
 def test_other_seeds_share_the_spread_of_all_settings():
     """Each has 0.99 and 1.01: s = 0.0141, two degrees of freedom, 4.3027 * s * sqrt(1 / 2 + 1 / 2)."""
     runs = [flat(0, 1, 0.99), flat(1, 1, 1.01), flat(2, 2, 0.99), flat(3, 2, 1.01)]
