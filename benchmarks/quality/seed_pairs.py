@@ -2,6 +2,7 @@
 
 python -m benchmarks seed_pairs                                      # 40 seeds, 20 pairs; minutes on one core
 python -m benchmarks seed_pairs --seeds 4 --output pairs.json        # try it
+python -m benchmarks seed_pairs --judge                              # the same runs by the rules of today
 
 A small denoiser on the built-in digits, once for each seed, and for a few seeds with ten times the learning
 rate and a tenth of it. Kept are the records of the held-out loss; tests judge the pairs from them.
@@ -14,13 +15,15 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
 from millrace.benchmarks.report.recording import RESULTS, environment, write
 from millrace.engine.cli import command_parser, number, run_command
 from millrace.engine.comparison.run_curves import HELD_OUT, Curve, RunCurves
+from millrace.engine.comparison.seed_noise import half_width, spread_of_course
 from millrace.engine.comparison.verdicts import compare_pair
 from millrace.engine.config import Config
 from millrace.engine.config.loading import merge, parse_config
@@ -98,6 +101,32 @@ def judged(runs: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return {name: dict(counts) for name, counts in found.items()}
 
 
+class Measured(NamedTuple):
+    """Of all pairs of runs that differ in seed, as root mean squares."""
+
+    spread: float
+    """Difference of the EMA's loss at the end, relative to the loss."""
+    ratio: float
+    """The same difference over the spread of the model's loss along the training."""
+    by_pictures: float
+    """Share of the pairs that the pictures alone would tell apart with CONFIDENCE."""
+
+
+def measured(runs: list[dict[str, Any]]) -> Measured:
+    """What the constants of compare come from."""
+    same = [curves_of(run) for run in runs if run["name"] == "same"]
+    spreads, ratios, told = [], [], []
+    for first, second in combinations(same, 2):
+        interval = compare_pair(first, second).rows[0].interval
+        one, two = (run.curves[HELD_OUT["model"]].values for run in (first, second))
+        course = spread_of_course([two[n] - one[n] for n in sorted(one)])
+        ema = first.curves[HELD_OUT["ema"]].values
+        spreads.append((interval.difference / ema[max(ema)]) ** 2)
+        ratios.append((interval.difference / course) ** 2)
+        told.append(abs(interval.difference) > half_width(interval.pictures, None))
+    return Measured(fmean(spreads) ** 0.5, fmean(ratios) ** 0.5, fmean(told))
+
+
 def main() -> int:
     """Train every seed, write the records."""
     parser: argparse.ArgumentParser = command_parser(__doc__)
@@ -105,7 +134,13 @@ def main() -> int:
         "--seeds", type=number(int, 2), default=40, metavar="N", help="runs that differ only so"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "seed_pairs.json", metavar="FILE.json")
+    parser.add_argument(
+        "--judge", action="store_true", help="train nothing, judge the runs of --output again"
+    )
     arguments = parser.parse_args()
+    if arguments.judge:
+        content = json.loads(arguments.output.read_text())
+        return finish(content, content["runs"], arguments.output)
     torch.set_num_threads(1)
     jobs = [("same", seed) for seed in range(arguments.seeds)]
     jobs += [
@@ -120,11 +155,17 @@ def main() -> int:
             runs.append({"name": name, "seed": seed, **summary_of(folder)})
             print(f"{name} seed {seed}: held-out loss {runs[-1]['loss']['ema'][-1]:.5f}", flush=True)
     head = {"benchmark": "seed_pairs", **environment(), "config": SMALL, "rates": RATES}
+    return finish(head, runs, arguments.output)
+
+
+def finish(head: dict[str, Any], runs: list[dict[str, Any]], path: Path) -> int:
+    """Judge the pairs, write and tell."""
     found = judged(runs)
-    write(arguments.output, head | {"verdicts": found, "runs": runs})
+    write(path, head | {"verdicts": found, "runs": runs})
     for name, counts in found.items():
         print(f"{name}: {', '.join(f'{count} {verdict}' for verdict, count in sorted(counts.items()))}")
-    print(f"results in {arguments.output}")
+    print(measured(runs))
+    print(f"results in {path}")
     return 0
 
 

@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 CONFIDENCE = 0.95
 FACTOR = 2.5
-"""Standard deviation between pairs of seeds over the spread along the training: 2.4 as root mean square over
+"""Standard deviation between pairs of seeds over the spread along the training: 2.3 as root mean square over
 the pairs of `python -m benchmarks seed_pairs`, rounded up."""
 FREEDOM = 4
 """Degrees of freedom that are given to the error of a single pair of runs: it is known roughly."""
 LEAST_SPREAD = 0.002
-"""Error of the seeds of a single pair, relative to the value, at least: the same runs have 0.0035."""
+"""Error of the seeds of a single pair, relative to the value, at least: the same runs have 0.0032."""
 FEWEST = 5
 """Measurements in the second half of a training from which a spread is taken."""
 MOST_SEEDS = 30
