@@ -76,7 +76,17 @@ def table(settings: "Sequence[Setting]", comparisons: "Sequence[Comparison]") ->
     lines = [f"{first.letter}  {_runs(first)}"]
     for found in comparisons:
         lines.append(f"{found.setting.letter}  {_runs(found.setting)}: {_differing(found)}")
-    head = ("", "quantity", "samples", first.letter, "other", "difference", "95 %", "", "verdict")
+    head = (
+        "",
+        "quantity",
+        "samples",
+        first.letter,
+        "other",
+        "difference",
+        "95 %",
+        f"of {first.letter}",
+        "verdict",
+    )
     rows = [head]
     remarks = []
     for found in comparisons:

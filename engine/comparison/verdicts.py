@@ -227,7 +227,7 @@ def _sentence(rows: list[Row], first: Setting, second: Setting) -> str:
     found, count = row.interval, min(len(first.runs), len(second.runs))
     percent, width = 100 * found.difference / row.first, 100 * found.half / row.first
     text = f"{row.verdict} by {row.quantity} at {row.samples:,} samples: {percent:+.2f} % ± {width:.2f} %"
-    text += f" ({CONFIDENCE:.0%}; {found.seeds.basis})"
+    text += f" ({100 * CONFIDENCE:g} %; {found.seeds.basis})"
     if found.decided:
         return text
     shared = set(first.seeds) == set(second.seeds)

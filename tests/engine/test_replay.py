@@ -119,9 +119,9 @@ def test_a_difference_is_told(staged):
     [
         {"objective": {"contrastive_weight": 0.05}},
         {"routing": {"policy": "tread", "start": 1, "end": 1, "drop": 0.5}},
-        {"data": {"aspect": "mixed"}},
+        {"data": {"aspect": "mixed"}, "validation": {"every_steps": 1, "share": 0.3, "times": 2}},
     ],
-    ids=["contrastive", "tread", "mixed"],
+    ids=["contrastive", "tread", "mixed, some held out"],
 )
 def test_samples_alone_have_the_losses_of_the_step(changes, runs, tmp_path):
     output = tmp_path / "run"
