@@ -23,6 +23,7 @@ PROGRAMS = {
     "ablations": "quality.ablations",
     "guidance": "quality.guidance",
     "fp8_parity": "quality.fp8_parity",
+    "seed_pairs": "quality.seed_pairs",
     "pages": "report.pages",
 }
 """Names to modules of this package, each with a `main` that reads the command line."""

@@ -18,7 +18,7 @@ from typing import NoReturn
 from millrace.engine.util.errors import FailedElsewhere, UserError, did_you_mean
 from millrace.engine.util.files import is_url
 
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan")
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "compare", "replay")
 """`millrace NAME` is `main` of the module `millrace.engine.NAME`."""
 VERSIONS_OF = ("millrace", "torch", "triton", "deepspeed")
 

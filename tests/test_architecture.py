@@ -36,6 +36,7 @@ ROOMS = (
     "engine.repa_e",
     "engine.publishing",
     "engine.evaluation",
+    "engine.comparison",
     "engine.planning",
     "engine",
 )
@@ -229,7 +230,7 @@ def graph_of_imports() -> dict[str, set[str]]:
 
 
 LIGHT = ("engine.cli", "engine.config", "engine.util", "engine.sampling.model_arguments")
-COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan")
+COMMANDS = ("train", "sample", "evaluate", "export", "prepare", "cache", "plan", "compare", "replay")
 
 
 @pytest.mark.parametrize("room", [*LIGHT, *(f"engine.{name}" for name in COMMANDS)])

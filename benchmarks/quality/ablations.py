@@ -18,6 +18,7 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -162,7 +163,11 @@ def main() -> int:
 def work_off(what: str, jobs: list[Job], book: "Book", work: Path, arguments: argparse.Namespace) -> None:
     """Run what is not finished."""
     left = [job for job in jobs if not book.has(job)]
-    print(f"{what}: {len(jobs)} runs, {len(jobs) - len(left)} of them finished before", flush=True)
+    line = f"{what}: {len(jobs)} runs, {len(jobs) - len(left)} of them finished before"
+    if left and (seconds := book.seconds_a_run()):
+        at_once = arguments.jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+        line += f"; about {len(left) * seconds / at_once / 60:.0f} minutes, as long as the runs on file took"
+    print(line, flush=True)
     run_all(left, book, work, book.result["judge"] is not None, arguments)
 
 
@@ -292,6 +297,12 @@ class Book:
     def has(self, job: Job) -> bool:
         """Whether the run is finished."""
         return (job.name, job.seed, job.lr, job.digest()) in self._runs
+
+    def seconds_a_run(self) -> float | None:
+        """Mean duration of the finished runs that were on file, training and looking; None without any."""
+        parts = (run for run in self._old.values() if run.get("train_seconds") and run.get("look_seconds"))
+        times = [run["train_seconds"] + run["look_seconds"] for run in parts]
+        return statistics.fmean(times) if times else None
 
     def add(self, job: Job, outcome: Result) -> None:
         """Record a run that ended, well or not."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from millrace.benchmarks.report.recording import ROOT
+from millrace.engine.comparison.seed_noise import Error, between_seeds, half_width
 
 Result = dict[str, Any]
 
@@ -14,8 +15,8 @@ PUBLISHED = ROOT / "benchmarks" / "published.json"
 MEASURES = ("frechet", "accuracy", "recall", "held_out_loss", "loss", "images_per_second", "frechet_curated")
 """What a run yields; of these accuracy, recall and images_per_second are better the higher they are."""
 HIGHER = ("accuracy", "recall", "images_per_second")
-QUALITY = ("frechet", "recall", "held_out_loss")
-"""What decides whether a row is better, the first that was measured."""
+QUALITY = ("held_out_loss", "frechet", "recall")
+"""What a row is judged by: the loss of the model, and its samples."""
 
 
 class Value(NamedTuple):
@@ -27,22 +28,30 @@ class Value(NamedTuple):
     seeds: int
 
 
-class Comparison(NamedTuple):
-    """A row beside the baseline, seed by seed."""
+class Beside(NamedTuple):
+    """A measure of a row beside the baseline's, with the noise between seeds as `millrace compare` has it."""
 
     measure: str
-    better: int
-    """Seeds in which the row was better."""
     seeds: int
-    ratio: float
-    """Mean of the row over mean of the baseline, over the seeds that both have."""
+    """That both have."""
+    baseline: float
+    difference: float
+    error: Error | None
+    """None where every row has one seed."""
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval of the difference."""
+        return None if self.error is None else half_width(self.error, None)
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` if every one of at least two seeds says so."""
-        if self.seeds > 1 and self.better in (0, self.seeds):
-            return "better" if self.better else "worse"
-        return "unclear"
+        """better, worse, not decided, or one seed."""
+        if self.seeds < 2 or self.half is None:
+            return "one seed"
+        if abs(self.difference) <= self.half:
+            return "not decided"
+        return "better" if (self.difference > 0) is (self.measure in HIGHER) else "worse"
 
 
 def measures(run: Result) -> dict[str, float]:
@@ -74,19 +83,29 @@ def table(result: Result) -> dict[str, dict[str, Value]]:
     return found
 
 
-def compare(result: Result, name: str) -> Comparison | None:
-    """A row beside the first one, on the seeds that both have; None where there is nothing to compare."""
-    baseline, runs = (finished(result, row) for row in (result["rows"][0]["name"], name))
-    seeds = sorted(baseline.keys() & runs.keys())
-    pairs = [(measures(baseline[seed]), measures(runs[seed])) for seed in seeds]
-    measure = next((m for m in QUALITY if pairs and all(m in old and m in new for old, new in pairs)), None)
-    if measure is None or name == result["rows"][0]["name"]:
-        return None
-    sign = 1 if measure in HIGHER else -1
-    better = sum(sign * (new[measure] - old[measure]) > 0 for old, new in pairs)
-    olds, news = zip(*((old[measure], new[measure]) for old, new in pairs), strict=True)
-    base = statistics.fmean(olds)
-    return Comparison(measure, better, len(seeds), statistics.fmean(news) / base if base else math.nan)
+def compare(result: Result, name: str) -> list[Beside]:
+    """A row beside the first one, by each measure of QUALITY that both have; empty where there is nothing to
+    compare."""
+    first = result["rows"][0]["name"]
+    values = {
+        row["name"]: {seed: measures(run) for seed, run in finished(result, row["name"]).items()}
+        for row in result["rows"]
+    }
+    if name == first or not values[first] or not values.get(name):
+        return []
+    found = []
+    for measure in QUALITY:
+        by_seed = {
+            row: {seed: run[measure] for seed, run in runs.items() if measure in run}
+            for row, runs in values.items()
+        }
+        old, new = by_seed[first], by_seed[name]
+        if old and new:
+            rows = [numbers for numbers in by_seed.values() if numbers]
+            difference, error = between_seeds(old, new, rows)
+            seeds = min(len(old), len(new))
+            found.append(Beside(measure, seeds, statistics.fmean(old.values()), difference, error))
+    return found
 
 
 def at_times(result: Result, name: str, shares: tuple[float, ...]) -> list[Value]:

@@ -1,10 +1,12 @@
 """docs/logbook.md: the post's techniques and our runs of them; the newest of every scale and data set."""
 
+import math
 from typing import Any
 
 from millrace.benchmarks.quality.ablations_table import (
-    HIGHER,
+    QUALITY,
     RATED_BY,
+    Beside,
     Value,
     at_times,
     best_rate,
@@ -23,8 +25,9 @@ The techniques of Photoroom's *Training Design for Text-to-Image Models*, each r
 and set beside what the post reports. Written by `python -m benchmarks pages` from the files
 `benchmarks/results/ablations*.json`, which `python -m benchmarks ablations` writes, and `guidance*.json` of
 `python -m benchmarks guidance`: change those, not this page.
-Sentences about what helped are made from the numbers by a fixed rule: better or worse is what was so with
-every seed, of at least two; everything else is called unclear."""
+Sentences about what helped are made from the numbers as `millrace compare` makes them
+([comparing.md](comparing.md)): better or worse is a difference whose 95 % interval, by the noise between
+seeds, leaves out zero; everything else is not decided, and a row with one seed says so."""
 WORDS = {
     "frechet": "Frechet distance",
     "accuracy": "caption accuracy",
@@ -134,15 +137,16 @@ def main_table(result: Result, rows: dict[str, dict[str, Value]]) -> str:
     """Ours at the left, the post at the right."""
     names = [name for name in WORDS if any(name in found for found in rows.values())]
     head = ["configuration", "seeds", *(WORDS[name] for name in names)]
-    head += ["ours to baseline", "better in", "compute / weights"]
+    judged = [measure for measure in QUALITY if measure in names]
+    head += [*(f"{WORDS[measure]} to baseline" for measure in judged), "compute / weights"]
     head += ["post: FID", "its FID to baseline", "post: CMMD", "post: batches/s"]
     posts, lines = published_rows(), []
     for name, found in rows.items():
         run = next(r for r in result["runs"] if r["name"] == name and r["status"] == "done")
         cells = [f"`{name}`", str(next(iter(found.values())).seeds)]
         cells += [show(found.get(measure)) for measure in names]
-        beside = compare(result, name)
-        cells += [f"{beside.ratio:.2f}", f"{beside.better} of {beside.seeds}"] if beside else ["-", "-"]
+        beside = {found.measure: change(found) for found in compare(result, name)}
+        cells += [beside.get(measure, "-") for measure in judged]
         cells.append(f"{run['compute']} / {run['master']}")
         if name in posts:
             row, base = posts[name]
@@ -155,25 +159,32 @@ def main_table(result: Result, rows: dict[str, dict[str, Value]]) -> str:
     return Table(head, lines).markdown() if lines else "No run has finished."
 
 
+def change(found: Beside) -> str:
+    """A difference from the baseline in percent, with its interval."""
+    scale = 100 / abs(found.baseline) if found.baseline else math.nan
+    half = "" if found.half is None else f" ± {found.half * scale:.1f}"
+    return f"{found.difference * scale:+.1f}{half} %"
+
+
 def verdict(result: Result, name: str) -> str | None:
-    """What a row did to the first measure of quality, here and in the post."""
-    beside = compare(result, name)
-    if beside is None:
+    """What a row did to the measures of quality, here and in the post."""
+    found = compare(result, name)
+    if not found:
         return None
-    higher = "higher" if beside.measure in HIGHER else "lower"
-    text = (
-        f"- `{name}`: **{beside.verdict}**. {WORDS[beside.measure]} ({higher} is better) {beside.ratio:.2f} "
-        f"times the baseline's, better with {beside.better} of {beside.seeds} seeds."
-    )
+    parts = [f"{WORDS[one.measure]} **{one.verdict}** ({change(one)})" for one in found]
+    text = f"- `{name}`: {', '.join(parts)}."
     posts = published_rows()
     if name not in posts:
         return f"{text} The post gives no numbers."
     row, base = posts[name]
     theirs = "better" if row["fid"] < base["fid"] else "worse"
     text += f" The post: {theirs}, FID {row['fid']:.2f} against {base['fid']:.2f}."
-    if beside.verdict == "unclear":
-        return f"{text} Whether that holds here is not clear."
-    return f"{text} {'The same here.' if theirs == beside.verdict else 'It does not hold here.'}"
+    ours = {one.verdict for one in found} & {"better", "worse"}
+    if not ours:
+        return f"{text} Whether that holds here is not decided."
+    if len(ours) > 1:
+        return f"{text} Here loss and samples disagree."
+    return f"{text} {'The same here.' if theirs in ours else 'It does not hold here.'}"
 
 
 def guidance_section(result: Result) -> str:

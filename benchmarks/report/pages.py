@@ -8,7 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from millrace.benchmarks.report import fp8_section, logbook_page, performance_page, settings_section
+from millrace.benchmarks.report import (
+    fp8_section,
+    logbook_page,
+    performance_page,
+    seed_pairs_section,
+    settings_section,
+)
 from millrace.benchmarks.report.recording import RESULTS, ROOT, Result, read_results
 from millrace.engine.cli import command_parser, run_command
 
@@ -17,6 +23,7 @@ PAGES: dict[str, Callable[[list[Result], str], str]] = {
     "performance.md": lambda results, _: performance_page.page(results),
     "logbook.md": lambda results, _: logbook_page.page(results),
     "precision.md": fp8_section.page,
+    "comparing.md": seed_pairs_section.page,
     "planning.md": settings_section.page,
 }
 """By name: the text of the page, from all results and the text that is there."""

@@ -125,6 +125,16 @@ def drop_after(path: Path, step: int) -> None:
         os.fsync(file.fileno())
 
 
+def steps_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of steps in a run's log, in order; not those of evaluations, nor damaged lines. Raises
+    OSError."""
+    with path.open("rb") as file:
+        for line in file:
+            record = _record(line)
+            if record is not None and "evaluation" not in record:
+                yield record
+
+
 def lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """(offset, line with its newline if it has one) of a file from its last line to its first."""
     start, tail, size = file.seek(0, os.SEEK_END), b"", _BLOCK

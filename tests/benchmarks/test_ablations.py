@@ -70,10 +70,10 @@ def results(*runs, names=("latent_256", "latent_256_muon", "bf16_master", "laten
 
 
 FULL = results(
-    *(run("latent_256", seed, frechet) for seed, frechet in enumerate((2.0, 3.0))),
-    *(run("latent_256_muon", seed, frechet) for seed, frechet in enumerate((1.0, 2.0))),
-    *(run("bf16_master", seed, frechet, master="bfloat16") for seed, frechet in enumerate((1.0, 2.5))),
-    *(run("latent_256_tread", seed, frechet) for seed, frechet in enumerate((1.9, 3.1))),
+    *(run("latent_256", seed, frechet) for seed, frechet in enumerate((2.0, 3.0, 4.0))),
+    *(run("latent_256_muon", seed, frechet) for seed, frechet in enumerate((1.0, 1.9, 3.1))),
+    *(run("bf16_master", seed, frechet, master="bfloat16") for seed, frechet in enumerate((1.0, 2.0, 3.1))),
+    *(run("latent_256_tread", seed, frechet) for seed, frechet in enumerate((1.9, 3.1, 4.0))),
     run("mine", 1, 6.0),
     run("latent_256", 1000, 0.4, lr=0.001, held_out=0.5),
     run("latent_256", 1000, 0.5, lr=0.002, held_out=0.4),
@@ -83,21 +83,35 @@ FULL = results(
 
 def test_means_and_spreads_are_over_seeds_without_the_sweep():
     found = table.table(FULL)
-    assert found["latent_256"]["frechet"] == (2.5, statistics.stdev([2.0, 3.0]), 2)
+    assert found["latent_256"]["frechet"] == (3.0, statistics.stdev([2.0, 3.0, 4.0]), 3)
     assert found["mine"]["frechet"] == (6.0, None, 1)
     assert found["latent_256"]["loss"].mean == 0.5
-    assert table.show(found["latent_256"]["frechet"]) == "2.50 ± 0.71"
+    assert table.show(found["latent_256"]["frechet"]) == "3.00 ± 1.00"
     assert table.show(table.Value(0.012345, None, 1)) == "0.0123"
 
 
-def test_rows_are_compared_with_the_baseline_seed_by_seed():
-    assert table.compare(FULL, "latent_256") is None
-    muon = table.compare(FULL, "latent_256_muon")
-    assert (muon.measure, muon.better, muon.seeds, muon.verdict) == ("frechet", 2, 2, "better")
-    assert muon.ratio == pytest.approx(1.5 / 2.5)
-    assert table.compare(FULL, "latent_256_tread").verdict == "unclear"
-    alone = table.compare(FULL, "mine")
-    assert (alone.ratio, alone.seeds, alone.verdict) == (2.0, 1, "unclear")
+def test_rows_are_compared_with_the_baseline_by_the_noise_between_seeds():
+    assert table.compare(FULL, "latent_256") == []
+    loss, samples = table.compare(FULL, "latent_256_muon")
+    assert (loss.measure, loss.difference, loss.verdict) == ("held_out_loss", 0.0, "not decided")
+    assert (samples.measure, samples.seeds, samples.baseline) == ("frechet", 3, 3.0)
+    assert samples.difference == pytest.approx(-1.0)
+    assert samples.error.basis == "3 seeds, paired, spread of 4 settings"
+    assert samples.verdict == "better"
+    assert table.compare(FULL, "mine")[1].verdict == "one seed"
+
+
+@pytest.mark.parametrize(
+    ("frechet", "verdict"),
+    [((1.0, 1.9, 3.1), "better"), ((3.1, 4.0, 4.9), "worse"), ((1.0, 3.0, 5.0), "not decided")],
+)
+def test_three_seeds_decide(frechet, verdict):
+    """Paired: -1.0, -1.0 and -0.9 are decided, -1 to 1 is not."""
+    rows = [run("latent_256", seed, 2.0 + seed, held_out=0.3 + seed / 100) for seed in range(3)]
+    rows += [run("latent_256_muon", seed, value) for seed, value in enumerate(frechet)]
+    found = table.compare(results(*rows), "latent_256_muon")[1]
+    assert (found.measure, found.verdict) == ("frechet", verdict)
+    assert "3 seeds, paired" in found.error.basis
 
 
 def test_losses_at_times():
@@ -110,15 +124,20 @@ def test_the_best_learning_rate_has_the_lowest_held_out_loss():
 
 def test_the_page_says_what_the_numbers_say_beside_the_post():
     text = page.page([FULL])
-    assert "| `latent_256` | 2 | 2.50 ± 0.71 |" in text
+    assert "| `latent_256` | 3 | 3.00 ± 1.00 |" in text
     muon = next(line for line in text.splitlines() if line.startswith("- `latent_256_muon`"))
-    assert "**better**" in muon
+    assert (
+        "held-out loss **not decided** (+0.0 ± 0.0 %), Frechet distance **better** (-33.3 ± 18.3 %)" in muon
+    )
     assert "The post: better, FID 15.55 against 18.20. The same here." in muon
     weights = next(line for line in text.splitlines() if line.startswith("- `bf16_master`"))
     assert "The post: worse, FID 21.87 against 18.20. It does not hold here." in weights
     tread = next(line for line in text.splitlines() if line.startswith("- `latent_256_tread`"))
-    assert "**unclear**" in tread
-    assert "Whether that holds here is not clear." in tread
+    assert "Frechet distance **not decided**" in tread
+    assert "Whether that holds here is not decided." in tread
+    assert "held-out loss **one seed** (+0.0" in next(
+        line for line in text.splitlines() if line.startswith("- `mine`:")
+    )
     assert "- `mine` seed 0: it broke" in text
     assert "| `latent_256` | 0.500 | 0.400 | - | 0.002 |".replace(" - |", "") in text
     assert "bfloat16 / bfloat16" in text

@@ -112,10 +112,9 @@ class Runs:
             self._ended(ranks, -signal.SIGKILL, run_counted, [job], share * found[name][0].events)
         return found
 
-    def apart(self, function: Callable, *arguments: object) -> object:
-        """What a function returns that is called in a process of its own."""
-        (child,) = self._ended(1, 0, function, *arguments)
-        return child.result()
+    def apart(self, function: Callable, *arguments: object, ranks: int = 1) -> object:
+        """What a function returns, on the first rank, that is called in processes of its own."""
+        return self._ended(ranks, 0, function, *arguments)[0].result()
 
     def script(
         self, name: str | Path, *arguments: object, ranks: int = 1, cwd: Path = ROOT

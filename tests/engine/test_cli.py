@@ -50,6 +50,8 @@ CASES = {
         [["text", "--config", "quickstart", *BAD], ["text", "--config", "quickstat"], ["pixels"]],
     ),
     "plan": ([], [["--config", "quickstart", *BAD], ["--config", "quickstat"], ["--gpus", "0"], PLANNED]),
+    "compare": ([], [["nowhither", "other"], ["FOLDER", "other"], ["single"], ["FOLDER", "FOLDER"]]),
+    "replay": (["--step", "3"], [["nowhere"], ["FOLDER"], ["x", "--step", "0"]]),
 }
 """Words of every call of a command, and those of calls that are refused."""
 SAID = {
@@ -61,6 +63,13 @@ SAID = {
     ("--plan", "0"): "--plan: '0' is not a whole number of 1 or more",
     ("--gpus", "0"): "--gpus: '0' is not a whole number of 1 or more",
     ("--device", "rtx4900"): "--device: 'rtx4900' is unknown; did you mean 'rtx4090'?",
+    ("nowhither", "other"): "RUN nowhither: no such file or folder",
+    ("FOLDER", "other"): "no run: config.json is missing or cannot be read",
+    ("single",): "RUN: give two runs or more (millrace compare --help)",
+    ("FOLDER", "FOLDER"): "given twice",
+    ("3", "nowhere"): "RUN nowhere: no such file or folder",
+    ("3", "FOLDER"): "no run: config.json is missing or cannot be read",
+    ("--step", "0"): "--step: '0' is not a whole number of 1 or more",
     ("--size", "3"): "--size: '3': write it as HEIGHTxWIDTH",
     ("--samples", "many"): "--samples: 'many' is not a whole number of 2 or more",
     ("--dtype", "int8"): "--dtype: invalid choice: 'int8'",
