@@ -308,7 +308,7 @@ class Fuzzer:
 
     def _convert(self, raw: RawSample) -> None:
         try:
-            bucket, stored = convert(raw, SETTINGS)
+            bucket, stored, _ = convert(raw, SETTINGS)
         except Rejected as problem:
             _expect(isinstance(problem.reason, Reason), f"{problem!r}")
             self.outcomes[f"picture {problem.reason}"] += 1
