@@ -70,9 +70,9 @@ class RunSamples:
             for line in self._evaluation.describe():
                 log.say(line)
             self._evaluation.prepare(log.say)
-        if config.validation.every_steps:
-            assert data.held_out is not None
-            self._held_out = HeldOutLoss(config, data.held_out, prepare)
+        held_out = data.held_out
+        if config.validation.every_steps and held_out is not None:  # which the configuration has made sure of
+            self._held_out = process_group.leaders_first(lambda: HeldOutLoss(config, held_out, prepare))
             log.say(self._held_out.describe())
 
     def due(self, step: int) -> bool:
