@@ -159,8 +159,10 @@ class Trainer:
             )
         )
         messages += self._check_size(frozen.autoencoder.factor)
+        # A cache of the teacher's features knows pictures by their names.
+        seen = self.data_digest + (", whole pictures" if self.config.data.crop == "none" else "")
         teacher = process_group.leaders_first(
-            lambda: self.open_teacher(self.config.alignment, self.device, self.data_digest)
+            lambda: self.open_teacher(self.config.alignment, self.device, seen)
         )
         messages += self._build_model(reader, teacher.dim if teacher else 0)
         messages += self._build_optimizer(reader)

@@ -105,7 +105,8 @@ class Reference:
         first call reads the names."""
         if not self._identity:
             digest, data = sha256(self._description()), self._data
-            self._identity = f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}"
+            whole = ", whole" if data.crop == "none" else ""
+            self._identity = f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}{whole}"
         return self._identity
 
     def _description(self) -> Iterator[bytes]:
