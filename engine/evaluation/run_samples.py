@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from millrace.engine.config import Config
+from millrace.engine.config.evaluation import TITLES, MetricName
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.batch_encoder import BatchEncoder
@@ -28,8 +29,8 @@ class RunSamples:
         log: gets the grids and the metrics.
         prompts: of the grids.
 
-    Raises UserError for networks or reference pictures that cannot be used; the statistics of reference
-    pictures are made now, before the first step. Collective.
+    Raises UserError for networks or reference pictures that cannot be used, unless `evaluation.missing` is
+    skip; the statistics of reference pictures are made now, before the first step. Collective.
     """
 
     def __init__(
@@ -46,13 +47,18 @@ class RunSamples:
         self.output, self.log = output, log
         self._evaluation: Evaluation | None = None
         if config.evaluation.every_steps:
-            edge = config.model.patch_size * prepare.autoencoder.factor
-            self._evaluation = process_group.leaders_first(
-                lambda: Evaluation(config, edge, prepare.device, source)
+            edge, missing = config.model.patch_size * prepare.autoencoder.factor, config.evaluation.missing
+            evaluation = process_group.leaders_first(
+                lambda: Evaluation(config, edge, prepare.device, source, missing=missing)
             )
-            for line in self._evaluation.describe():
-                log.say(line)
-            self._evaluation.prepare(log.say)
+            evaluation.agree()
+            if evaluation.lacking:
+                log.say(_without(evaluation))
+            if evaluation.networks:
+                for line in evaluation.describe():
+                    log.say(line)
+                evaluation.prepare(log.say)
+                self._evaluation = evaluation
 
     def due(self, step: int) -> bool:
         """Whether anything is to be made after this many steps; the run's last step counts too."""
@@ -88,7 +94,8 @@ class RunSamples:
 
     def _due(self, step: int) -> tuple[bool, bool]:
         last = step == self.config.run.steps
-        every = self.config.sampling.every_steps, self.config.evaluation.every_steps
+        evaluates = self.config.evaluation.every_steps if self._evaluation is not None else 0
+        every = self.config.sampling.every_steps, evaluates
         grid, evaluation = (n > 0 and (last or step % n == 0) for n in every)
         return grid, evaluation
 
@@ -123,3 +130,17 @@ class RunSamples:
         weights = "model" if not self.config.ema.enabled else "ema" if asked == "auto" else asked
         self.log.evaluation(step, scores.record() | {"weights": weights})
         self.log.say(f"step {step}, {weights} weights, {self.config.data.resolution} px: {scores.line()}")
+
+
+def _without(evaluation: Evaluation) -> str:
+    """One line: the metrics that a run trains without, and what each lacks."""
+    lacks = dict.fromkeys(f"{reason} ({_titles(metrics)})" for reason, metrics in evaluation.lacking.items())
+    metrics = dict.fromkeys(metric for found in evaluation.lacking.values() for metric in found)
+    return (
+        f"warning: this run computes no {_titles(tuple(metrics))}. Missing: {'; '.join(lacks)}. "
+        "docs/evaluation.md says where to get it; a run that is resumed looks again"
+    )
+
+
+def _titles(metrics: tuple[MetricName, ...]) -> str:
+    return ", ".join(TITLES[metric] for metric in metrics)
