@@ -9,7 +9,7 @@ from millrace.engine.config.section import PathText, Section
 MetricName = Literal["fid", "fid_prx", "cmmd", "dino_mmd"]
 TITLES: dict[MetricName, str] = {
     "fid": "FID",
-    "fid_prx": "FID as PRX computes it (of negatives)",
+    "fid_prx": "FID of PRX (of negatives)",
     "cmmd": "CMMD",
     "dino_mmd": "DINO-MMD",
 }
