@@ -16,7 +16,8 @@ configuration names no path, at the published size. --conditioning says where in
   cached    one micro-batch of random numbers in the true shapes, kept on the device: what the step costs by
             itself, with no pictures, no text encoder and no autoencoder. Square pictures, equal caption
             lengths. The teacher of an alignment runs in every step.
-  pictures  pictures decoded, cropped and encoded in every step; text rows as in `cached`.
+  pictures  pictures decoded, cropped and encoded in every step; text rows as in `cached`. The post's
+            runs were fed so (decoded pictures, live autoencoder, stored text): its speeds belong beside it.
   live      pictures decoded and cropped (ahead), captions and pictures encoded in every step, on CUDA beside
             the step before, as in training. Caches that the configuration names are read.
 
@@ -25,7 +26,8 @@ time, so stalls count; batches/s is images/s / 256, the unit of the post. A micr
 GPU is halved until it does. On CUDA the rows are also written as JSON to benchmarks/results/, elsewhere only
 with --output.
 
---suite post measures every row of the post's tables that has a speed, and as peers diffusers' PRX in a plain
+--suite post measures every row of the post's tables that has a speed, on `pictures`, `cached` and `live`
+(rows that differ by the autoencoder not on `cached`, where none runs), and as peers diffusers' PRX in a plain
 compiled loop (with its broadcast attention mask, and with the materialised one that Photoroom/PRX has), and
 the same under FSDP2, and the dense baselines once more with FP8 products (`precision.fp8`), by each backend
 that is installed. The most telling cases come first; --seconds bounds the time; a case that fails is
@@ -62,7 +64,7 @@ def parse() -> argparse.Namespace:
         "--conditioning",
         nargs="+",
         choices=tuple(TRAINERS),
-        help="where the inputs come from: a row for each (default cached; with --suite cached and live)",
+        help="where the inputs come from: a row for each (default cached; with --suite all three)",
     )
     add(
         "--stage",
@@ -105,7 +107,8 @@ def parse() -> argparse.Namespace:
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     _check(arguments)
-    arguments.conditioning = arguments.conditioning or ["cached", *(["live"] if arguments.suite else [])]
+    every = ["pictures", "cached", "live"]
+    arguments.conditioning = arguments.conditioning or (every if arguments.suite else ["cached"])
     arguments.conditioning = list(dict.fromkeys(arguments.conditioning))
     arguments.config = arguments.config or report.published_configs()
     few = 2 if arguments.suite else 4

@@ -32,7 +32,7 @@ SMOKE_SAMPLES = 32
 
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
-    from millrace.engine.config.evaluation import TITLES, MetricName
+    from millrace.engine.config.evaluation import FEATURES_OF, TITLES, MetricName
     from millrace.engine.sampling.model_arguments import add_model_arguments
 
     parser = command_parser(__doc__, "millrace evaluate", launched=True)
@@ -66,9 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache",
         metavar="FOLDER",
-        help="where statistics of reference pictures are kept for the next time; default evaluation.cache",
+        help="where statistics of reference pictures are kept for the next time; default evaluation.cache, "
+        "else beside the pictures",
     )
     for metric, title in TITLES.items():
+        if metric in FEATURES_OF:
+            continue
         parser.add_argument(
             f"--features.{metric}",
             dest=f"features_{metric}",
@@ -147,14 +150,15 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _given(arguments: argparse.Namespace) -> "list[Given]":
     """The settings that the command's own flags give."""
-    from millrace.engine.config.evaluation import TITLES
+    from millrace.engine.config.evaluation import FeaturePaths
     from millrace.engine.config.loading import Given
 
     flags = {
         f"--{name.replace('_', '-')}": (name, getattr(arguments, name))
         for name in ("metrics", "samples", "reference", "reference_samples", "seed", "cache")
     }
-    flags |= {f"--features.{m}": (f"features.{m}", getattr(arguments, f"features_{m}")) for m in TITLES}
+    networks = FeaturePaths.model_fields
+    flags |= {f"--features.{m}": (f"features.{m}", getattr(arguments, f"features_{m}")) for m in networks}
     return [
         Given(f"{flag} {' '.join(value) if flag == '--metrics' else value}", f"evaluation.{key}", value)
         for flag, (key, value) in flags.items()
@@ -172,13 +176,20 @@ def _with_arguments(config: "Config", arguments: argparse.Namespace) -> "Config"
         from millrace.engine.distributed import process_group
         from millrace.engine.evaluation.features import tiny_features, tiny_networks
 
-        folder = Path(arguments.cache or config.evaluation.cache) / "smoke"
+        folder = Path(arguments.cache) if arguments.cache else _run_folder(arguments.checkpoint)
+        folder = folder / "evaluate-smoke"
         # The first rank: in a job, transformers saves nothing on any other.
         tiny = tiny_features(process_group.lead(lambda: made_once(folder / "metrics", tiny_networks)))
         values = merge(values, {"evaluation": {"samples": SMOKE_SAMPLES, "features": tiny}})
         given = [setting for setting in given if setting.key != "evaluation.cache"]
         values["evaluation"]["cache"] = str(folder)
     return parse_config(values, arguments.config or str(arguments.checkpoint), given)
+
+
+def _run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint is of, or the folder that weights alone lie in."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def _require_writable(path: Path) -> None:

@@ -30,9 +30,10 @@ from millrace.engine.checkpoint.weight_formats import start_from
 from millrace.engine.checkpoint.weight_meaning import differing_meaning
 from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import differences
-from millrace.engine.config.stages import resolve_stages, stage_at
+from millrace.engine.config.stages import resolve_stages, stage_at, values_at
 from millrace.engine.data import SampleStream, fingerprint, open_source
 from millrace.engine.data.lasting_stream import LastingStream
+from millrace.engine.data.sample_choices import single_caption_warnings
 from millrace.engine.data.sources.held_out_split import Split, split
 from millrace.engine.data.sources.open_source import Opened
 from millrace.engine.distributed import deepspeed_engine, process_group
@@ -157,14 +158,17 @@ class Trainer:
         data = data_sets[self.config.data]
         self.source = data.train
         messages += self._load_counters(reader)
+        messages += self._caption_warnings()
         frozen = process_group.leaders_first(
             lambda: open_frozen(
                 self.config, self.source, self.device, self.open_autoencoder, self.open_text_encoder
             )
         )
         messages += self._check_size(frozen.autoencoder.factor)
+        # A cache of the teacher's features knows pictures by their names.
+        seen = self.data_digest + (", whole pictures" if self.config.data.crop == "none" else "")
         teacher = process_group.leaders_first(
-            lambda: self.open_teacher(self.config.alignment, self.device, self.data_digest)
+            lambda: self.open_teacher(self.config.alignment, self.device, seen)
         )
         messages += self._build_model(reader, teacher.dim if teacher else 0)
         messages += self._build_optimizer(reader)
@@ -207,6 +211,7 @@ class Trainer:
         if reader is None:
             return []
         saved, messages = reader.meta, []
+        self._require_same_fusion(reader)
         if reader.written_by != (ours := stamp()["millrace"]):
             messages.append(f"the checkpoint was written by millrace {reader.written_by}, this is {ours}")
         self.samples_seen, self.skipped, self.updates = saved["samples"], saved["skipped"], saved["updates"]
@@ -215,6 +220,29 @@ class Trainer:
         if changed := differences(saved["config"], self.run_config.model_dump(mode="json")):
             messages.append(f"warning: changed since the checkpoint: {', '.join(changed)}")
         return messages
+
+    def _require_same_fusion(self, reader: CheckpointReader) -> None:
+        """Refuse a model with other fusion than the checkpoint's, and name what does what was meant."""
+        before = values_at(reader.meta["config"], self.step)[0]["routing"]["policy"]
+        now = self.config.routing.policy
+        if (before == "sprint") == (now == "sprint"):
+            return
+        instead = (
+            "set routing.drop to 0 to train on all tokens"
+            if before == "sprint"
+            else "start another run with run.init_from"
+        )
+        raise UserError(
+            f"{reader.folder} was trained with routing.policy {before}, not {now}, and sprint's fusion layer "
+            f"is part of the model; {instead}"
+        )
+
+    def _caption_warnings(self) -> list[str]:
+        """A line where the run says which captions it wants, and the pictures have not both."""
+        wanted = {stage.config.data.long_caption for stage in self.stages}
+        if wanted == {Data.model_fields["long_caption"].default}:
+            return []
+        return single_caption_warnings(self.config.data, self.source)
 
     def _check_size(self, factor: int) -> list[str]:
         """Refuse what cannot fit, before anything large is allocated; a line where it is close."""
@@ -227,7 +255,8 @@ class Trainer:
         config, messages = self.config, []
         self.denoiser = Denoiser(config.model, config.routing)
         self.model = TrainingModel(self.denoiser, config.alignment, teacher_dim)
-        if reader is None or self.stage_begins:  # a stage may begin with parameters of its own
+        # A stage may begin with parameters of its own, and a loss with a head at any step.
+        if reader is None or self.stage_begins or train_state.lacks_heads(self.model, reader):
             self.init_weights(config.run.seed)
         self.model.to(self.device)
         if reader is not None:

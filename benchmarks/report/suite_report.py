@@ -15,8 +15,10 @@ Row = dict[str, Any]
 
 NOT_MEASURED = "Not measured: no result of `benchmarks/throughput.py --suite post` from a GPU."
 MEANINGS = (
-    "post, cached, live: speed relative to the row named under `against`, with the same inputs; the post's "
-    "is of its whole job, on GPUs whose model and count it does not say",
+    "post, pictures, cached, live: speed relative to the row named under `against`, with the same inputs; "
+    "the post's is of its whole job, fed as `pictures` is, on GPUs whose model and count it does not say",
+    "rows that differ from their baseline by the autoencoder have no figure on cached inputs, where none "
+    "runs",
     "ideal: that speed if time followed the FLOPs of all that runs, or of the denoiser alone",
     "saved: share of the baseline's time saved over share of its FLOPs saved",
 )

@@ -59,8 +59,9 @@ FP8_BACKENDS = ("torch", "torchao", "transformer_engine")
 def all_cases(conditioning: Sequence[str]) -> list[Case]:
     """Every case, the most telling first.
 
-    Baselines and routed rows on cached inputs, the baselines in FP8, the peers of the baselines, the other
-    rows on cached inputs, then other inputs, then the peers with routing.
+    Baselines and routed rows on the first inputs, those on cached ones with the baselines in FP8 and the
+    peers that stand beside them, the other rows on the first inputs, then everything else. Rows that differ
+    from their baseline by the autoencoder are not measured on cached inputs, where none runs.
     """
     names = [row["config"] for row in report.post_rows()]
     baselines = list(dict.fromkeys(row["baseline"] for row in report.post_rows()))
@@ -69,16 +70,23 @@ def all_cases(conditioning: Sequence[str]) -> list[Case]:
     routed.sort(key=lambda name: -configs[name].data.resolution)  # where routing matters
     first = [*baselines, *routed]
     others = [name for name in names if name not in first]
+    base = {
+        row["config"]: configs[row["baseline"]].conditioning.autoencoder.kind for row in report.post_rows()
+    }
+    of_autoencoder = {name for name in names if configs[name].conditioning.autoencoder.kind != base[name]}
     kinds = list(conditioning)
     peers = [Case(name, "cached", peer) for name in baselines for peer in peer_steps.PEERS]
-    return [
+    cases = [
         *(Case(name, kinds[0]) for name in first),
+        *(Case(name, "cached") for name in first if "cached" in kinds),
         *(Case(name, "cached", None, backend) for backend in FP8_BACKENDS for name in baselines),
         *peers,
         *(Case(name, kinds[0]) for name in others),
         *(Case(name, kind) for kind in kinds[1:] for name in (*first, *others)),
         *(Case(name, "cached", peer_steps.PEERS[0]) for name in routed),
     ]
+    measured = (case for case in cases if case.conditioning != "cached" or case.config not in of_autoencoder)
+    return list(dict.fromkeys(measured))
 
 
 def choose(cases: list[Case], wanted: Sequence[str] | None) -> list[Case]:

@@ -12,6 +12,7 @@ _TITLES = {
     "": "Training runs",
     "models": "Models",
 }
+_NO_SETTINGS = ("$schema", "extends", "source", "sources")
 
 
 def files() -> list[Path]:
@@ -63,7 +64,7 @@ def configurations_page() -> str:
 
 def _settings(values: dict[str, Any]) -> dict[str, list[str]]:
     """What a file sets in each section, as `key = JSON`."""
-    sections = {key: value for key, value in values.items() if key not in ("$schema", "extends", "source")}
+    sections = {key: value for key, value in values.items() if key not in _NO_SETTINGS}
     return {
         section: _pairs(value) if isinstance(value, dict) else [_code(json.dumps(value))]
         for section, value in sections.items()
@@ -107,7 +108,7 @@ def settings_page() -> str:
         "`--set` become a configuration: [configuration.md](configuration.md).",
     ]
     for name, field in schema["properties"].items():
-        if name in ("$schema", "extends", "source"):
+        if name in _NO_SETTINGS:
             continue
         text.append(f"## {name}")
         if "$ref" not in field:

@@ -11,7 +11,8 @@ learning rate and randomness are functions of the step and the sample.
 
 Between the stages of a run parameters (a projector) and optimizers may come and go. Where the caller allows
 it, new parameters keep the values they were made with, state that is missing starts at zero, and what has no
-place any more is dropped; every such change is a line for the user.
+place any more is dropped; every such change is a line for the user. Heads that only training needs (HEADS)
+may come and go at any step.
 """
 
 import itertools
@@ -32,6 +33,9 @@ from millrace.engine.util.errors import UserError
 
 TUNED_AUTOENCODER = "tuning/"
 """What names of an autoencoder begin with that the run tunes (REPA-E), and of its discriminator."""
+
+HEADS = "alignment."
+"""What names of parameters begin with that belong to a term of the loss, not to the model."""
 
 
 def state_pieces(
@@ -114,17 +118,20 @@ def load_weights(
     file system gives out every byte once, whatever the number of ranks. Collective.
 
     `allow_changes` lets parameters that the checkpoint lacks keep their values, and drops those that the
-    module lacks; the lines returned name them. Else both are a UserError, as a wrong shape always is.
+    module lacks; the lines returned name them. Else both are a UserError, as a wrong shape always is. Heads
+    may always change, their shapes too.
     """
     wanted = {f"master/{name}": parameter for name, parameter in module.named_parameters()}
     wanted |= {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
     stored = {name for name in reader.names() if name.startswith(("master/", "buffer/"))}
-    messages = []
-    if allow_changes:
-        messages += _change("new parameters", [name for name in wanted if name not in stored])
-        messages += _change("parameters dropped", [name for name in stored if name not in wanted])
-    else:
-        check_names(wanted.keys(), stored, folder)
+    other = {name for name in stored & wanted.keys() if _is_head(name)}
+    other = {name for name in other if reader.shape(name) != wanted[name].shape}
+    new = (wanted.keys() - stored) | other
+    gone, stored = (stored - wanted.keys()) | other, stored - other
+    messages = _change("new parameters", new) + _change("parameters dropped", gone)
+    if not allow_changes:
+        model, theirs = ({name for name in names if not _is_head(name)} for names in (wanted, stored))
+        check_names(model, theirs, folder)
     wanted = {key: tensor for key, tensor in wanted.items() if key in stored}
     for key, tensor in wanted.items():
         if reader.shape(key) != tensor.shape:
@@ -164,6 +171,18 @@ def shares(sizes: dict[str, int], ranks: int) -> Iterator[tuple[str, int, int, i
         before += size
 
 
+def lacks_heads(module: nn.Module, reader: CheckpointReader) -> bool:
+    """Whether the module has heads that the checkpoint has not, or has in other shapes."""
+    names = set(reader.names())
+    heads = {f"master/{name}": p.shape for name, p in module.named_parameters() if name.startswith(HEADS)}
+    return any(name not in names or reader.shape(name) != shape for name, shape in heads.items())
+
+
+def _is_head(key: str) -> bool:
+    """Whether a key, `kind/parameter`, is of a head."""
+    return key.partition("/")[2].startswith(HEADS)
+
+
 def _change(what: str, keys: Iterable[str]) -> list[str]:
     names = sorted(key.partition("/")[2] for key in keys)
     more = ", ..." if len(names) > 2 else ""
@@ -196,7 +215,7 @@ def load_optimizer(
         shards: of this rank, one for each parameter.
         steps: as from `optimizer_steps`.
         allow_changes: start state that the checkpoint lacks at zero and drop what has no place, named in the
-            lines returned; else both are a UserError.
+            lines returned; else both are a UserError, but for heads.
     """
     names = set(reader.names())
     wanted = [f"{kind}/{shard.name}" for shard in shards for kind in optimizer.state_names(shard.name)]
@@ -204,12 +223,22 @@ def load_optimizer(
     stored = {name for name in names if name.partition("/")[0] in kinds_of_state}
     if steps == 0 and not stored:
         return []  # no update yet
+    # A head of another shape begins anew, and its state with it.
+    stored -= {
+        f"{kind}/{shard.name}"
+        for shard in shards
+        for kind in optimizer.state_names(shard.name)
+        if f"{kind}/{shard.name}" in stored
+        and _is_head(f"{kind}/{shard.name}")
+        and tuple(reader.shape(f"{kind}/{shard.name}")) != tuple(shard.shape)
+    }
     missing, extra = [key for key in wanted if key not in stored], sorted(stored - set(wanted))
-    if (missing or extra) and not allow_changes:
+    wrong, unknown = ([key for key in keys if not _is_head(key)] for keys in (missing, extra))
+    if (wrong or unknown) and not allow_changes:
         raise UserError(
-            f"{reader.folder}: not the optimizer state of this configuration: {len(missing)} missing "
-            f"({', '.join(missing[:3])}), {len(extra)} unknown ({', '.join(extra[:3])}); resume with the "
-            "optimizer of the run"
+            f"{reader.folder}: not the optimizer state of this configuration: {len(wrong)} missing "
+            f"({', '.join(wrong[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); resume with the "
+            "optimizer of the run, or change it in a stage"
         )
     with reader.kept_open():
         _fill_optimizer(shards, optimizer, reader, steps, stored)
@@ -263,7 +292,8 @@ def load_ema(shards: list[Shard], ema: EmaWeights, reader: CheckpointReader) -> 
     with reader.kept_open():
         for shard in shards:
             for name in ema.names:
-                if f"{name}/{shard.name}" in stored:
+                key = f"{name}/{shard.name}"
+                if key in stored and not (_is_head(key) and tuple(reader.shape(key)) != tuple(shard.shape)):
                     _fill(shard, ema.of(shard.master, name), reader, name)
 
 

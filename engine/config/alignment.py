@@ -24,7 +24,7 @@ class Teacher(Section):
     bicubic, or the nearest pixel, which is what Photoroom/PRX's code does."""
     cache: PathText | None = None
     """Folder that keeps the features of each picture once computed; needs pictures that always look the same
-    (data.crop center, data.flip 0)."""
+    (data.crop center or none, data.flip 0)."""
 
 
 class AttentionAlignment(Section):
@@ -118,10 +118,10 @@ def check_alignment(alignment: Alignment, model: Model, routing: Routing, data: 
                 f"alignment.attention.heads is {attention.heads}, but model.heads is {model.heads}; "
                 f"set it to {model.heads} or less"
             )
-    if alignment.teacher.cache and (data.crop != "center" or data.flip > 0):
+    if alignment.teacher.cache and (data.crop == "random" or data.flip > 0):
         raise ValueError(
-            "alignment.teacher.cache needs pictures that always look the same; set data.crop center and "
-            "data.flip 0, or no cache"
+            "alignment.teacher.cache needs pictures that always look the same; set data.crop center or "
+            "none and data.flip 0, or no cache"
         )
 
 

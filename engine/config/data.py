@@ -142,14 +142,16 @@ class Data(Section):
     """Parts of `source: mixture`."""
     resolution: int = Field(256, ge=1)
     """Edge in pixels of a square picture, or of the square with the same area in `mixed`."""
-    aspect: Literal["square", "mixed", "bucket"] = "square"
-    """`mixed` keeps each picture near its own aspect ratio (between 1:2 and 2:1), in one batch. `bucket` does
-    so too, at the sizes that shards were prepared for, and gives each micro-batch a single one of them."""
+    aspect: Literal["square", "mixed", "prx", "bucket"] = "square"
+    """`mixed` keeps each picture near its own aspect ratio (between 1:2 and 2:1), in one batch. `prx` does so
+    at the sizes of Photoroom/PRX, in multiples of 32 pixels whatever the patch. `bucket` does so at the sizes
+    that shards were prepared for, and gives each micro-batch a single one of them."""
     bucket_run: int = Field(64, ge=1)
     """Samples in a row that come from one bucket. It fixes the order of `bucket`, and micro_batch divides it,
     so that the order depends neither on the batch nor on the processes."""
-    crop: Literal["random", "center"] = "random"
-    """`random` scales and places the crop differently each time; `center` takes the largest centred crop."""
+    crop: Literal["random", "center", "none"] = "random"
+    """`random` scales and places the crop differently each time; `center` takes the largest centred crop;
+    `none` resizes the whole picture, which changes its aspect to that of its size, as Photoroom/PRX does."""
     crop_scale: float = Field(0.8, gt=0, le=1)
     """Smallest edge of a random crop as a share of the largest possible crop."""
     flip: float = Field(0.0, ge=0, le=1)

@@ -144,8 +144,28 @@ def _blamed(problem: Any, origin: str, given: Sequence[Given]) -> str:
     return " ".join([f"{origin} with", *(inside or [g.words for g in given])])
 
 
-def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Values of one file merged over those of the file it `extends`."""
+    return _read(path)[0]
+
+
+def read_sources(path: Path) -> dict[str, str]:
+    """Who says so, by setting or section: the `sources` of one file over those of the file it `extends`.
+
+    They explain the values of a file to its readers; a run has none.
+    """
+    return _read(path)[1]
+
+
+def source_of(key: str, sources: dict[str, str]) -> str | None:
+    """Who says the value of `key`: the source of the setting, or of the nearest section around it."""
+    parts = key.split(".")
+    around = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((sources[name] for name in around if name in sources), None)
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and sources of a file and of those it extends."""
     path = path.resolve()
     if path in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
@@ -160,18 +180,21 @@ def read_json(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a JSON object, this is a {type(values).__name__}")
     values.pop("$schema", None)
+    sources = values.pop("sources", {})
+    if not isinstance(sources, dict) or not all(isinstance(text, str) for text in sources.values()):
+        raise UserError(f"{path}: sources is {sources!r:.60}; it holds a text for each setting")
     base = values.pop("extends", None)
     if base is None:
-        return values
+        return values, sources
     if not isinstance(base, str):
         raise UserError(f"{path}: extends is {base!r}; it is the name of another configuration file")
-    below = read_json(path.parent / base, (*seen, path))
+    below, their_sources = _read(path.parent / base, (*seen, path))
     if below.get("stages") and "stages" not in values and _starts_from_weights(values):
         raise UserError(
             f"{path}: starts from the weights of run.init_from, and would go through the "
             f'{len(below["stages"])} stages of {base}; give it stages of its own, or "stages": []'
         )
-    return merge(below, values)
+    return merge(below, values), their_sources | sources
 
 
 def _starts_from_weights(values: dict[str, Any]) -> bool:
@@ -288,6 +311,11 @@ def json_schema() -> dict[str, Any]:
     schema["properties"] = {
         "extends": {"type": "string", "description": "Another file whose values this one starts from."},
         "$schema": {"type": "string"},
+        "sources": {
+            "type": "object",
+            "additionalProperties": {"type": "string"},
+            "description": "Who says so, by setting or section: post, PRX, both, or own with the reason.",
+        },
         **schema["properties"],
     }
     return schema

@@ -1,10 +1,11 @@
 """Crop and resize: from a picture of any size to a tensor whose edges are multiples of the patch.
 
 `square` gives resolution x resolution. `mixed` gives the bucket nearest to the picture's own shape: buckets
-are all (h, w) in whole patches with an area close to resolution^2 and an aspect between 1:2 and 2:1. A crop
-has the aspect of the output, lies inside the picture, and is never smaller than the output unless
-`data.upscale` says so: the smallest random crop is `data.crop_scale` of the largest one, or the output's size
-if that is larger.
+are all (h, w) in whole patches with an area close to resolution^2 and an aspect between 1:2 and 2:1. `prx`
+does so with the sizes and the distance of Photoroom/PRX. A crop has the aspect of the output, lies inside the
+picture, and is never smaller than the output unless `data.upscale` says so: the smallest random crop is
+`data.crop_scale` of the largest one, or the output's size if that is larger. Without a crop the whole picture
+becomes the output, and its aspect the output's.
 """
 
 import math
@@ -21,6 +22,8 @@ from millrace.engine.data.batch import signed_unit
 from millrace.engine.util.errors import UserError
 
 MAX_ASPECT = 2.0
+PRX_UNIT = 32
+"""Pixels that the edges of PRX's sizes are multiples of (`patch_size_pixels` of its configurations)."""
 _AREAS = 1.5
 """Areas of buckets for one resolution differ by less than this factor from its square."""
 
@@ -30,6 +33,12 @@ Box = tuple[int, int, int, int]
 
 def check_resolution(config: Data, patch: int) -> None:
     """Raises UserError unless `data.resolution` is a whole number of patches (`patch` in pixels)."""
+    if config.aspect == "prx" and PRX_UNIT % patch:
+        raise UserError(
+            f"data.aspect prx has sizes in multiples of {PRX_UNIT} pixels, which the {patch} pixels of a "
+            "patch do not divide; set data.aspect to mixed"
+        )
+    patch = PRX_UNIT if config.aspect == "prx" else patch
     low = config.resolution // patch * patch
     if low != config.resolution:
         choices = " or ".join(str(edge) for edge in (low, low + patch) if edge)
@@ -70,10 +79,28 @@ def buckets(resolution: int, patch: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(sizes))
 
 
+@lru_cache
+def prx_buckets(resolution: int) -> tuple[tuple[int, int], ...]:
+    """Sizes (h, w) in pixels of Photoroom/PRX, sorted (`build_image_size_list` of its `transforms.py`).
+
+    For every edge in whole units the other is the longest one that keeps the area within resolution^2; (h, w)
+    and (w, h) come together.
+    """
+    area = (resolution / PRX_UNIT) ** 2
+    sizes = set()
+    first, last = math.ceil(math.sqrt(area / MAX_ASPECT)), math.floor(math.sqrt(area * MAX_ASPECT))
+    for edge in range(first, last + 1):
+        other = math.floor(area / edge)
+        sizes |= {(edge * PRX_UNIT, other * PRX_UNIT), (other * PRX_UNIT, edge * PRX_UNIT)}
+    return tuple(sorted(sizes))
+
+
 def output_size(width: int, height: int, config: Data, patch: int) -> tuple[int, int]:
     """(h, w) in pixels that a picture of width x height pixels is trained at."""
     if config.aspect == "square":
         return config.resolution, config.resolution
+    if config.aspect == "prx":
+        return min(prx_buckets(config.resolution), key=lambda size: abs(size[1] / size[0] - width / height))
     area = config.resolution**2
 
     def distance(size: tuple[int, int]) -> tuple[float, int, int]:
@@ -88,8 +115,8 @@ def crop_box(
 ) -> Box:
     """The part of a picture of width x height pixels that becomes `size` (h, w).
 
-    `rng` scales and places it; None takes the largest centred one. Raises UserError, naming the picture
-    `key`, where the picture is smaller than `size` and `data.upscale` is off.
+    `rng` scales and places it; None takes the largest centred one, or with `data.crop` none all of it. Raises
+    UserError, naming the picture `key`, where the picture is smaller than `size` and `data.upscale` is off.
     """
     h, w = size
     largest = min(width / w, height / h)
@@ -98,6 +125,8 @@ def crop_box(
             f"{key}: the picture is {width}x{height} pixels (width x height) but its crop needs {w}x{h}; "
             "set data.upscale to true to enlarge it, lower data.resolution, or remove it"
         )
+    if config.crop == "none":
+        return 0, 0, width, height
     scale = 1.0
     if rng is not None:
         smallest = config.crop_scale if config.upscale else max(config.crop_scale, 1 / largest)
@@ -139,7 +168,8 @@ def _torch_has_lanczos() -> bool:
 
 
 def evaluation_view(image: Image.Image, config: Data, patch: int, key: str = "picture") -> Tensor:
-    """The picture as evaluation sees it: its largest centred crop, (3, h, w) float32 in [-1, 1].
+    """The picture as evaluation sees it, (3, h, w) float32 in [-1, 1]: its largest centred crop, or all of it
+    with `data.crop` none.
 
     Sizes and errors are those of training; `key` names the picture in errors.
     """

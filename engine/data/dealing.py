@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from millrace.engine.config import Data
-from millrace.engine.data.crop import buckets
+from millrace.engine.data.crop import buckets, prx_buckets
 from millrace.engine.data.order import Order, Pool
 from millrace.engine.data.sources.pictures import Source, stored_sizes
 
@@ -60,9 +60,12 @@ class Dealing:
         self._share = config.global_batch // world_size
         self._shapes: np.ndarray | None = None
         group = 1
-        if config.aspect == "mixed" and stored_sizes(source, np.zeros(1, np.int64)) is not None:
-            sizes = np.array(buckets(config.resolution, patch))
-            self._shapes = np.log(sizes[:, 0] / sizes[:, 1])
+        # As `crop.output_size` compares shapes, h/w.
+        self._measure = np.log if config.aspect == "mixed" else np.reciprocal
+        if config.aspect in ("mixed", "prx") and stored_sizes(source, np.zeros(1, np.int64)) is not None:
+            found = buckets(config.resolution, patch) if config.aspect == "mixed" else None
+            sizes = np.array(found or prx_buckets(config.resolution), float)
+            self._shapes = self._measure(sizes[:, 0] / sizes[:, 1])
             group = max(1, _TOGETHER // self._share)
         self._group = range(rank // group * group, min(rank // group * group + group, world_size))
         self._mine = rank - self._group.start
@@ -94,6 +97,6 @@ class Dealing:
     def _nearest(self, sizes: np.ndarray) -> np.ndarray:
         """(n,) number of the bucket of pictures (width, height); of one that is not known after all."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            shapes = np.log(sizes[:, 1] / sizes[:, 0])
+            shapes = self._measure(sizes[:, 1] / sizes[:, 0])
         nearest = np.abs(shapes[:, None] - self._shapes).argmin(1)
         return np.where(sizes[:, 0] > 0, nearest, len(self._shapes))

@@ -10,6 +10,8 @@ from millrace.engine.config.data import value_at
 from millrace.engine.data.captions import WhichCaption
 from millrace.engine.data.crop import Box, crop_box, output_size
 from millrace.engine.data.order import Pool, Size
+from millrace.engine.data.sources.mixture import MixtureSource
+from millrace.engine.data.sources.pictures import Source, UnreadablePicture
 from millrace.engine.util.randomness import Purpose, passing_generator
 
 
@@ -25,6 +27,43 @@ class View(NamedTuple):
 
 Viewer = Callable[[int, int], View]
 """(width, height) of the upright picture in pixels -> what of it is seen."""
+
+
+LOOKED_AT = 256
+"""Pictures of each source whose captions are looked at when a run begins."""
+
+
+def single_caption_warnings(config: Data, source: Source) -> list[str]:
+    """A line for each source that is asked for short captions where pictures have one caption alone.
+
+    Pictures are looked at in equal distances. One whose captions cannot be read is passed over; training will
+    say so.
+    """
+    parts = [(None, source)]
+    if isinstance(source, MixtureSource):
+        parts = [*zip(source.parts, source.sources, strict=True)]
+    found = []
+    for part, pictures in parts:
+        share = config.long_caption if part is None or part.long_caption is None else part.long_caption
+        least = share if isinstance(share, float) else min(value for _, value in share)
+        if least == 1:
+            continue
+        alone = looked_at = 0
+        for place in {i * len(pictures) // LOOKED_AT for i in range(LOOKED_AT)}:
+            try:
+                captions = pictures.captions(place)
+            except (UnreadablePicture, OSError):
+                continue
+            looked_at += 1
+            alone += captions.long == captions.short
+        if alone:
+            where = "" if part is None else f"part {part.name!r}: "
+            found.append(
+                f"warning: {where}data.long_caption asks for short captions in up to {1 - least:.0%} of the "
+                f"samples, but {alone / looked_at:.0%} of the pictures have one caption alone, which they "
+                f"get instead ({looked_at} looked at); give each a long and a short one (docs/data_design.md)"
+            )
+    return found
 
 
 class Choices:

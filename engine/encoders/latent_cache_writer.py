@@ -188,7 +188,8 @@ class _LatentMaker(Maker):
             raise UserError(f"--cache latents: conditioning.autoencoder: {reason}; cache text alone")
         super().__init__(source, autoencoder_identity(section))
         self.dtype = self.network["dtype"]
-        self._config, self._device = config.data, device
+        # What a cache of latents is read with (`data.cached`).
+        self._config, self._device = config.data.model_copy(update={"crop": "center"}), device
         self._autoencoder = functools.cache(lambda: open_autoencoder(section, device))
 
     def common(self) -> bytes:

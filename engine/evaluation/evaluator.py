@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from millrace.engine.config import Config
-from millrace.engine.config.evaluation import TITLES
+from millrace.engine.config.evaluation import FEATURES_OF, TITLES, MetricName
 from millrace.engine.data import Source
 from millrace.engine.data.sources.pictures import UnreadablePicture
 from millrace.engine.distributed import process_group
@@ -78,9 +77,15 @@ class Evaluation:
         device: of sampler and feature networks.
         source: of `config.data`, if it is open already.
         features_key: what errors call the place where the networks' paths are given.
+        missing: "skip" leaves out the metrics whose network or reference pictures are not there, in place of
+            raising UserError.
 
     Opens networks and reference, so that what is wrong with them is refused before anything is computed.
     Between evaluations the networks lie in host memory.
+
+    Attributes:
+        networks: by metric, of those that are computed; none where the reference pictures are missing.
+        lacking: metrics that are not, by what they lack.
     """
 
     def __init__(
@@ -90,16 +95,48 @@ class Evaluation:
         device: torch.device,
         source: Source | None = None,
         features_key: str = "evaluation.features",
+        missing: Literal["error", "skip"] = "error",
     ) -> None:
         section = config.evaluation
         self.config, self.edge, self.device = config, edge, device
         self.networks: dict[str, FeatureNetwork] = {}
-        with untouched_randomness(device):
-            for metric in section.metrics:
-                path, key = getattr(section.features, metric), f"{features_key}.{metric}"
-                self.networks[metric] = open_network(metric, path, key, torch.device("cpu"))
-        self.reference = Reference(config, edge, source)
+        self.lacking: dict[str, tuple[MetricName, ...]] = {}
+        self._reference: Reference | None = None
         self._of_reference: dict[str, Statistics] = {}
+        wanted = section.metrics
+        try:
+            self._reference = Reference(config, edge, source)
+        except UserError as error:
+            if missing == "error":
+                raise
+            self.lacking[str(error)] = wanted
+            # What else they lack, as far as it can be told without a download.
+            wanted = tuple(metric for metric in wanted if FEATURES_OF.get(metric, metric) == "fid")
+        with untouched_randomness(device):
+            for metric in wanted:
+                path, key = section.features.of(metric), f"{features_key}.{FEATURES_OF.get(metric, metric)}"
+                try:
+                    self.networks[metric] = open_network(metric, path, key, torch.device("cpu"))
+                except UserError as error:
+                    if missing == "error":
+                        raise
+                    self.lacking[str(error)] = (*self.lacking.get(str(error), ()), metric)
+        if self._reference is None:
+            self.networks.clear()
+
+    @property
+    def reference(self) -> Reference:
+        """The reference pictures, which are there."""
+        assert self._reference is not None
+        return self._reference
+
+    def agree(self) -> None:
+        """Leave out on every process what one of them lacks. Collective."""
+        for lacking in process_group.gather_objects(self.lacking):
+            self.lacking |= lacking
+        for metrics in self.lacking.values():
+            for metric in metrics:
+                self.networks.pop(metric, None)
 
     def describe(self) -> list[str]:
         """Lines for people: networks and reference."""
@@ -179,6 +216,7 @@ class Evaluation:
         # By one process: it reads a name of every picture.
         named = agreed(lambda: self.reference.identity() if process_group.rank() == 0 else None)
         pictures, missing = process_group.gather_objects(named)[0], {}
+        folders = reference_statistics.folders(self.config.evaluation.cache, self.reference.folder)
         for metric, network in self.networks.items():
             identity = {
                 "metric": metric,
@@ -186,23 +224,26 @@ class Evaluation:
                 "preprocessing": network.preprocessing,
                 "pictures": pictures,
             }
-            path = reference_statistics.path_of(Path(self.config.evaluation.cache), identity)
-            if process_group.all_ranks(path.exists()):
+            paths = [reference_statistics.path_of(folder, identity) for folder in folders]
+            there = (path for path in paths if process_group.all_ranks(path.exists()))
+            if (path := next(there, None)) is not None:
                 tensors = agreed(
                     lambda path=path, identity=identity: reference_statistics.read(path, identity)
                 )
                 self._of_reference[metric] = KINDS[metric].restored(tensors)
             else:
-                missing[metric] = (identity, path)
+                missing[metric] = (identity, paths)
         made = {metric: KINDS[metric]() for metric in missing}
         with untouched_randomness(self.device), self._on_device():
             agreed(lambda: self._look_at_reference(made))
             for statistics in made.values():
                 statistics.together()
         self._of_reference |= made
-        for metric, (identity, path) in missing.items():
+        for metric, (identity, paths) in missing.items():
             tensors = made[metric].tensors() if process_group.rank() == 0 else {}
-            agreed(lambda p=path, i=identity, t=tensors: reference_statistics.write(p, i, t) if t else None)
+            path = agreed(
+                lambda p=paths, i=identity, t=tensors: reference_statistics.write(p, i, t) if t else None
+            )
             say(f"{TITLES[metric]}: statistics of {self.reference.count} reference pictures in {path}")
 
     @torch.no_grad()

@@ -5,6 +5,7 @@
 | metric | network | pictures | features |
 |---|---|---|---|
 | fid | Inception-v3 of 2015-12-05 | 299 x 299, bilinear as TensorFlow 1, (x - 128) / 128 | pooled, 2048 |
+| fid_prx | the same | their negatives, as PRX hands them over | the same |
 | cmmd | CLIP ViT-L/14-336 | short edge 336, Pillow's bicubic, centre, CLIP's mean | image_embeds, length 1 |
 | dino_mmd | DINOv2-L with registers | 518 x 518, bicubic, not antialiased | class token, length 1 |
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from millrace.engine.config.evaluation import MetricName
+from millrace.engine.config.evaluation import FeaturePaths, MetricName
 from millrace.engine.encoders.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino
 from millrace.engine.encoders.pretrained import import_class, load_network, weights_digest
 from millrace.engine.encoders.teacher import vision_entry
@@ -184,8 +185,21 @@ class DinoFeatures(FeatureNetwork):
         return vision_entry("dinov2").tiny(folder)
 
 
+class NegatedInceptionFeatures(InceptionFeatures):
+    """Features of PRX's FID: its callback hands bytes to a metric that takes them for shares of one and
+    multiplies by 255, which in bytes is 256 - x (0 stays 0)."""
+
+    def __init__(self, path: str | None, key: str, device: torch.device) -> None:
+        super().__init__(path, key, device)
+        self.preprocessing = f"bytes times 255 modulo 256, as PRX; {self.preprocessing}"
+
+    def _features(self, pictures: Tensor) -> Tensor:
+        return super()._features(pictures * 255)
+
+
 NETWORKS: dict[str, type[InceptionFeatures] | type[ClipFeatures] | type[DinoFeatures]] = {
     "fid": InceptionFeatures,
+    "fid_prx": NegatedInceptionFeatures,
     "cmmd": ClipFeatures,
     "dino_mmd": DinoFeatures,
 }
@@ -212,8 +226,8 @@ def tiny_networks(folder: Path) -> Path:
 
 
 def tiny_features(folder: Path | str) -> dict[str, str]:
-    """Paths by metric of the networks in `folder`."""
-    return {metric: str(Path(folder) / metric) for metric in NETWORKS}
+    """Paths, by their key in `evaluation.features`, of the networks in `folder`."""
+    return {name: str(Path(folder) / name) for name in FeaturePaths.model_fields}
 
 
 def _standard(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -78,6 +78,10 @@ class Reference:
                 self._pictures = self._captioned = FolderSource(root)
             else:
                 self._pictures, self._captioned = Pictures(root), source or open_source(config.data)
+        data = config.data
+        where = section.reference if section.reference is not None else data.path
+        self.folder = where if section.reference is not None or data.source != "mixture" else None
+        """Where the pictures lie, None where that is not one folder."""
         self._own_captions = self._pictures is self._captioned
         self.count = min(section.reference_samples or section.samples, len(self._pictures))
         order = epoch_order(_ORDER_SEED, 0, len(self._pictures), Purpose.ORDER)
@@ -119,7 +123,8 @@ class Reference:
         first call reads the names."""
         if not self._identity:
             digest, data = sha256(self._description()), self._data
-            self._identity = f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}"
+            whole = ", whole" if data.crop == "none" else ""
+            self._identity = f"{self.count} pictures {digest[:32]}, {data.aspect} {data.resolution}{whole}"
         return self._identity
 
     def _description(self) -> Iterator[bytes]:

@@ -1,5 +1,8 @@
 """Reference statistics on disk: one safetensors file for each metric, data set and network.
 
+    datasets/unsplash                 reference pictures
+    datasets/unsplash.statistics/     their statistics, for all who may read the folder
+
 The file's header holds an identity (metric, network, preprocessing, pictures) and the SHA-256 of the tensors,
 in order of their names. What does not match either is refused and named; nothing is repaired or made anew
 silently.
@@ -13,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from millrace.engine.util import node_cache
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256, sha256_json, write_atomically
 
@@ -22,8 +26,22 @@ Identity = dict[str, str]
 """Everything that statistics depend on, by name."""
 
 
+def folders(cache: str | None, pictures: str | None) -> list[Path]:
+    """Where statistics may lie, the first choice first.
+
+    Args:
+        cache: the folder that the configuration names; then there is no other.
+        pictures: the folder of the reference pictures, where they lie in one.
+    """
+    if cache is not None:
+        return [Path(cache)]
+    root = Path(pictures).resolve() if pictures is not None else None
+    beside = [] if root is None else [root.with_name(f"{root.name}.statistics")]
+    return [*beside, node_cache.folder() / "reference-statistics"]
+
+
 def path_of(folder: Path, identity: Identity) -> Path:
-    """Where statistics of this identity lie."""
+    """Where statistics of this identity lie in one of the folders."""
     return folder / f"{identity['metric']}-{sha256_json(identity)[:16]}.safetensors"
 
 
@@ -50,14 +68,19 @@ def read(path: Path, identity: Identity) -> dict[str, Tensor]:
     return tensors
 
 
-def write(path: Path, identity: Identity, tensors: dict[str, Tensor]) -> None:
-    """Write whole or not at all. Raises UserError where that is not possible."""
+def write(paths: list[Path], identity: Identity, tensors: dict[str, Tensor]) -> Path:
+    """Write whole or not at all, to the first of `paths` where that is possible, and return it. Raises
+    UserError where none is."""
     header = {"format": FORMAT, "sha256": checksum(tensors, identity), **identity}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save({key: value.contiguous() for key, value in tensors.items()}, header))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; name another folder") from None
+    content, problems = save({key: value.contiguous() for key, value in tensors.items()}, header), []
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+            return path
+        except OSError as error:
+            problems.append(f"{path}: cannot be written: {error.strerror}")
+    raise UserError(f"{'; '.join(problems)}; set evaluation.cache to another folder")
 
 
 def checksum(tensors: dict[str, Tensor], identity: Identity) -> str:

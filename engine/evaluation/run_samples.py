@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from millrace.engine.config.evaluation import TITLES, MetricName
 from millrace.engine.config.stages import Stage
 from millrace.engine.data.sources.held_out_split import Split
 from millrace.engine.distributed import process_group
@@ -42,8 +43,8 @@ class RunSamples:
         log: gets the grids, the metrics and the losses.
         prompts: of the grids.
 
-    Raises UserError for networks or reference pictures that cannot be used; the statistics of reference
-    pictures are made now, before the first step. Collective.
+    Raises UserError for networks or reference pictures that cannot be used, unless `evaluation.missing` is
+    skip; the statistics of reference pictures are made now, before the first step. Collective.
     """
 
     def __init__(
@@ -63,13 +64,18 @@ class RunSamples:
         self._held_out: HeldOutLoss | None = None
         self._told = False
         if config.evaluation.every_steps:
-            edge = config.model.patch_size * prepare.autoencoder.factor
-            self._evaluation = process_group.leaders_first(
-                lambda: Evaluation(config, edge, prepare.device, data.whole)
+            edge, missing = config.model.patch_size * prepare.autoencoder.factor, config.evaluation.missing
+            evaluation = process_group.leaders_first(
+                lambda: Evaluation(config, edge, prepare.device, data.whole, missing=missing)
             )
-            for line in self._evaluation.describe():
-                log.say(line)
-            self._evaluation.prepare(log.say)
+            evaluation.agree()
+            if evaluation.lacking:
+                log.say(_without(evaluation))
+            if evaluation.networks:
+                for line in evaluation.describe():
+                    log.say(line)
+                evaluation.prepare(log.say)
+                self._evaluation = evaluation
         held_out = data.held_out
         if config.validation.every_steps and held_out is not None:  # which the configuration has made sure of
             self._held_out = process_group.leaders_first(lambda: HeldOutLoss(config, held_out, prepare))
@@ -123,9 +129,10 @@ class RunSamples:
         def now(every: int, ends: bool) -> bool:
             return every > 0 and (ends or step % every == 0)
 
+        evaluates = config.evaluation.every_steps if self._evaluation is not None else 0
         return Due(
             now(config.sampling.every_steps, run_ends),
-            now(config.evaluation.every_steps, run_ends),
+            now(evaluates, run_ends),
             now(config.validation.every_steps, stage_ends),
         )
 
@@ -189,3 +196,17 @@ class RunSamples:
         weights = "model" if not self.config.ema.enabled else "ema" if asked == "auto" else asked
         self.log.evaluation(step, scores.record() | {"weights": weights})
         self.log.say(f"step {step}, {weights} weights, {self.config.data.resolution} px: {scores.line()}")
+
+
+def _without(evaluation: Evaluation) -> str:
+    """One line: the metrics that a run trains without, and what each lacks."""
+    lacks = dict.fromkeys(f"{reason} ({_titles(metrics)})" for reason, metrics in evaluation.lacking.items())
+    metrics = dict.fromkeys(metric for found in evaluation.lacking.values() for metric in found)
+    return (
+        f"warning: this run computes no {_titles(tuple(metrics))}. Missing: {'; '.join(lacks)}. "
+        "docs/evaluation.md says where to get it; a run that is resumed looks again"
+    )
+
+
+def _titles(metrics: tuple[MetricName, ...]) -> str:
+    return ", ".join(TITLES[metric] for metric in metrics)

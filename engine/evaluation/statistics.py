@@ -138,6 +138,7 @@ class FeatureRows(Statistics):
 
 KINDS: dict[MetricName, type[FeatureSums] | type[FeatureRows]] = {
     "fid": FeatureSums,
+    "fid_prx": FeatureSums,
     "cmmd": FeatureRows,
     "dino_mmd": FeatureRows,
 }

@@ -162,3 +162,22 @@ def test_until_ends_it_and_the_teacher_leaves(runs, tmp_path, teachers):
     trainer = Trainer(runs.config(tmp_path, *changes), "2")
     assert trainer.batch_encoder.teacher is None
     assert trainer.model.alignment is None
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_alignment_comes_and_goes_with_a_setting(runs, tmp_path, teachers, number, capsys):
+    """Resumed with other settings: the projector is let go, or begins anew, and the run says so."""
+    run, with_teacher = tmp_path / "run", aligned(teachers["classifier"])
+    half = {"run": {"steps": 2}}
+    assert runs.here(run, BASE, with_teacher, stage(number), half).error is None
+    assert any(".alignment." in f".{name.replace('/', '.')}" for name in tensors_of(run))
+    assert runs.here(run, BASE, stage(number), {"run": {"steps": 3}}, resume="auto").error is None
+    assert not any("alignment." in name for name in tensors_of(run))
+    assert "parameters dropped since the checkpoint: " in capsys.readouterr().err
+    other = aligned(teachers["classifier"], kind="irepa")
+    assert runs.here(run, BASE, other, stage(number), resume="auto").error is None
+    assert any("alignment." in name for name in tensors_of(run))
+    assert "new parameters since the checkpoint: " in capsys.readouterr().err
+    records = runs.log(run)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [len(record["losses"]) for record in records] == [2, 2, 1, 2]

@@ -216,3 +216,19 @@ def test_a_finished_run_stays_as_it_is(runs, killed, tmp_path):
     assert runs.here(run, CHANGES, resume="auto").error is None
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
     assert_same_run(runs, run, root / "whole-0")
+
+
+def test_what_a_setting_cannot_change_is_named(runs, tmp_path):
+    """SPRINT's fusion is part of the model; other routing may come and go."""
+    sprint, dense = {"routing": {"policy": "sprint"}}, {"routing": {"policy": "none"}}
+    two, four = {"run": {"steps": 2}}, {"run": {"steps": 4}}
+    assert runs.here(tmp_path / "a", CHANGES, sprint, two).error is None
+    refused = runs.here(tmp_path / "a", CHANGES, dense, four, resume="auto").error
+    assert "was trained with routing.policy sprint, not none" in refused
+    assert "set routing.drop to 0 to train on all tokens" in refused
+    assert runs.here(tmp_path / "b", CHANGES, two).error is None
+    assert (
+        "start another run with run.init_from"
+        in runs.here(tmp_path / "b", CHANGES, sprint, four, resume="auto").error
+    )
+    assert runs.here(tmp_path / "b", CHANGES, dense, four, resume="auto").error is None

@@ -256,5 +256,5 @@ class TestSchema:
         schema = json_schema()
         assert schema["properties"]["extends"]["type"] == "string"
         assert "$schema" in schema["properties"]
-        assert set(schema["properties"]) == {"extends", "$schema", *Config.model_fields}
+        assert set(schema["properties"]) == {"extends", "$schema", "sources", *Config.model_fields}
         json.dumps(schema)

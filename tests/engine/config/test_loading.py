@@ -16,6 +16,8 @@ from millrace.engine.config.loading import (
     merge,
     parse_config,
     read_json,
+    read_sources,
+    source_of,
 )
 from millrace.engine.util.errors import UserError
 
@@ -83,6 +85,24 @@ class TestFiles:
         base, over = {"a": {"b": 1}}, {"a": {"c": 2}}
         assert merge(base, over) == {"a": {"b": 1, "c": 2}}
         assert (base, over) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+class TestSources:
+    def test_they_follow_the_files_and_are_no_settings(self, write):
+        write("base.json", {"optimizer": {"lr": 1.0}, "sources": {"optimizer": "post", "run.seed": "PRX"}})
+        leaf = write("leaf.json", {"extends": "base.json", "sources": {"optimizer.lr": "own: to see"}})
+        sources = read_sources(leaf)
+        assert sources == {"optimizer": "post", "run.seed": "PRX", "optimizer.lr": "own: to see"}
+        assert source_of("optimizer.lr", sources) == "own: to see"
+        assert source_of("optimizer.eps", sources) == "post"
+        assert source_of("run.steps", sources) is None
+        assert "sources" not in read_json(leaf)
+        assert load_config(leaf).optimizer.lr == 1.0
+
+    @pytest.mark.parametrize("sources", ["post", {"run.seed": 3}])
+    def test_they_are_texts(self, write, sources):
+        with pytest.raises(UserError, match="it holds a text for each setting"):
+            load_config(write("leaf.json", {"sources": sources}))
 
 
 class TestOverrides:

@@ -127,6 +127,7 @@ def sharded(request, runs, tmp_path_factory):
             f"run.output_dir={root / path.stem}",
             f"deepspeed.zero_optimization.stage={stage}",
             "sampling.every_steps=0",
+            "evaluation.every_steps=0",
             "logging.tensorboard=false",
         ]
         values = smoke(load_config(path, overrides), overrides).model_dump(mode="json")

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 
 from millrace.engine.config import Data
-from millrace.engine.data.crop import buckets, check_resolution, crop_box, cut, evaluation_view, output_size
+from millrace.engine.data.crop import (
+    buckets,
+    check_resolution,
+    crop_box,
+    cut,
+    evaluation_view,
+    output_size,
+    prx_buckets,
+)
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.randomness import host_generator
 
@@ -158,3 +166,51 @@ def test_resolution_must_be_whole_patches(resolution, patch, choices):
         check_resolution(Data(resolution=resolution), patch)
     with pytest.raises(UserError, match="not a multiple"):
         evaluation_view(noise(300, 300), Data(resolution=resolution), patch)
+
+
+def test_sizes_of_prx():
+    """As `build_image_size_list` of its transforms gives them for 256 px and 32 px units."""
+    wide = ((160, 352), (192, 320), (224, 288))
+    assert prx_buckets(256) == (*wide, (256, 256), *((w, h) for h, w in reversed(wide)))
+    assert [len(prx_buckets(edge)) for edge in (256, 512, 1024)] == [7, 13, 27]
+    for edge in (256, 512, 1024):
+        for h, w in prx_buckets(edge):
+            assert h % 32 == w % 32 == 0
+            units = (edge // 32) ** 2
+            assert h // 32 == units // (w // 32) or w // 32 == units // (h // 32)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    # Between 288:224 = 1.29 and 320:192 = 1.67: the middle is 1.476, that of the logarithms 1.464.
+    [
+        ((900, 600), (192, 320)),
+        ((1470, 1000), (224, 288)),
+        ((600, 900), (320, 192)),
+        ((3000, 1000), (160, 352)),
+    ],
+)
+def test_a_picture_goes_to_the_nearest_width_over_height_of_prx(picture, size):
+    assert output_size(*picture, Data(resolution=256, aspect="prx"), 16) == size
+
+
+def test_sizes_of_prx_need_whole_units():
+    check_resolution(Data(resolution=256, aspect="prx"), 16)
+    with pytest.raises(UserError, match="in multiples of 32 pixels, which the 24 pixels"):
+        check_resolution(Data(resolution=240, aspect="prx"), 24)
+    with pytest.raises(UserError, match="240 is not a multiple of the 32 pixels of a patch; set it to 224"):
+        check_resolution(Data(resolution=240, aspect="prx"), 16)
+
+
+@pytest.mark.parametrize("random", [None, 0])
+def test_without_a_crop_the_whole_picture_is_seen(random):
+    config = Data(resolution=64, crop="none")
+    chance = None if random is None else rng(random)
+    assert crop_box(150, 100, (64, 64), config, chance, "x") == (0, 0, 150, 100)
+    with pytest.raises(UserError, match="the picture is 150x60"):
+        crop_box(150, 60, (64, 64), config, chance, "x")
+    image = noise(150, 100)
+    expected = np.asarray(image.resize((64, 64), Image.Resampling.LANCZOS), np.float32).transpose(2, 0, 1)
+    view = evaluation_view(image, config, patch=8)
+    # Unequal scales along the two edges: torch's kernel rounds between its two passes.
+    np.testing.assert_allclose(view.numpy(), expected / 127.5 - 1, atol=3.01 / 127.5)

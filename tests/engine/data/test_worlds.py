@@ -9,6 +9,7 @@ import pytest
 from millrace.engine.config import Data
 from millrace.engine.config.data import Part
 from millrace.engine.data import SampleStream, dealing, order
+from millrace.engine.data.crop import output_size
 from millrace.engine.data.sources.key_subset import KeptSource
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import stored_sizes
@@ -164,6 +165,17 @@ def test_a_micro_batch_of_mixed_sizes_meets_few_of_them(monkeypatch, world_size)
     plain = dealt(monkeypatch, Numbered(5003), world_size)
     together = sorted(itertools.chain.from_iterable(batches))
     assert together == sorted(sample for rank in plain for batch in rank for sample in batch)
+
+
+@pytest.mark.parametrize("aspect", ["mixed", "prx"])
+def test_sizes_are_those_that_pictures_are_trained_at(aspect):
+    config = settings(aspect, 4096).model_copy(update={"resolution": 256})
+    sizes = np.random.default_rng(5).integers(100, 4000, (2000, 2))
+    found = dealing.Dealing(Sized(5003), config, None, 16, 0, 1, 0, 0)._nearest(sizes)
+    wanted = [output_size(width, height, config, 16) for width, height in sizes.tolist()]
+    number = {size: i for i, size in enumerate(dict.fromkeys(wanted))}
+    pairs = {(bucket, number[size]) for bucket, size in zip(found.tolist(), wanted, strict=True)}
+    assert len(pairs) == len(number) == len(set(found.tolist())) > 5
 
 
 def test_what_processes_share_out_does_not_grow_with_their_number(monkeypatch):

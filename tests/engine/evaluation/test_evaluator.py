@@ -202,3 +202,19 @@ def test_an_error_of_one_process_is_one_of_all_and_training_goes_on(monkeypatch,
     monkeypatch.setattr(module.process_group, "gather_objects", lambda mine: [None, mine])
     with pytest.raises(UserError, match=r"No space left|no memory"):
         module.agreed(fail)
+
+
+def test_what_is_missing_is_left_out_or_refused(config, features):
+    lacking = {"features": {**features, "fid": "nowhere.pth"}, "metrics": ["fid", "fid_prx", "cmmd"]}
+    settings = config({"evaluation": lacking})
+    with pytest.raises(UserError, match=r"cannot load 'nowhere\.pth'"):
+        Evaluation(settings, 4, CPU)
+    some = Evaluation(settings, 4, CPU, missing="skip")
+    assert list(some.networks) == ["cmmd"]
+    ((reason, metrics),) = some.lacking.items()
+    assert metrics == ("fid", "fid_prx")
+    assert "set evaluation.features.fid" in reason
+    assert some(sampler_for(settings)).metrics.keys() == {"cmmd"}
+    none = Evaluation(config({"evaluation": {**lacking, "reference": "nowhere"}}), 4, CPU, missing="skip")
+    assert none.networks == {}
+    assert list(none.lacking.values()) == [("fid", "fid_prx", "cmmd"), ("fid", "fid_prx")]

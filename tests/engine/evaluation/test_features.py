@@ -115,3 +115,16 @@ def test_refusals(paths, metric, wrong, message):
     assert message in str(caught.value)
     assert "the.key" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_fid_of_prx_is_of_negatives(paths):
+    """What torchmetrics makes of bytes with `normalize=True`: `(x * 255).byte()`."""
+    x = pictures(24, 20).to(torch.uint8)
+    x[0, 0, 0, :3] = torch.tensor([0, 1, 128], dtype=torch.uint8)
+    theirs = (x * 255).byte()
+    assert theirs[0, 0, 0, :3].tolist() == [0, 255, 128]
+    plain, negated = (open_network(metric, paths["fid"], "key", CPU) for metric in ("fid", "fid_prx"))
+    assert torch.equal(negated(x), plain(theirs))
+    assert not torch.equal(negated(x), plain(x))
+    assert negated.identity == plain.identity
+    assert negated.preprocessing != plain.preprocessing  # so that statistics are not taken for each other's

@@ -1,5 +1,7 @@
 """Statistics on disk come back bit for bit, or not at all."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,7 +21,7 @@ TENSORS = {"rows": torch.arange(12.0).view(3, 4), "within": torch.tensor(-1.5, d
 @pytest.fixture
 def path(tmp_path):
     found = reference_statistics.path_of(tmp_path / "cache", IDENTITY)
-    reference_statistics.write(found, IDENTITY, TENSORS)
+    assert reference_statistics.write([found], IDENTITY, TENSORS) == found
     return found
 
 
@@ -69,4 +71,17 @@ def test_a_file_of_something_else(path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        reference_statistics.write(tmp_path / "file" / "x.safetensors", IDENTITY, TENSORS)
+        reference_statistics.write([tmp_path / "file" / "x.safetensors"], IDENTITY, TENSORS)
+
+
+def test_they_lie_beside_the_pictures_or_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "user"))
+    mine = tmp_path / "user" / "reference-statistics"
+    beside = tmp_path / "data" / "unsplash.statistics"
+    assert reference_statistics.folders(None, str(tmp_path / "data" / "unsplash")) == [beside, mine]
+    assert reference_statistics.folders(None, None) == [mine]
+    assert reference_statistics.folders("named", str(tmp_path)) == [Path("named")]
+    (tmp_path / "data").touch()  # where nothing can be written
+    paths = [folder / "x.safetensors" for folder in (beside, mine)]
+    assert reference_statistics.write(paths, IDENTITY, TENSORS) == paths[1]
+    assert reference_statistics.read(paths[1], IDENTITY).keys() == TENSORS.keys()

@@ -162,3 +162,16 @@ def test_what_cannot_be_opened_ends_the_run_before_its_first_step(runs, tmp_path
     error = runs.here(tmp_path / "run", CHANGES, evaluation, wrong).error
     assert "set evaluation.features.cmmd to" in error
     assert lines(tmp_path / "run")[0] == []
+
+
+def test_a_run_goes_on_without_metrics_that_lack_something(runs, tmp_path, evaluation, capsys):
+    """It says so in one line, and ends in the bits of a run that was never asked for them."""
+    section = {**evaluation["evaluation"], "reference": "no/such", "missing": "skip"}
+    done = runs.here(tmp_path / "on", CHANGES, {"evaluation": section})
+    assert done.error is None
+    told = [line for line in capsys.readouterr().err.splitlines() if "this run computes no" in line]
+    assert len(told) == 1
+    assert "warning: this run computes no FID, CMMD, DINO-MMD. Missing: no/such: no such folder" in told[0]
+    assert runs.here(tmp_path / "off", CHANGES).error is None
+    assert_same_weights(runs, tmp_path / "on", tmp_path / "off")
+    assert lines(tmp_path / "on")[1] == []

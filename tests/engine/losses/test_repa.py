@@ -2,9 +2,11 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from millrace.engine.config import Alignment, Config, Model
 from millrace.engine.config.loading import dict_from_overrides, parse_config
@@ -346,3 +348,41 @@ class TestSettings:
     def test_values_that_contradict_each_other(self, change, message):
         found = self.refused(**{f"alignment__{name}": value for name, value in change.items()})
         assert re.search(message, found)
+
+
+def spatial_mean_left(tokens, layout, **settings):
+    """Share of the mean over positions that a form of the normalisation leaves, measured on its output."""
+    forms = (dict(settings), {"spatial_norm": "constant", "spatial_gamma": 0.0})
+    left, whole = (
+        normalise_over_space(tokens, layout, Alignment(kind="irepa", **form)).mean(0) for form in forms
+    )
+    return float(left @ whole / (whole @ whole))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_share_of_the_spatial_mean_that_each_form_leaves(affine, capsys):
+    """Of what a LayerNorm gives, as DINO's last one does. Its features have a mean near zero in each token,
+    so PRX's form, which weighs the mean over positions by that, takes almost nothing away."""
+    generator = torch.Generator().manual_seed(0)
+    overlay = 2 * torch.randn(1024, generator=generator)
+    tokens = F.layer_norm(overlay + torch.randn(256, 1024, generator=generator), (1024,))
+    if affine:
+        weight, bias = (torch.randn(1024, generator=generator) for _ in range(2))
+        tokens = tokens * (1 + 0.3 * weight) + 0.3 * bias
+    layout = LayoutCache((8, 8), 10_000.0).layout([(16, 16)], torch.tensor([0, 1], dtype=torch.int32), 1)
+    found = {
+        "feature_mean": spatial_mean_left(tokens, layout, spatial_norm="feature_mean"),
+        "constant 0.6": spatial_mean_left(tokens, layout, spatial_norm="constant", spatial_gamma=0.6),
+        "constant 1": spatial_mean_left(tokens, layout, spatial_norm="constant", spatial_gamma=1.0),
+    }
+    cells = " | ".join(f"{share:.3f}" for share in found.values()).replace("-0.000", "0.000")
+    line = (
+        f"| LayerNorm {'with a random scale and shift' if affine else 'without scale and shift'} | {cells} |"
+    )
+    with capsys.disabled():
+        print(f"\n{line}")
+    assert found["feature_mean"] > 0.9
+    assert found["constant 0.6"] == pytest.approx(0.4, abs=1e-3)
+    assert found["constant 1"] == pytest.approx(0.0, abs=1e-3)
+    page = Path(__file__).resolve().parents[3] / "docs" / "alignment.md"
+    assert line in page.read_text()
