@@ -434,7 +434,7 @@ def test_an_expanded_mask_changes_nothing_but_its_size(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_suite_on_small_models(tmp_path):
-    """All rows, both kinds of inputs and all peers, in a process that another watches; with profiles."""
+    """All rows, all kinds of inputs and all peers, in a process that another watches; with profiles."""
     output = tmp_path / "out.json"
     command = [sys.executable, BENCHMARKS / "throughput.py", "--suite", "post", "--smoke", "--steps", "1"]
     command += ["--watch", "--output", output, "--set", "data.workers=0"]
@@ -446,12 +446,14 @@ def test_the_whole_suite_on_small_models(tmp_path):
     assert content["benchmark"] == "suite"
     assert content["running"] is None
     rows = content["cases"]
-    assert [row["case"] for row in rows] == [case.name for case in suite.all_cases(("cached", "live"))]
+    assert [row["case"] for row in rows] == [
+        case.name for case in suite.all_cases(("pictures", "cached", "live"))
+    ]
     left_out = [row["case"] for row in rows if row["status"] != "measured"]
     optional = {"torchao"} if importlib.util.find_spec("torchao") is None else set()
     assert left_out == [
         case.name
-        for case in suite.all_cases(("cached", "live"))
+        for case in suite.all_cases(("pictures", "cached", "live"))
         if case.fp8 in {"transformer_engine", *optional}
     ], [row.get("reason") for row in rows]
     assert "to BF16" in done.stdout
@@ -463,14 +465,17 @@ def test_the_whole_suite_on_small_models(tmp_path):
     for row in found.values():
         ran = {name for name, flops in row["frozen_flops_per_image"].items() if flops}
         wanted = {"teacher"} if "repa" in row["config"] else set()
+        if row["conditioning"] != "cached":
+            wanted |= set() if row["config"].startswith("jit") else {"autoencoder"}
         if row["conditioning"] == "live":
-            wanted |= {"text"} | (set() if row["config"].startswith("jit") else {"autoencoder"})
+            wanted |= {"text"}
         assert ran == wanted, row["case"]
         assert row["batches_per_second"] == pytest.approx(row["images_per_second"] / 256)
     for entry in content["table"]:
-        assert entry["cached"]["relative"] > 0
+        assert entry["pictures"]["relative"] > 0
         assert entry["live"]["relative"] > 0
+        assert (entry["cached"] is None) == (entry["method"] in ("Flux2-AE", "REPA-E-VAE"))
         routed = entry["method"] in ("TREAD", "SPRINT")
-        assert (entry["cached"]["saved_time_per_saved_flops"] is not None) == routed
+        assert (entry["pictures"]["saved_time_per_saved_flops"] is not None) == routed
     assert done.stdout.count("REPA-Dinov3") == 2
     assert "diffusers, FSDP2" in done.stdout
