@@ -93,10 +93,10 @@ def settings(path: str, resolution: int, workers: int, **remote: Any) -> Data:
 
 
 def stream_of(data: Data) -> tuple[SampleStream, int]:
-    """The stream of training, and the micro-batches of an epoch."""
+    """The stream of training, and the micro-batches that hold an epoch."""
     source = open_source(data)
     stream = SampleStream(source, data, seed=0, patch=1, caption_drop=0.1, rank=0, world_size=1)
-    return stream, max(1, len(source) // data.micro_batch)
+    return stream, -(-len(source) // data.micro_batch)
 
 
 def measure(data: Data) -> Turn:

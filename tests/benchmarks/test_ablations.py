@@ -296,7 +296,7 @@ def test_the_held_out_loss_of_a_model_that_says_nothing():
 def broken(tmp_path):
     """A configuration whose run stops at its first step."""
     values = json.loads((BENCHMARKS.parent / "configs" / "latent_256.json").read_text())
-    values = {key: value for key, value in values.items() if key not in ("$schema", "extends")}
+    values = {key: value for key, value in values.items() if key not in ("$schema", "extends", "sources")}
     values["run"] |= {"max_bad_steps": 1}
     values["objective"] = {"noise_scale": 1e30}
     parse_config(values, "broken")

@@ -45,7 +45,7 @@ def test_files_of_every_writer_are_readable_by_the_group(tmp_path, runs, write_s
         )
 
     identity = {"metric": "fid", "network": "none"}
-    reference_statistics.write(tmp_path / "statistics.safetensors", identity, {"mean": torch.zeros(2)})
+    reference_statistics.write([tmp_path / "statistics.safetensors"], identity, {"mean": torch.zeros(2)})
     save_classifier(SmallClassifier(10, 4), tmp_path / "teacher")
     teacher = Teacher(kind="classifier", path=str(tmp_path / "teacher"), cache=str(tmp_path / "features"))
     open_teacher(teacher, torch.device("cpu")).features([torch.zeros(3, 16, 16)], [(4, 4)], ["a"])

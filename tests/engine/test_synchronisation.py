@@ -31,6 +31,7 @@ OUTSIDE = {
     "engine/evaluation": "between two steps",
     "engine/sampling": "between two steps",
     "engine/planning": "before the first step",
+    "engine/replay_trainer.py": "looks at the samples after the step that it makes again",
     "engine/util/safetensors_file.py": "with a checkpoint or a cache",
     "engine/encoders/latent_cache_writer.py": "a command of its own",
 }

@@ -329,7 +329,8 @@ def _save_run(run, model, *, ema=True, routing=None):
     pieces = [Piece(name, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in tensors.items()]
     values = {"model": model.model_dump(), "routing": (routing or Routing()).model_dump()}
     config = Config.model_validate(values)
-    save_checkpoint(run / "checkpoints", 7, pieces, {"config": config.model_dump(mode="json")}, keep=1)
+    meta = {"config": config.model_dump(mode="json"), "samples": 1792}
+    save_checkpoint(run / "checkpoints", 7, pieces, meta, keep=1)
     return master | buffers, average | buffers
 
 

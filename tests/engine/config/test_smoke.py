@@ -103,7 +103,7 @@ def test_every_configuration_runs(runs, smoked, name):
     assert result.returncode == 0, result.stderr
     steps = load_config(output / "config.json").run.steps
     assert f"finished: {steps} steps" in result.stderr
-    records = runs.log(output)
+    records = [record for record in runs.log(output) if "evaluation" not in record]
     assert [record["step"] for record in records] == list(range(1, steps + 1))
     assert all(record["applied"] and math.isfinite(record["loss"]) for record in records)
     assert {path.name for path in (output / "checkpoints").iterdir()} == {

@@ -235,7 +235,10 @@ def test_save_then_sample_then_evaluate_then_validate(runs, tmp_path, monkeypatc
         return call
 
     monkeypatch.setattr("millrace.engine.evaluation.run_samples.draw_grid", note("grid"))
-    monkeypatch.setattr(Evaluation, "__init__", lambda *_: None)
+    monkeypatch.setattr(Evaluation, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(Evaluation, "agree", lambda _: None)
+    monkeypatch.setattr(Evaluation, "lacking", {}, raising=False)
+    monkeypatch.setattr(Evaluation, "networks", {"fid": None}, raising=False)
     monkeypatch.setattr(Evaluation, "describe", lambda _: [])
     monkeypatch.setattr(Evaluation, "prepare", lambda *_: None)
     monkeypatch.setattr(Evaluation, "__call__", note("evaluation"))
