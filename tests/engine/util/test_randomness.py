@@ -89,7 +89,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 USED_TWICE = {
     Purpose.ORDER: "streams of epochs of different owners: `of` a part, `of` a bucket, or a reference set",
-    Purpose.NOISE: "of training, and of held-out pictures `at` one of the fixed times, with a seed of their own",
+    Purpose.NOISE: "of training, and of held-out pictures `at` one of their times, with a seed of their own",
 }
 """Purposes that stand in several places, each with the reason why no draw is repeated."""
 
