@@ -130,7 +130,7 @@ class RemoteFiles:
         async def attempt() -> bytes:
             data = await self._ask("cat_file", self._path(file), start=offset, end=offset + size)
             if len(data) > size:
-                raise NotImplementedError(
+                raise ValueError(
                     f"asked for {size} bytes it gives {len(data)}: the server does not know ranges"
                 )
             if len(data) < size:
