@@ -14,7 +14,7 @@ the ratios within a round, since others may use the machine:
   first epoch   the server, into an empty cache
   second epoch  the server, from the cache that the turn before has filled
 
-Before that the samples of an epoch are compared with those of the folder, bit for bit, and two processes at
+Before that every sample is compared with that of the folder, bit for bit, and two processes at
 once read through a cache that holds a fifth of the set.
 """
 
@@ -112,12 +112,18 @@ def measure(data: Data) -> Turn:
 
 
 def digest(data: Data) -> tuple[str, int]:
-    """SHA-256 of pixels, captions and keys of an epoch, and how many samples have none."""
-    stream, epoch = stream_of(data)
-    found = hashlib.sha256()
-    for batch in islice(stream, epoch):
+    """SHA-256 of pixels, captions and keys until every sample came, and how many samples have none.
+
+    A micro-batch holds pictures of one size, so the rarest come after more batches than an epoch has.
+    """
+    stream, _ = stream_of(data)
+    found, seen, all_samples = hashlib.sha256(), set[str](), len(open_source(data))
+    for batch in stream:
         for pixels, caption, key in zip(batch.images, batch.captions, batch.keys, strict=True):
             found.update(pixels.numpy().tobytes() + repr((tuple(pixels.shape), caption, key)).encode())
+        seen.update(batch.keys)
+        if len(seen) + len(stream.bad) >= all_samples:
+            break
     stream.close()
     return found.hexdigest(), len(stream.bad)
 
@@ -148,7 +154,7 @@ def counts(url: str) -> dict[str, int]:
 
 
 def within_bound(url: str, folder: Path, resolution: int, size: int) -> dict[str, Any]:
-    """Two processes read an epoch each through one cache; the most that it takes meanwhile."""
+    """Two processes read every sample through one cache; the most that it takes meanwhile."""
     limit, most, stop = int(size * CACHE_SHARE), 0, threading.Event()
     data = settings(url, resolution, 1, cache_dir=str(folder), cache_gb=limit / 1e9)
 
