@@ -4,6 +4,7 @@ millrace export --checkpoint runs/latent_256 --output prx-latent-256 --dtype bfl
 millrace export --checkpoint runs/latent_256 --output prx-latent-256 --format prx
 millrace export --checkpoint runs/latent_256 --pipeline prx-256 --dtype bfloat16
 millrace export --checkpoint runs/latent_256 --pipeline prx-256 --license apache-2.0 --push me/prx-256
+millrace export --checkpoint runs/sft_alchemist_lora --output alchemist-lora --adapter
 millrace export --checkpoint runs/repa_e_tuning --autoencoder tuned-vae
 """
 
@@ -77,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OWNER/NAME",
         help="upload the folder to the hub, as a private repository if it is new",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the adapter alone, as peft reads it; without this it is merged into the weights",
+    )
     return parser
 
 
@@ -115,6 +121,12 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> str:
     from millrace.engine.publishing import model_card
 
     config = checkpoint_config(reader)
+    if arguments.adapter:
+        from millrace.engine.checkpoint.adapter_files import export_adapter
+
+        line = export_adapter(reader, arguments)
+        print(line)
+        return line
     if arguments.autoencoder:
         from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
 

@@ -41,7 +41,7 @@ from millrace.engine.distributed.precision_audit import audit, require_masters
 from millrace.engine.distributed.release import collect_memory, release_engine
 from millrace.engine.distributed.signals import DataNeverCame, Request, StopRequests
 from millrace.engine.distributed.watchdog import Watchdog
-from millrace.engine.distributed.zero_shards import gather_parameters, local_shards
+from millrace.engine.distributed.zero_shards import frozen_shards, gather_parameters, local_shards
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.batch_encoder import BatchEncoder, EncodedBatch
 from millrace.engine.encoders.frozen_networks import Frozen, open_frozen
@@ -54,6 +54,7 @@ from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.losses.loss_term import LossInputs
 from millrace.engine.losses.total import build_loss
 from millrace.engine.losses.training_model import TrainingModel
+from millrace.engine.model.adapters import add_adapter, is_factor, merged
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
 from millrace.engine.model.fp8 import use_fp8
@@ -61,6 +62,7 @@ from millrace.engine.model.routing import require_grid, routing_policy
 from millrace.engine.model.working_weights import WorkingWeights, has_working_weights
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
+from millrace.engine.optim.freezing import describe_frozen, freeze, store_frozen
 from millrace.engine.optim.optimizer_step import OptimizerStep
 from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.planning.automatic import settle_run
@@ -259,13 +261,16 @@ class Trainer:
         if reader is None or self.stage_begins or train_state.lacks_heads(self.model, reader):
             self.init_weights(config.run.seed)
         self.model.to(self.device)
-        if reader is not None:
-            messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
-        elif config.run.init_from:
+        if reader is None and config.run.init_from:
             heads = [name for name, _ in self.model.named_parameters() if name.startswith(HEADS)]
             messages += start_from(self.denoiser, config.run.init_from, heads)
             messages += differing_meaning(config.run.init_from, config)
+        add_adapter(self.denoiser, config.adapter, config.run.seed)
+        freeze(self.model, config)
+        if reader is not None:
+            messages += train_state.load_weights(self.model, reader, str(reader.folder), self.stage_begins)
         self.model.to(getattr(torch, config.precision.master))
+        store_frozen(self.model, getattr(torch, config.precision.compute))
         use_fp8(self.denoiser, config.precision.fp8, self.device)
         self.working_weights = None
         if has_working_weights(config.precision, self.zero_stage):
@@ -289,6 +294,7 @@ class Trainer:
         )
         self.engine, wrapped = deepspeed_engine.initialize_engine(config, self.model, self.optimizer)
         self.shards = local_shards(self.model, wrapped, self.zero_stage)
+        self.frozen = frozen_shards(self.model)
         self.optimizer.attach(self.shards, self.zero_stage)
         self.optimizer_step = OptimizerStep(
             self.engine, wrapped, self.optimizer, self.model, self.zero_stage, config.optimizer.clip
@@ -363,7 +369,7 @@ class Trainer:
         section, messages = self.config.checkpoint, []
         blocking = section.blocking
         if not blocking:
-            need = train_state.written_bytes(self.shards, self.optimizer, self.ema)
+            need = train_state.written_bytes(self.shards, self.optimizer, self.ema, self.frozen)
             messages = room_for_copies(need)
             blocking = bool(messages)
         self.saves = BackgroundSaves(self.output / "checkpoints", section.keep, blocking)
@@ -391,6 +397,7 @@ class Trainer:
             self.stages, self.stage, self.named_shapes, self.source, self.batch_encoder, rows
         )
         lines += describe_optimizer(self.named_shapes, self.optimizer)
+        lines += describe_frozen(self.frozen, self.config)
         lines += [f"loader: {self.stream.loader}", *frozen_lines]
         lines += self.repa_e.describe() if self.repa_e is not None else []
         if self.step > self.stage.first:
@@ -674,7 +681,7 @@ class Trainer:
                 return
             self.watchdog.enter(self.step, "save")
             pieces = train_state.state_pieces(
-                self.shards, self.optimizer, self.ema, self.model.named_buffers()
+                self.shards, self.optimizer, self.ema, self.model.named_buffers(), self.frozen
             )
             tuning = self.repa_e.state_pieces() if self.repa_e is not None else ()
             damage = train_state.bad_state(self.shards, self.optimizer, self.ema, copies=True)
@@ -721,8 +728,15 @@ class Trainer:
         """Let go of the engine, whose hooks would keep weights and masters in memory."""
         release_engine(self.engine, self.zero_stage)
 
+    def _gathered(
+        self, named_shapes: list[tuple[str, tuple[int, ...]]], source: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        return gather_parameters(named_shapes, self.shards, self.zero_stage, source, self.frozen)
+
     def gathered(self, weights: str) -> Iterator[tuple[str, Tensor]]:
         """Whole weights and buffers of the denoiser, as `sampling.weights` names them. Collective."""
         source = Tensor.detach if self.ema is None else self.ema.source(weights)
-        yield from gather_parameters(self.named_shapes, self.shards, self.zero_stage, source)
+        factors = dict(self._gathered([one for one in self.named_shapes if is_factor(one[0])], source))
+        own = self._gathered([one for one in self.named_shapes if one[0] not in factors], source)
+        yield from merged(own, factors, self.config.adapter.scale)
         yield from self.denoiser.named_buffers()

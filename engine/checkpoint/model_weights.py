@@ -15,6 +15,7 @@ from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config import Config
 from millrace.engine.config.stages import values_at
 from millrace.engine.config.stored import stored_config
+from millrace.engine.model.adapters import is_factor, merged
 from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.util.errors import UserError
 
@@ -74,11 +75,22 @@ def choose_weights(reader: CheckpointReader, weights: Weights = "auto") -> Store
 def read_weights(reader: CheckpointReader, weights: Stored) -> dict[str, Tensor]:
     """Parameters and buffers on the CPU by their names in the Denoiser, in the dtype they are stored in.
 
-    Without those of heads that only training has. Raises UserError for weights that are not finite.
+    Without those of heads that only training has. A frozen weight is its own average. An adapter is merged
+    into the weights that have one, which then are FP32. Raises UserError for weights that are not finite.
     """
-    prefixes = (_PREFIX[weights], "buffer/")
-    names = {name: name.partition("/")[2] for name in reader.names() if name.startswith(prefixes)}
-    found = {ours: reader.tensor(name) for name, ours in names.items() if not ours.startswith(HEADS)}
+    found = read_parameters(reader, weights)
+    factors = {name: found.pop(name) for name in list(found) if is_factor(name)}
+    if factors:
+        found = dict(merged(found.items(), factors, checkpoint_config(reader).adapter.scale))
+    return found
+
+
+def read_parameters(reader: CheckpointReader, weights: Stored) -> dict[str, Tensor]:
+    """As `read_weights`, with the factors of an adapter beside the weights as they were before."""
+    there, names = reader.names(), {}
+    for prefix in ("master/", "buffer/", _PREFIX[weights]):  # an average takes the place of its weight
+        names |= {name.partition("/")[2]: name for name in there if name.startswith(prefix)}
+    found = {ours: reader.tensor(name) for ours, name in names.items() if not ours.startswith(HEADS)}
     require_finite(found, f"{reader.folder}: its weights {weights!r}")
     return found
 

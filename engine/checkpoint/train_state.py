@@ -1,6 +1,7 @@
 """Training state (masters, optimizer, EMA) as named tensors: from ZeRO's shards to a checkpoint and back.
 
-    master/<parameter>     FP32 weights        exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments
+    master/<parameter>     FP32 weights, frozen ones as they are stored
+    exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments
     ema/, ema2/<parameter> FP32 averages       momentum/<parameter>   Muon's
     buffer/<buffer>        fixed (SPRINT's frozen mask token)
     updates/<parameter>    how many Adam made, of a parameter for which that is less than for others
@@ -43,8 +44,10 @@ def state_pieces(
     optimizer: TrainingOptimizer,
     ema: EmaWeights | None,
     buffers: Iterable[tuple[str, Tensor]] = (),
+    frozen: Iterable[Shard] = (),
 ) -> Iterator[Piece]:
-    """This rank's part of the training state. `buffers` are whole on every rank; the first writes them."""
+    """This rank's part of the training state, and of the weights that are not trained (`frozen`). `buffers`
+    are whole on every rank; the first writes them."""
     updates = _updates(shards, optimizer)
     latest = max(updates.values(), default=0)
     for shard in (held.to_write for held in shards):
@@ -53,6 +56,9 @@ def state_pieces(
         yield from _pieces(shard, optimizer, ema)
         if shard.start == 0 and updates.get(id(shard.master), latest) != latest:
             yield Piece(f"updates/{shard.name}", (), 0, torch.tensor([updates[id(shard.master)]]))
+    for shard in (held.to_write for held in frozen):
+        if shard.count:
+            yield _piece("master", shard, shard.master)
     if rank() == 0:
         for name, buffer in buffers:
             yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
@@ -69,10 +75,13 @@ def _pieces(shard: Shard, optimizer: TrainingOptimizer, ema: EmaWeights | None) 
         yield _piece(name, shard, ema.of(shard.master, name))
 
 
-def written_bytes(shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None) -> int:
+def written_bytes(
+    shards: list[Shard], optimizer: TrainingOptimizer, ema: EmaWeights | None, frozen: Iterable[Shard] = ()
+) -> int:
     """Bytes of weights, optimizer state and averages that this rank writes, once the optimizer has begun."""
     averages = len(ema.names) if ema is not None else 0
-    return sum(
+    kept = sum(shard.count * shard.master.element_size() for shard in (held.to_write for held in frozen))
+    return kept + sum(
         shard.count * shard.master.element_size() * (1 + len(optimizer.state_names(shard.name)) + averages)
         for shard in (held.to_write for held in shards)
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from millrace.engine.config.adapter import Adapter, check_adapter
 from millrace.engine.config.alignment import Alignment, AttentionAlignment, Teacher, check_alignment
 from millrace.engine.config.autoencoder_tuning import AutoencoderTuning, check_tuning
 from millrace.engine.config.conditioning import Autoencoder, Conditioning, TextTower
@@ -28,6 +29,7 @@ from millrace.engine.config.validation import Validation
 __all__ = [
     "AUTO",
     "ActivationCheckpointing",
+    "Adapter",
     "Alignment",
     "AttentionAlignment",
     "AttentionBackend",
@@ -76,6 +78,7 @@ class Config(Section):
     alignment: Alignment = Alignment()
     conditioning: Conditioning = Conditioning()
     data: Data = Data()
+    adapter: Adapter = Adapter()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     ema: Ema = Ema()
@@ -121,6 +124,7 @@ class Config(Section):
             self.alignment,
             self.deepspeed,
         )
+        check_adapter(self.adapter, self.optimizer, self.precision, autoencoder.tuning.enabled)
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
         check_fp8(self.precision.fp8, self.precision.compute, model)

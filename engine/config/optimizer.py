@@ -55,6 +55,9 @@ class Optimizer(Section):
     clip: float = Field(0.2, ge=0)
     """Largest global norm of the gradient that the optimizer sees (0.2 in PRX's recipe); 0 is off."""
     muon: Muon = Muon()
+    frozen: tuple[str, ...] = ()
+    """Parameters that are not trained, `*` stands for anything: ["text_kv.*", "blocks.0.*"]. Those of linear
+    layers are stored in `precision.compute`, which is what they are multiplied in."""
 
 
 class Schedule(Section):

@@ -180,7 +180,12 @@ def _require_same_run(first: Config, later: Config, name: str) -> None:
         tuned = key.startswith(_TUNED) and any(
             x.conditioning.autoencoder.tuning.enabled for x in (first, later)
         )
-        if tuned or key in _FIXED or (section == "model" and field not in _FREE_OF_MODEL):
+        if (
+            tuned
+            or key in _FIXED
+            or section == "adapter"
+            or (section == "model" and field not in _FREE_OF_MODEL)
+        ):
             raise UserError(f"stage {name!r} changes {key}, which holds for the whole run; remove it there")
     if (first.routing.policy == "sprint") != (later.routing.policy == "sprint"):
         raise UserError(

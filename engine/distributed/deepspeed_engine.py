@@ -53,6 +53,7 @@ PASSED = (
 
 _LINEAR = (
     "torch.nn.Linear",
+    "millrace.engine.model.adapters.AdaptedLinear",
     "millrace.engine.model.fp8.Fp8Linear",
     "millrace.engine.model.working_weights.WorkingLinear",
 )
@@ -87,6 +88,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         raise UserError(
             f"precision.master bfloat16 is an experiment for ZeRO stage 0; stage {stage} keeps FP32 masters. "
             "Set deepspeed.zero_optimization.stage to 0"
+        )
+    if stage == 3 and (config.adapter.active or config.optimizer.frozen):
+        key = "adapter.kind" if config.adapter.active else "optimizer.frozen"
+        raise UserError(
+            f"{key} leaves little to shard, and ZeRO stage 3 would take the frozen weights apart; set "
+            "deepspeed.zero_optimization.stage to 2"
         )
     if stage == 3 and config.run.activation_checkpointing.policy == "selective":
         raise UserError(
@@ -159,6 +166,6 @@ def initialize_engine(config: Config, model: nn.Module, optimizer: torch.optim.O
 
 def with_buckets(config: Config, model: nn.Module) -> dict[str, Any]:
     """`deepspeed_config` with all of `zero_optimization` that depends on the model and the processes."""
-    elements = sum(p.numel() for p in model.parameters())
+    elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     section = zero_section(config, zero_stage(config), world_size(), elements)
     return deepspeed_config(config) | {"zero_optimization": section}

@@ -32,7 +32,9 @@ def audit(
     """
     flats = masters(shards)
     moments = [value for flat in flats for value in state.get(flat, {}).values() if _is_moment(value)]
-    rows = [("weights used in forward", _dtypes(module.parameters()))]
+    rows = [("weights used in forward", _dtypes(p for p in module.parameters() if p.requires_grad))]
+    if frozen := [p for p in module.parameters() if not p.requires_grad]:
+        rows.append(("frozen weights, never updated", _dtypes(frozen)))
     if copies:
         rows.append(("their copies for products", _dtypes(copies)))
     rows += [
@@ -55,11 +57,12 @@ def require_masters(
     """Raise UserError if a weight, master or moment is not FP32 and the configuration did not say so.
 
     The module's weights count too: of a BF16 module ZeRO 1 to 3 make FP32 masters, but compute in BF16.
+    Frozen ones may have any dtype: no update is rounded away where there is none.
     """
     if precision.master == "bfloat16":
         return
     for name, parameter in module.named_parameters():
-        if parameter.dtype != torch.float32:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             raise UserError(_refusal(f"the weight {name} is {_name(parameter)}"))
     for shard in shards:
         if shard.master.dtype != torch.float32:

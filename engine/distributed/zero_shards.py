@@ -9,7 +9,7 @@ all work on shards, so none of them knows about stages, and optimizer state is f
 - stage 3: the rank's slice of each parameter, gathered in sub-group tensors.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,8 +82,14 @@ def local_shards(
     return [_partition_shard(optimizer, name, p, groups[id(p)]) for name, p in named]
 
 
+def frozen_shards(module: nn.Module) -> list[Shard]:
+    """Shards of the parameters that are not trained: whole on every rank at stages 0 to 2, of which each
+    writes its equal share to a checkpoint."""
+    return _whole([(name, p) for name, p in module.named_parameters() if not p.requires_grad])
+
+
 def _whole(named: list[tuple[str, nn.Parameter]]) -> list[Shard]:
-    """Stage 0: all elements of all parameters, of which each rank writes one run of the same length."""
+    """All elements of all parameters, as at stage 0, of which each rank writes one run of the same length."""
     total, shards, before = sum(p.numel() for _, p in named), [], 0
     first, stop = (total * number // world_size() for number in (rank(), rank() + 1))
     for name, p in named:
@@ -123,6 +129,7 @@ def gather_parameters(
     shards: list[Shard],
     stage: int,
     source: Callable[[Tensor], Tensor],
+    frozen: Sequence[Shard] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole parameters in FP32, one by one, from all ranks' shards. Collective: no rank may stop early.
 
@@ -134,10 +141,15 @@ def gather_parameters(
         shards: of this rank.
         stage: ZeRO stage; at stage 0 every rank holds everything.
         source: maps a master tensor to what is wanted in its layout (itself, its average).
+        frozen: shards of parameters that are not trained, given as they are stored.
     """
     held = {shard.name: shard for shard in shards}
+    stored = {shard.name: shard.master for shard in frozen}
     device = shards[0].master.device if shards else torch.device("cpu")
     for name, shape in named_shapes:
+        if name in stored:
+            yield name, stored[name].detach()
+            continue
         if stage == 0 and name in held:
             yield name, held[name].of(source(held[name].master)).float().view(shape)
             continue

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from millrace.engine.config import Model, Routing
 from millrace.engine.config.loading import parse_config
+from millrace.engine.model.adapters import DOWN, MAGNITUDE, UP
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
 
@@ -212,6 +213,25 @@ def diffusers_state(state: State, config: Model) -> dict[str, Tensor]:
         for ours, theirs in _names(config).items()
         for name, part in zip(theirs, state[ours].chunk(len(theirs)), strict=True)
     }
+
+
+def adapter_state(factors: State, config: Model) -> dict[str, dict[str, Tensor]]:
+    """An adapter's factors (`adapters.py`) by the name of diffusers' layer, then by ours.
+
+    B and m are views of their layer's rows; layers that are one here share A.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for ours, theirs in _names(config).items():
+        layer, _, kind = ours.rpartition(".")
+        if kind != "weight" or f"{layer}.{DOWN}" not in factors:
+            continue
+        for i, name in enumerate(theirs):
+            parts = found.setdefault(name.removesuffix(".weight"), {})
+            parts[DOWN] = factors[f"{layer}.{DOWN}"]
+            for rows in (UP, MAGNITUDE):
+                if f"{layer}.{rows}" in factors:
+                    parts[rows] = factors[f"{layer}.{rows}"].chunk(len(theirs))[i]
+    return found
 
 
 def prx_state(state: State, config: Model) -> dict[str, Tensor]:

@@ -36,15 +36,20 @@ class WorkingLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.dtype = dtype
-        self.copies = tuple(None if p is None else _copy_of(p, dtype) for p in (linear.weight, linear.bias))
+        self.copies = tuple(
+            p if p is None or p.dtype == dtype else _copy_of(p, dtype) for p in (linear.weight, linear.bias)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in autocast's dtype where that is on."""
         if autocast_dtype(x.device.type) != self.dtype:
             return super().forward(x)
         weight, bias = self.copies
-        if not self.weight.requires_grad:  # frozen for a while, as where a loss is not to train this model
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        # Frozen for a while, as where a loss is not to train this model, or for good.
+        if not self.weight.requires_grad:
+            weight = weight.detach()
+        if bias is not None and not self.bias.requires_grad:
+            bias = bias.detach()
         return F.linear(x, weight, bias)
 
 
@@ -52,7 +57,8 @@ class WorkingWeights:
     """The working copies of a model, whose linear layers become `WorkingLinear`.
 
     Args:
-        model: with weights where they are trained; layers of other classes are left alone.
+        model: with weights where they are trained; layers of other classes are left alone, and those that
+            are frozen as a whole, whose weights are stored in `dtype` already.
         dtype: that autocast computes in.
     """
 
@@ -61,18 +67,19 @@ class WorkingWeights:
         self.copies: list[Tensor] = []
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear and any(p.requires_grad for p in child.parameters()):
                     layer = WorkingLinear(child, dtype)
                     setattr(module, name, layer)
                     for master, copy in zip((layer.weight, layer.bias), layer.copies, strict=True):
-                        if copy is not None:
+                        if copy is not None and copy is not master:
                             self.masters.append(master)
                             self.copies.append(copy)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast the weights as they are now. Due after whatever changes them."""
-        torch._foreach_copy_(self.copies, list(self.masters))
+        if self.copies:  # none where all linear layers are frozen
+            torch._foreach_copy_(self.copies, list(self.masters))
 
 
 def _copy_of(master: nn.Parameter, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ def introduction(
 
     Args:
         stages: of the run; `stage` is the one that begins or goes on.
-        named_shapes: of everything that is trained.
+        named_shapes: of all parameters, heads and adapters included.
         rows: of the precision audit.
 
     Raises UserError for a `model.geglu_backend` that cannot run on this device.

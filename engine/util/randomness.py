@@ -48,6 +48,8 @@ class Purpose(StrEnum):
     """Which samples SPRINT trains without the routed blocks."""
     ALIGNMENT = "alignment"
     """Initial weights of an alignment's projector; keyed by the seed alone."""
+    ADAPTER = "adapter"
+    """Initial factors of an adapter; keyed by the seed alone."""
     PICTURE = "picture"
     """Noise that sampling starts from, keyed by the number of the picture."""
     STRONG_ROUTE = "strong route"
