@@ -58,11 +58,11 @@ from millrace.engine.model.adapters import add_adapter, is_factor, merged
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import training_flops
 from millrace.engine.model.fp8 import use_fp8
+from millrace.engine.model.freezing import describe_frozen, freeze, store_frozen
 from millrace.engine.model.routing import require_grid, routing_policy
 from millrace.engine.model.working_weights import WorkingWeights, has_working_weights
 from millrace.engine.optim.build_optimizer import build_optimizer, describe_optimizer, set_learning_rates
 from millrace.engine.optim.ema import EmaWeights
-from millrace.engine.optim.freezing import describe_frozen, freeze, store_frozen
 from millrace.engine.optim.optimizer_step import OptimizerStep
 from millrace.engine.optim.training_optimizer import HEADS
 from millrace.engine.planning.automatic import settle_run

@@ -70,16 +70,16 @@ class AdaptedLinear(nn.Linear):
             self.squares = self.weight.float().square().sum(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), in autocast's dtype where that is on."""
-        base = F.linear(x, self.weight, self.bias)
-        low = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        if self.lora_magnitude is None:
-            return torch.add(base, low, alpha=self.scale)
-        # 1 is left out of the factor: in BF16 it would swallow what a step changes.
-        factor = self.lora_magnitude / self._norms()
-        product = base if self.bias is None else base - self.bias.to(base.dtype)
-        product = product * (factor - 1).to(base.dtype)
-        return torch.add(base + product, low * factor.to(low.dtype), alpha=self.scale)
+        """(T, K) -> (T, N), in autocast's dtype where that is on."""
+        base, up = F.linear(x, self.weight, self.bias), self.lora_B
+        if self.lora_magnitude is not None:
+            factor = self.lora_magnitude / self._norms()
+            product = base if self.bias is None else base - self.bias.to(base.dtype)
+            # 1 is left out of the factor: in BF16 it would swallow what a step changes.
+            base = torch.addcmul(base, product, (factor - 1).to(base.dtype))
+            up = factor[:, None] * up
+        # Added where the product is made: no second tensor of (T, N).
+        return torch.addmm(base, F.linear(x, self.lora_A), up.t(), alpha=self.scale)
 
     @torch.no_grad()
     def _norms(self) -> Tensor:
@@ -92,8 +92,8 @@ class AdaptedLinear(nn.Linear):
             return (self.squares + 2 * self.scale * cross + self.scale**2 * own).sqrt()
 
 
-def add_adapter(denoiser: Denoiser, config: Adapter, seed: int) -> None:
-    """Give the linear layers that `config.targets` names an adapter, filled from `seed`.
+def add_adapter(denoiser: Denoiser, config: Adapter, seed: int | None) -> None:
+    """Give the linear layers that `config.targets` names an adapter, filled from `seed`, if there is one.
 
     Raises UserError for a pattern that names none.
     """
@@ -101,12 +101,12 @@ def add_adapter(denoiser: Denoiser, config: Adapter, seed: int) -> None:
         return
     linears = {name: module for name, module in denoiser.named_modules() if type(module) is nn.Linear}
     chosen = matching(config.targets, linears, "adapter.targets", "linear layer")
-    generator = torch.Generator().manual_seed(stream_key(seed, Purpose.ADAPTER))
+    generator = None if seed is None else torch.Generator().manual_seed(stream_key(seed, Purpose.ADAPTER))
     for name in sorted(chosen, key=list(linears).index):
         layer = AdaptedLinear(linears[name], config)
         parent, _, last = name.rpartition(".")
         setattr(denoiser.get_submodule(parent), last, layer)
-        if not layer.weight.is_meta:
+        if generator is not None:
             layer.begin(generator)
 
 

@@ -10,11 +10,19 @@ SPRINT's fusion layer counts as it is defined, Linear(2C -> C) on every token. `
 2 (T - K) C^2 less forward, 0.3 % of a PRX-1.2B step.
 """
 
+import functools
+import re
 from collections import Counter
+from typing import NamedTuple
 
-from millrace.engine.config import Config, Model, route_end
+import torch
+
+from millrace.engine.config import Adapter, Config, Model, Optimizer, Routing, route_end
 from millrace.engine.model import resolution_tokens
+from millrace.engine.model.adapters import DOWN, UP, is_factor
 from millrace.engine.model.blocks import TIME_FEATURES
+from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.freezing import lay_out
 from millrace.engine.model.guidance_branches import Branch, evaluations
 from millrace.engine.model.routing import POLICIES
 
@@ -71,8 +79,87 @@ def attention_share(config: Config, image_tokens: int, text_tokens: float) -> fl
 
 
 def training_flops(config: Config, image_tokens: int, text_tokens: float) -> float:
-    """FLOPs of one sample's forward and backward pass under the run's routing."""
-    return 3 * _routed_flops(config, image_tokens, text_tokens, config.routing.drop)
+    """FLOPs of one sample's forward and backward pass under the run's routing.
+
+    With frozen weights (docs/fine_tuning.md) backward is less than twice forward: a weight that is not
+    trained needs no gradient, and what lies before everything that is trained no backward at all. The two
+    products of an adapter come on top.
+    """
+    forward = routed_flops(config, image_tokens, text_tokens, config.routing.drop)
+    if not config.adapter.active and not config.optimizer.frozen:
+        return 3 * forward
+    model, routing = config.model, config.routing
+    kept = POLICIES[routing.policy].kept(routing, image_tokens, routing.drop)
+    routed = range(routing.start, route_end(config) + 1)
+    joint = text_tokens + (resolution_tokens.COUNT if model.resolution_tokens else 0)
+    outside = dict.fromkeys(("img_in", "final_layer.linear", "fusion"), image_tokens)
+    outside |= {"txt_in": text_tokens, "text_kv": joint}
+    total = forward
+    for product in products(model, routing, config.adapter, config.optimizer.frozen):
+        if product.block is None:
+            rows = outside.get(product.part, 1)
+        else:
+            rows = kept if product.block in routed else image_tokens
+        total += 2.0 * rows * (product.size * (product.reached + product.trained) + 3 * product.factors)
+        if product.block is not None and product.part == "qkv" and product.reached:
+            total += 2 * 2.0 * _attention(model, rows, joint)
+    return total
+
+
+class Product(NamedTuple):
+    """A matrix product of the model."""
+
+    block: int | None
+    part: str
+    """Its layer, in the block or in the model."""
+    size: int
+    """Elements of the weight."""
+    trained: bool
+    """Whether the weight is."""
+    factors: int
+    """Elements of the two factors of its adapter, 0 without one."""
+    reached: bool
+    """Whether the backward pass comes here: something is trained in this block or layer, or before."""
+
+
+@functools.cache
+def products(
+    model: Model, routing: Routing, adapter: Adapter, frozen: tuple[str, ...]
+) -> tuple[Product, ...]:
+    """All products of a model of which a part is frozen."""
+    with torch.device("meta"):
+        denoiser = Denoiser(model, routing)
+    lay_out(
+        denoiser, Config(model=model, routing=routing, adapter=adapter, optimizer=Optimizer(frozen=frozen))
+    )
+    named = dict(denoiser.named_parameters())
+    trained = [_place(name) for name, p in named.items() if p.requires_grad]
+    before = {"text": {"text"}, "vector": {"vector"}, "image": {"text", "vector", "image"}}
+    found = []
+    for name, parameter in named.items():
+        if parameter.dim() != 2 or is_factor(name):
+            continue
+        layer, (chain, order) = name.rpartition(".")[0], _place(name)
+        reached = any(one in before[chain] and (one != chain or at <= order) for one, at in trained)
+        factors = sum(named[f"{layer}.{kind}"].numel() for kind in (DOWN, UP) if f"{layer}.{kind}" in named)
+        inside = re.match(r"blocks\.(\d+)\.(\w+)", layer)
+        block, part = (
+            (int(inside[1]), inside[2]) if inside else (None, re.sub(r"^img_in\.\d$", "img_in", layer))
+        )
+        found.append(Product(block, part, parameter.numel(), parameter.requires_grad, factors, reached))
+    return tuple(found)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Where a parameter lies on the way of the text, of the vector that modulates, or of the image's tokens,
+    which the two others join: (way, place on it)."""
+    if name.startswith(("txt_in.", "resolution_tokens.", "text_kv.")):
+        return "text", int(name.startswith("text_kv."))
+    if name.startswith(("time_in.", "resolution_in.", "modulation.", "final_layer.modulation.")):
+        return "vector", 0 if "in_layer" in name else 1 if "out_layer" in name else 2
+    if inside := re.match(r"blocks\.(\d+)\.", name):
+        return "image", int(inside[1])
+    return "image", -1 if name.startswith("img_in") else 10**6
 
 
 def dense_training_flops(config: Config, image_tokens: int, text_tokens: float) -> float:
@@ -87,7 +174,7 @@ def branch_flops(config: Config, branch: Branch, image_tokens: int, text_tokens:
     blocks at once.
     """
     drop = 1.0 if branch.skip else branch.drop
-    return _routed_flops(config, image_tokens, text_tokens, drop)
+    return routed_flops(config, image_tokens, text_tokens, drop)
 
 
 def sampling_flops(config: Config, image_tokens: int, text_tokens: float, empty_tokens: float = 1.0) -> float:
@@ -103,7 +190,7 @@ def sampling_flops(config: Config, image_tokens: int, text_tokens: float, empty_
     )
 
 
-def _routed_flops(config: Config, image_tokens: int, text_tokens: float, drop: float) -> float:
+def routed_flops(config: Config, image_tokens: int, text_tokens: float, drop: float) -> float:
     """FLOPs of one forward pass in which the share `drop` of the tokens bypasses the run's routed span."""
     routing = config.routing
     policy = POLICIES[routing.policy]

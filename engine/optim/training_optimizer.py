@@ -10,10 +10,8 @@ from torch import nn
 
 from millrace.engine.config import Model, Optimizer
 from millrace.engine.distributed.zero_shards import Shard
+from millrace.engine.model.freezing import HEADS
 from millrace.engine.util import registry
-
-HEADS = "alignment."
-"""What the names of parameters start with that only training has."""
 
 Named = Iterable[tuple[str, nn.Parameter]]
 

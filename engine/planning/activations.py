@@ -23,6 +23,7 @@ from millrace.engine.encoders.lpips import SMALLEST, Lpips
 from millrace.engine.encoders.teacher import vision_entry
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.freezing import lay_out
 from millrace.engine.model.routing import routing_policy
 from millrace.engine.model.working_weights import WorkingWeights, has_working_weights
 
@@ -118,7 +119,7 @@ def trace(config: Config, samples: int, tokens_per_edge: int, text_tokens: int, 
         text_tokens: of each caption.
         stage: ZeRO stage; full checkpointing at stage 3 is reentrant.
     """
-    sections = {"model", "routing", "objective", "precision", "run"}
+    sections = {"model", "routing", "objective", "precision", "run", "adapter", "optimizer"}
     key = (config.model_dump_json(include=sections), samples, tokens_per_edge, text_tokens, stage == 3)
     if key not in _known:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -144,6 +145,7 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
     model, device = config.model.model_copy(update=anywhere), torch.device("cpu")
     denoiser = Denoiser(model, config.routing)
     denoiser.checkpoint_activations(config.run.activation_checkpointing, reentrant=stage == 3)
+    lay_out(denoiser, config)
     parameters = list(denoiser.parameters())
     flow, features = FlowMatching(config.objective, 0), model.in_channels * model.patch_size**2
     with torch.device(device):
@@ -156,7 +158,7 @@ def _run(config: Config, samples: int, edge: int, text_tokens: int, stage: int) 
     autocast = torch.autocast("cpu", compute) if compute is torch.bfloat16 else nullcontext()
     copies = WorkingWeights(denoiser, compute).copies if has_working_weights(config.precision, stage) else []
     holder = Holder([clean, text, index, offsets, *copies], parameters)
-    for parameter in parameters:
+    for parameter in (p for p in parameters if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(holder.arrived)
     with holder:
         with autocast:

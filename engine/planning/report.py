@@ -13,7 +13,7 @@ from millrace.engine.planning.cpu_device import this_machine
 from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.frozen_sizes import Loaded
 from millrace.engine.planning.search import TIE, Option, Planner
-from millrace.engine.planning.step_memory import gigabytes, saved_bytes
+from millrace.engine.planning.step_memory import Shape, gigabytes, saved_bytes
 from millrace.engine.planning.step_time import Step
 from millrace.engine.util.errors import UserError
 
@@ -65,7 +65,7 @@ def describe(
     hours = step.seconds * steps / 3600
     images = batch / step.seconds
     return [
-        f"model: {planner.shape.parameters:,} parameters; {planner.image_tokens} tokens of an image, "
+        f"model: {_parameters(planner.shape)}; {planner.image_tokens} tokens of an image, "
         f"{planner.text_tokens} of a caption; {planner.flops / 1e12:.3g} TFLOP an image",
         _routing(planner),
         f"devices: {planner.ranks} x {device.name}",
@@ -87,6 +87,14 @@ def describe(
         *([_as_arguments(settings(best))] if alone else []),
         *reasons(planner, best, found),
     ]
+
+
+def _parameters(shape: Shape) -> str:
+    """Elements of the model, and which of them are trained where not all are."""
+    line = f"{shape.parameters + shape.frozen:,} parameters"
+    if not shape.frozen:
+        return line
+    return f"{line}, {shape.parameters:,} of them trained ({shape.factors:,} of an adapter)"
 
 
 def _routing(planner: Planner) -> str:

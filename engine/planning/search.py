@@ -12,7 +12,7 @@ from millrace.engine.data.crop import check_resolution
 from millrace.engine.distributed.deepspeed_engine import accumulation_steps
 from millrace.engine.distributed.zero_settings import automatic_keys, zero_section, zero_stage
 from millrace.engine.encoders.autoencoder import published_factor
-from millrace.engine.model.flops import attention_share, training_flops
+from millrace.engine.model.flops import attention_share, routed_flops, training_flops
 from millrace.engine.model.routing import require_grid
 from millrace.engine.planning.activations import Traced, trace
 from millrace.engine.planning.devices import Device
@@ -71,6 +71,7 @@ class Planner:
         self.edge = config.data.resolution // edge
         self.image_tokens, self.text_tokens = self.edge**2, config.conditioning.text.max_tokens
         self.flops = training_flops(config, self.image_tokens, self.text_tokens)
+        self.forward = routed_flops(config, self.image_tokens, self.text_tokens, config.routing.drop)
         self.attention = attention_share(config, self.image_tokens, self.text_tokens)
         self.frozen: Loaded = frozen_networks(config, self.image_tokens, self.text_tokens)
         self.shape: Shape = shape_of(config)
@@ -118,7 +119,7 @@ class Planner:
 
     def executed_flops(self, policy: str) -> float:
         """For one image: `full` runs the forward of every n-th block once more."""
-        again = self.flops / 3 / self.config.run.activation_checkpointing.every
+        again = self.forward / self.config.run.activation_checkpointing.every
         return self.flops + (again if policy == "full" else 0.0)
 
     @functools.cache  # noqa: B019 - a planner lives as long as its command
@@ -162,7 +163,7 @@ class Planner:
         """Whether the engine takes the combination (`deepspeed_engine.deepspeed_config`)."""
         if policy == "selective" and (stage == 3 or self.config.run.compile):
             return False
-        if stage == 3 and self.config.conditioning.autoencoder.tuning.enabled:
+        if stage == 3 and (self.config.conditioning.autoencoder.tuning.enabled or self.shape.frozen):
             return False
         return stage == 0 or self.config.precision.master == "float32"
 

@@ -1,7 +1,8 @@
 """Memory of a process through a training step: what is held all the time, and what comes and goes.
 
-Psi is the size of the parameters in FP32, N the processes, b DeepSpeed's reduction bucket. From the code of
-DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`), as this engine sets it:
+Psi is the size of the trained parameters in FP32, N the processes, b DeepSpeed's reduction bucket. From
+the code of DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`), as this engine
+sets it:
 
 | stage | always held                 | forward, backward         | reduction               | update  |
 |-------|-----------------------------|---------------------------|-------------------------|---------|
@@ -10,8 +11,9 @@ DeepSpeed 0.19 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py
 | 2     | the same                    | activations, b            | b + 2 Psi/N             | 2 Psi/N |
 | 3     | 3 Psi/N + state/N + b       | activations, live weights | flat bucket             |         |
 
-At stages 0 to 2 a run in BF16 also holds working copies of Psi/2. At stage 3 weights, their masters and the
-gradients are Psi/N each. The peak is that of the worst phase.
+Frozen parameters are held besides, as they are stored. At stages 0 to 2 a run in BF16 also holds working
+copies of Psi/2, not of an adapter's factors. At stage 3 weights, their masters and the gradients are Psi/N
+each. The peak is that of the worst phase.
 `state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
 several processes at once; alone it needs none, nor do stages 1 and 2 without `reduce_scatter`. Where a run
 draws samples, that is a phase between two steps, with one whole FP32 copy of the weights, gathered and
@@ -26,7 +28,9 @@ import torch
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.zero_settings import BUCKET, zero_section
+from millrace.engine.model.adapters import is_factor
 from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.model.freezing import lay_out
 from millrace.engine.model.working_weights import has_working_weights
 from millrace.engine.optim.training_optimizer import NO_EXCHANGE, Exchange, optimizer_entry
 from millrace.engine.planning.activations import Traced
@@ -42,23 +46,43 @@ class Shape:
     """Sizes of a model's parameters, in elements."""
 
     parameters: int
+    """That are trained."""
     largest: int
-    """Of the largest single tensor."""
+    """Of the largest single tensor of those."""
     tensors: int
     state: Mapping[str, int] = field(default_factory=dict)
     """Of the optimizer, by purpose."""
     exchange: Exchange = NO_EXCHANGE
     """What the optimizer sends and computes besides its element-wise update."""
+    frozen: int = 0
+    """Parameters that are not trained."""
+    frozen_bytes: float = 0.0
+    """Of those, as they are stored."""
+    factors: int = 0
+    """Of what is trained, an adapter's, which has no working copies."""
 
 
 def shape_of(config: Config) -> Shape:
     """Of the denoiser of a configuration."""
     with torch.device("meta"):
-        named = list(Denoiser(config.model, config.routing).named_parameters())
+        denoiser = Denoiser(config.model, config.routing)
+    lay_out(denoiser, config)
+    every = list(denoiser.named_parameters())
+    named = [(name, p) for name, p in every if p.requires_grad]
     sizes = [p.numel() for _, p in named]
+    still = [p for _, p in every if not p.requires_grad]
     entry, settings = optimizer_entry(config.optimizer.kind), (config.optimizer, config.model)
     state, exchange = entry.state_elements(named, *settings), entry.exchange(named, *settings)
-    return Shape(sum(sizes), max(sizes), len(sizes), state, exchange)
+    return Shape(
+        sum(sizes),
+        max(sizes),
+        len(sizes),
+        state,
+        exchange,
+        frozen=sum(p.numel() for p in still),
+        frozen_bytes=float(sum(p.numel() * p.element_size() for p in still)),
+        factors=sum(p.numel() for name, p in named if is_factor(name)),
+    )
 
 
 def fetched(section: Mapping[str, Any], shape: Shape) -> int:
@@ -130,7 +154,10 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
     found = {
         "weights": stored * shape.parameters / (ranks if stage == 3 else 1),
-        "working copies": 2.0 * shape.parameters * has_working_weights(config.precision, stage),
+        "frozen weights": shape.frozen_bytes,
+        "working copies": 2.0
+        * (shape.parameters - shape.factors)
+        * has_working_weights(config.precision, stage),
         "master weights": 4 * shape.parameters / share if stage else 0.0,
         **{name: stored * elements / share for name, elements in shape.state.items()},
         "EMA": averages * stored * shape.parameters / share,
@@ -143,7 +170,8 @@ def saved_bytes(config: Config, ranks: int, shape: Shape) -> float:
     stage; unless `checkpoint.blocking` is set, it holds a copy of them in host memory."""
     stored = 4 if config.precision.master == "float32" else 2
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
-    return stored * ((1 + averages) * shape.parameters + sum(shape.state.values())) / ranks
+    trained = stored * ((1 + averages) * shape.parameters + sum(shape.state.values()))
+    return (trained + shape.frozen_bytes) / ranks
 
 
 def memory_of(
@@ -202,6 +230,7 @@ def memory_of(
             "update": update,
         }
     if config.sampling.every_steps or config.evaluation.every_steps or config.validation.every_steps:
-        phases["sampling"] = 0 if stage == 0 and stored == 4 else 4 * shape.parameters
+        shared = stage == 0 and stored == 4 and not shape.frozen
+        phases["sampling"] = 0 if shared else 4 * (shape.parameters - shape.factors + shape.frozen)
     gradients = (whole, whole, share, 0.0)[stage]  # at stage 3 they are among the parts
     return Memory(parts, {name: float(size) for name, size in phases.items()}, gradients)

@@ -3,6 +3,7 @@
 | `--device`  | BF16 TFLOP/s | memory | bandwidth | link, one direction       | network of a node | source |
 |-------------|--------------|--------|-----------|---------------------------|-------------------|--------|
 | `rtx3090`   | 71           | 24 GB  | 936 GB/s  | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [1]    |
+| `rtx4080`   | 97.5         | 16 GB  | 717 GB/s  | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [2]    |
 | `rtx4090`   | 165.2        | 24 GB  | 1008 GB/s | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [2]    |
 | `rtx5090`   | 209.5        | 32 GB  | 1792 GB/s | PCIe 5 x16, 64 GB/s       | 100 Gb/s          | [3]    |
 | `a100-40gb` | 312          | 40 GB  | 1555 GB/s | NVLink 3, 300 GB/s        | 8 x 200 Gb/s      | [4]    |
@@ -46,6 +47,7 @@ PEAK_BF16 = {
     "L40S": 362e12,
     "MI300X": 1307e12,
     "RTX 3090": 71e12,
+    "RTX 4080": 97.5e12,
     "RTX 4090": 165.2e12,
     "RTX 5090": 209.5e12,
 }
@@ -88,6 +90,7 @@ SHEETS = {
     "mi300x": Sheet("MI300X", "MI300X", 192e9, 5.3e12, "Infinity Fabric", 448e9, _CARD_400),
     "rtx5090": Sheet("RTX 5090", "RTX 5090", 32e9, 1.792e12, "PCIe", 64e9, _CARD_100 / 8),
     "rtx4090": Sheet("RTX 4090", "RTX 4090", 24e9, 1.008e12, "PCIe", 32e9, _CARD_100 / 8),
+    "rtx4080": Sheet("RTX 4080", "RTX 4080", 16e9, 0.7168e12, "PCIe", 32e9, _CARD_100 / 8),
     "rtx3090": Sheet("RTX 3090", "RTX 3090", 24e9, 0.936e12, "PCIe", 32e9, _CARD_100 / 8),
 }
 """By the names of `millrace plan --device`."""

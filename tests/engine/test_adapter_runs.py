@@ -9,6 +9,8 @@ from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import read_parameters, read_weights
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config.loading import parse_config
+from millrace.engine.distributed.zero_shards import masters
+from millrace.engine.planning.step_memory import held_bytes, shape_of
 from millrace.engine.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -223,6 +225,21 @@ def test_another_rank_is_no_continuation(runs, base, trained, tmp_path):
     assert "lora_A is (4, 32) there and (8, 32) in this configuration" in error
 
 
+def _held(trainer):
+    """Bytes of a process by what they are for, as the planner names it; of one process at any stage."""
+    parameters, flats = list(trainer.model.parameters()), masters(trainer.shards)
+    kept = {
+        "weights": [p for p in parameters if p.requires_grad],
+        "frozen weights": [p for p in parameters if not p.requires_grad],
+        "working copies": trainer.working_weights.copies,
+        "master weights": flats if trainer.zero_stage else [],
+        "Adam moments": [v for flat in flats for v in trainer.optimizer.state[flat].values() if v.dim()],
+        "EMA": trainer.ema.tensors,
+    }
+    sizes = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in kept.items()}
+    return {name: size for name, size in sizes.items() if size}
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_what_samples_are_drawn_with_is_what_a_checkpoint_gives(runs, base, tmp_path, number):
     """Frozen weights, and the adapter's average merged into those that have one."""
@@ -233,6 +250,7 @@ def test_what_samples_are_drawn_with_is_what_a_checkpoint_gives(runs, base, tmp_
     drawn = {name: tensor.clone() for name, tensor in trainer.gathered()}
     trainer.release()
     assert any(path.suffix == ".png" for path in tmp_path.rglob("*"))
+    assert held_bytes(trainer.config, number, 1, shape_of(trainer.config)) == pytest.approx(_held(trainer))
     stored = read_weights(newest(tmp_path), "ema")
     assert drawn.keys() == stored.keys()
     assert [name for name in stored if not torch.equal(drawn[name], stored[name])] == []

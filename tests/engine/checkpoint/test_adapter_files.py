@@ -17,7 +17,7 @@ from millrace.engine.config import Adapter, Config, Model
 from millrace.engine.config.loading import merge, parse_config
 from millrace.engine.model.adapters import AdaptedLinear, add_adapter
 from millrace.engine.model.denoiser import Denoiser
-from millrace.engine.optim.freezing import freeze, store_frozen
+from millrace.engine.model.freezing import freeze, store_frozen
 from millrace.engine.util.errors import UserError
 
 LATENT = {"width": 32, "depth": 3, "heads": 2, "in_channels": 16, "patch_size": 2, "context_dim": 12}

@@ -7,9 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from millrace.engine.config import Config, Model, Routing
+from millrace.engine.config import Adapter, Autoencoder, Conditioning, Config, Model, Optimizer, Routing
+from millrace.engine.model.adapters import add_adapter
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.flops import dense_training_flops, forward_flops, training_flops
+from millrace.engine.model.freezing import freeze
 from millrace.engine.model.routing import Sprint, Tread
 from millrace.kernels.attention import backends
 
@@ -18,6 +20,8 @@ BOTTLENECK = Model(width=48, depth=5, heads=2, patch_size=4, in_channels=3, bott
 RESOLUTION = Model(width=48, depth=3, heads=3, mlp_ratio=2.5, resolution_embedding=True, context_dim=12)
 TOKENS = LATENT.model_copy(update={"resolution_tokens": True})
 MODELS = {"latent": LATENT, "bottleneck": BOTTLENECK, "resolution": RESOLUTION, "tokens": TOKENS}
+
+PIXELS = Conditioning(autoencoder=Autoencoder(kind="pixels"))
 
 SQUARE = [(4, 4), (4, 4), (4, 4)]
 MIXED = [(4, 6), (5, 3), (4, 4)]
@@ -99,6 +103,41 @@ def test_sprint_is_counted_as_defined_and_computed_with_less(grids):
     )
     assert forward == defined - 2 * (sum(images) - sum(kept)) * 64 * 64
     assert backward == 2 * forward - gradients_of_inputs(config, grids, RAGGED)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_products_add_up_to_the_forward_pass(name):
+    """A training of everything, as the sum over products that a training of a part uses."""
+    model = MODELS[name]
+    config = Config(model=model, conditioning=PIXELS if model.in_channels == 3 else Conditioning())
+    still = config.model_copy(update={"optimizer": Optimizer(frozen=("blocks.*.query_norm",))})
+    assert training_flops(still, 16, 9) == training_flops(config, 16, 9)
+
+
+def test_an_adapter_is_counted_as_pytorch_counts():
+    """Exact but for block 0's first products, whose input needs no gradient: below lies nothing trained."""
+    model = LATENT.model_copy(update={"attention_backend": "reference"})
+    config = Config(model=model, adapter=Adapter(kind="lora", rank=4))
+    denoiser = Denoiser(model)
+    add_adapter(denoiser, config.adapter, 0)
+    freeze(denoiser, config)
+    n, text, width = 16, 9, model.width
+    layout = denoiser.layouts.layout([(4, 4)], torch.tensor([0, text], dtype=torch.int32), text)
+    inputs = torch.randn(n, 16), torch.rand(1), torch.randn(text, model.context_dim), layout
+    with FlopCounterMode(display=False) as counter:
+        denoiser(*inputs).prediction.sum().backward()
+    unneeded = 2 * n * (3 * width * width + 4 * width)
+    assert counter.get_total_flops() == training_flops(config, n, text) - unneeded
+
+
+def test_frozen_blocks_at_the_start_have_no_backward():
+    """With embeddings and modulation frozen too, half of the blocks cost a third."""
+    outside = ("img_in.*", "txt_in.*", "time_in.*", "modulation.*", "text_kv.*", "final_layer.modulation.*")
+    whole = Config(model=PRX, optimizer=Optimizer(frozen=outside))
+    half = Config(model=PRX, optimizer=Optimizer(frozen=(*outside, *(f"blocks.{i}.*" for i in range(8)))))
+    blocks = forward_flops(PRX, 256, 0, range(0), 256) - forward_flops(PRX, 256, 0, range(8), 0)
+    saved = training_flops(whole, 256, 0) - training_flops(half, 256, 0)
+    assert saved == pytest.approx(2 * blocks, rel=1e-12)
 
 
 def test_bottleneck_and_resolution_are_counted():

@@ -5,16 +5,22 @@ from torch import nn
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.zero_shards import Shard
-from millrace.engine.model.adapters import AdaptedLinear, adapted_layers, is_factor, matching
-from millrace.engine.optim.training_optimizer import HEADS
+from millrace.engine.model.adapters import AdaptedLinear, adapted_layers, add_adapter, is_factor, matching
+from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.util.errors import UserError
 
+HEADS = "alignment."
+"""What the names of parameters start with that only training has."""
 
-def freeze(model: nn.Module, config: Config) -> None:
+
+def freeze(model: nn.Module, config: Config, heads: bool = True) -> None:
     """Let only those parameters need a gradient that the run trains.
 
     With an adapter: its factors, heads that only training has, and `adapter.unfrozen`; else all. Those of
     `optimizer.frozen` never. Raises UserError where a pattern names nothing, or nothing is left to train.
+
+    Args:
+        heads: whether the model has its heads; if not, what is said of them is passed over.
     """
     named = dict(model.named_parameters())
     trained = set(named)
@@ -28,7 +34,8 @@ def freeze(model: nn.Module, config: Config) -> None:
                 "out of adapter.targets"
             )
         trained -= set(own) - extra
-    trained -= matching(config.optimizer.frozen, named, "optimizer.frozen", "parameter")
+    still = [pattern for pattern in config.optimizer.frozen if heads or not pattern.startswith(HEADS)]
+    trained -= matching(still, named, "optimizer.frozen", "parameter")
     if not trained:
         raise UserError("optimizer.frozen names all that would be trained; leave something out")
     for name, parameter in named.items():
@@ -44,11 +51,18 @@ def store_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         if type(module) in (nn.Linear, AdaptedLinear):
-            for parameter in (module.weight, module.bias):
-                if parameter is not None and not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.requires_grad:
+                    setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
         if isinstance(module, AdaptedLinear):
             module.measure()
+
+
+def lay_out(denoiser: Denoiser, config: Config) -> None:
+    """What becomes of a denoiser without data in a run of `config`: adapter, frozen parameters and dtypes."""
+    add_adapter(denoiser, config.adapter, None)
+    freeze(denoiser, config, heads=False)
+    store_frozen(denoiser, getattr(torch, config.precision.compute))
 
 
 def describe_frozen(frozen: list[Shard], config: Config) -> list[str]:
