@@ -1,17 +1,17 @@
 """Data sheets of GPUs: peak rates, memory and links, and the sheet that belongs to a device's name.
 
-| `--device`  | BF16 TFLOP/s | memory | bandwidth | link, one direction       | network of a node | source |
-|-------------|--------------|--------|-----------|---------------------------|-------------------|--------|
-| `rtx3090`   | 71           | 24 GB  | 936 GB/s  | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [1]    |
-| `rtx4080`   | 97.5         | 16 GB  | 717 GB/s  | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [2]    |
-| `rtx4090`   | 165.2        | 24 GB  | 1008 GB/s | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [2]    |
-| `rtx5090`   | 209.5        | 32 GB  | 1792 GB/s | PCIe 5 x16, 64 GB/s       | 100 Gb/s          | [3]    |
-| `a100-40gb` | 312          | 40 GB  | 1555 GB/s | NVLink 3, 300 GB/s        | 8 x 200 Gb/s      | [4]    |
-| `a100-80gb` | 312          | 80 GB  | 2039 GB/s | NVLink 3, 300 GB/s        | 8 x 200 Gb/s      | [4]    |
-| `h100`      | 989          | 80 GB  | 3.35 TB/s | NVLink 4, 450 GB/s        | 8 x 400 Gb/s      | [5]    |
-| `h200`      | 989          | 141 GB | 4.8 TB/s  | NVLink 4, 450 GB/s        | 8 x 400 Gb/s      | [5]    |
-| `b200`      | 2250         | 180 GB | 8 TB/s    | NVLink 5, 900 GB/s        | 8 x 400 Gb/s      | [6]    |
-| `mi300x`    | 1307         | 192 GB | 5.3 TB/s  | Infinity Fabric, 448 GB/s | 8 x 400 Gb/s      | [7]    |
+| `--device`  | BF16 TFLOP/s | memory | bandwidth  | link, one direction       | network of a node | source |
+|-------------|--------------|--------|------------|---------------------------|-------------------|--------|
+| `rtx3090`   | 71           | 24 GB  | 936 GB/s   | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [1]    |
+| `rtx4080`   | 97.5         | 16 GB  | 716.8 GB/s | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [2]    |
+| `rtx4090`   | 165.2        | 24 GB  | 1008 GB/s  | PCIe 4 x16, 32 GB/s       | 100 Gb/s          | [2]    |
+| `rtx5090`   | 209.5        | 32 GB  | 1792 GB/s  | PCIe 5 x16, 64 GB/s       | 100 Gb/s          | [3]    |
+| `a100-40gb` | 312          | 40 GB  | 1555 GB/s  | NVLink 3, 300 GB/s        | 8 x 200 Gb/s      | [4]    |
+| `a100-80gb` | 312          | 80 GB  | 2039 GB/s  | NVLink 3, 300 GB/s        | 8 x 200 Gb/s      | [4]    |
+| `h100`      | 989          | 80 GB  | 3.35 TB/s  | NVLink 4, 450 GB/s        | 8 x 400 Gb/s      | [5]    |
+| `h200`      | 989          | 141 GB | 4.8 TB/s   | NVLink 4, 450 GB/s        | 8 x 400 Gb/s      | [5]    |
+| `b200`      | 2250         | 180 GB | 8 TB/s     | NVLink 5, 900 GB/s        | 8 x 400 Gb/s      | [6]    |
+| `mi300x`    | 1307         | 192 GB | 5.3 TB/s   | Infinity Fabric, 448 GB/s | 8 x 400 Gb/s      | [7]    |
 
 BF16 is dense (without sparsity) and accumulates in FP32, as training does: on GeForce cards half of what FP16
 products reach that accumulate in FP16. A100, H100 and H200 are the SXM modules.

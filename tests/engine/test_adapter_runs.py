@@ -142,7 +142,7 @@ def test_dora_resumes_bit_for_bit_in_bf16_recomputed(runs, base, tmp_path):
     assert {"final_layer.linear.weight", "blocks.1.key_norm", "blocks.0.qkv.lora_magnitude"} < kinds
 
 
-def test_sprint_and_compiled_blocks_take_an_adapter(runs, base, tmp_path):
+def test_routed_and_compiled_blocks_take_an_adapter(runs, base, tmp_path):
     """Compiled blocks compute what the others do."""
     routing = {"routing": {"policy": "tread", "start": 1, "end": 1}}
     for name, more in (("plain", {}), ("compiled", {"run": {"compile": True}})):
@@ -247,7 +247,7 @@ def test_what_samples_are_drawn_with_is_what_a_checkpoint_gives(runs, base, tmp_
     values = runs.values(tmp_path, *of(base, adapter("dora"), BF16, stage(number), grid))
     trainer = Trainer(parse_config(values, "test"))
     trainer.train()
-    drawn = {name: tensor.clone() for name, tensor in trainer.gathered()}
+    drawn = {name: tensor.clone() for name, tensor in trainer.gathered("ema")}
     trainer.release()
     assert any(path.suffix == ".png" for path in tmp_path.rglob("*"))
     assert held_bytes(trainer.config, number, 1, shape_of(trainer.config)) == pytest.approx(_held(trainer))
