@@ -49,6 +49,7 @@ def test_bfloat16_reduction_where_asked_for(runs, tmp_path):
     found = deepspeed_config(runs.config(tmp_path, low))
     linear = [
         "torch.nn.Linear",
+        "millrace.engine.model.adapters.AdaptedLinear",
         "millrace.engine.model.fp8.Fp8Linear",
         "millrace.engine.model.working_weights.WorkingLinear",
     ]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from millrace.engine.config import ActivationCheckpointing, Config, Fp8, Model, Routing
+from millrace.engine.config import ActivationCheckpointing, Adapter, Config, Fp8, Model, Routing
 from millrace.engine.config.loading import parse_config
 from millrace.engine.config.precision import MULTIPLE, fp8_shapes
 from millrace.engine.distributed import deepspeed_engine
 from millrace.engine.model import fp8 as module
+from millrace.engine.model.adapters import AdaptedLinear, add_adapter
 from millrace.engine.model.denoiser import Denoiser
 from millrace.engine.model.fp8 import Fp8Linear, use_fp8
 from millrace.engine.model.routing import RoutedSpan, Sprint, Tread
@@ -304,11 +305,14 @@ def test_gradients_of_fp8_layers_are_reduced_as_those_of_others():
     for name in deepspeed_engine._LINEAR:
         package, _, attribute = name.rpartition(".")
         found.add(getattr(importlib.import_module(package), attribute))
-    assert found == {nn.Linear, Fp8Linear, WorkingLinear}
+    assert found == {nn.Linear, AdaptedLinear, Fp8Linear, WorkingLinear}
     denoiser = denoiser_of(backend="torch")
     kinds = {type(part) for part in denoiser.modules() if isinstance(part, nn.Linear)}
     WorkingWeights(denoiser, torch.bfloat16)
-    assert kinds | {type(part) for part in denoiser.modules() if isinstance(part, nn.Linear)} == found
+    adapted = denoiser_of(backend="none")
+    add_adapter(adapted, Adapter(kind="lora"), 0)
+    parts = (*denoiser.modules(), *adapted.modules())
+    assert kinds | {type(part) for part in parts if isinstance(part, nn.Linear)} == found
 
 
 def test_auto_is_torch():
