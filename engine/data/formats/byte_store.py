@@ -34,6 +34,8 @@ class Span(NamedTuple):
     size: int
     digest: str
     """SHA-256 of the file, by which copies are named."""
+    file_size: int
+    """Bytes of the file."""
     sound: Callable[[bytes], bool]
     """Whether bytes are those that were written."""
 
@@ -59,6 +61,9 @@ class ByteStore(Protocol):
     def read(self, span: Span) -> bytes:
         """Its bytes, fewer where the file ends before; sound, if any attempt gave such. Raises OSError, and
         UserError where the store cannot be reached."""
+
+    def expect(self, size: int) -> None:
+        """Samples will be read that take `size` bytes together."""
 
     def read_ahead(self, spans: Iterable[Span]) -> None:
         """Begin to read what will be asked for, each once and in about this order. Returns at once."""
@@ -105,6 +110,9 @@ class LocalFiles:
 
     def read(self, span: Span) -> bytes:
         return retried(lambda: self.files.read(self._prefix + span.file, span.offset, span.size))
+
+    def expect(self, size: int) -> None:
+        """It makes no difference."""
 
     def read_ahead(self, spans: Iterable[Span]) -> None:
         """The system does."""

@@ -44,7 +44,8 @@ class RangeCache:
         self._files = OpenFiles()
         self._touched: dict[str, float] = {}
         self._writing = threading.Lock()  # threads of a process: a lock of a file is the process's
-        self._closed = False
+        self.closed = False
+        """Whether an error has ended writing."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked():
             self._set_used(self._measured())
@@ -73,7 +74,7 @@ class RangeCache:
 
     def put(self, ranges: list[tuple[str, int, bytes]]) -> None:
         """Keep (digest of the file, offset, bytes)."""
-        if self._closed or not ranges:
+        if self.closed or not ranges:
             return
         needed = sum(_blocks(offset, data) for _, offset, data in ranges)
         try:
@@ -89,7 +90,7 @@ class RangeCache:
                         str(self.folder / digest), [(at, data) for of, at, data in ranges if of == digest]
                     )
         except OSError as error:
-            self._closed = True
+            self.closed = True
             log.warning("%s: no more samples are kept: %s", self.folder, error.strerror or error)
 
     def _write(self, path: str, ranges: list[tuple[int, bytes]]) -> None:

@@ -80,6 +80,7 @@ class ShardsSource:
         shards = self.manifest.shards
         if process_group.local_rank() == 0:  # once a machine: the others would ask for the same
             check_sizes(self._store, self.manifest)
+        self._store.expect(sum(shard.bytes for shard in shards))
         self._rows, self.bucket_of = open_index(self._store, self.manifest)
         """`bucket_of` is (N,) int32: index into `buckets` of every sample."""
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
@@ -185,12 +186,13 @@ class ShardsSource:
         """Both files of a sample."""
         shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
         start, end = int(row["picture_offset"]), int(row["json_offset"]) + int(row["json_bytes"])
-        return Span(shard.file, start, end - start, shard.sha256, partial(_is_sound, row))
+        return Span(shard.file, start, end - start, shard.sha256, shard.bytes, partial(_is_sound, row))
 
     def _record_span(self, index: int) -> Span:
         """The JSON of a sample."""
         shard, row = self.manifest.shards[self.place(index)[0]], self._rows[index]
-        return Span(shard.file, int(row["json_offset"]), int(row["json_bytes"]), shard.sha256, _is_json)
+        start, size = int(row["json_offset"]), int(row["json_bytes"])
+        return Span(shard.file, start, size, shard.sha256, shard.bytes, _is_json)
 
     def _read(self, index: int) -> Record:
         span = self._span(index)

@@ -54,9 +54,20 @@ def digest_of(data, micro_batches=30, first_sample=0):
     return found.hexdigest(), keys
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """No data set is small enough for its cache: samples are asked for alone."""
+    monkeypatch.setattr(remote_store, "HELD", 0.0)
+
+
+@pytest.mark.parametrize("block", [700, None])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("aspect", ["square", "mixed", "bucket"])
-def test_samples_are_those_of_the_folder(dataset, serve, aspect, workers, eventually):
+def test_samples_are_those_of_the_folder(dataset, serve, aspect, workers, block, eventually, monkeypatch):
+    if block is None:
+        monkeypatch.setattr(remote_store, "HELD", 0.0)
+    else:  # of which samples take several, and share some
+        monkeypatch.setattr(remote_store, "BLOCK", block)
     offset = int(np.load(dataset / "16x64/00001.npy")["picture_offset"][3]) + 5
     server = serve(dataset, latency=0.01, failures=0.05, cuts=0.05, flips={("16x64/00001.tar", offset): 1})
     resolution = 32 if aspect == "bucket" else 16
@@ -113,7 +124,32 @@ def test_a_resumed_run_may_change_between_disk_and_bucket(dataset, serve):
     assert digest_of(remote, 8, first_sample=24) == digest_of(data, 8, first_sample=24)
 
 
-def test_samples_are_asked_for_together_and_ahead(dataset, serve):
+def test_what_the_cache_can_hold_is_asked_for_once_in_blocks(dataset, serve, tmp_path, eventually):
+    tars = [path.stat().st_size for path in dataset.glob("*/*.tar")]
+    server = serve(dataset, latency=0.02)
+
+    def requests(work):
+        before = server.counts["requests"]
+        work()
+        return server.counts["requests"] - before
+
+    def read(cache_gb, folder):
+        """For an epoch."""
+        remote = Remote(cache_gb=cache_gb, cache_dir=str(folder))
+        return requests(lambda: digest_of(data_of(server.url, workers=2, remote=remote)))
+
+    ShardsSource(server.url)  # which keeps the indexes
+    opening = requests(lambda: ShardsSource(server.url))
+    large, small = tmp_path / "large", tmp_path / "small"
+    assert read(1.0, large) - opening == len(tars)
+    eventually(
+        lambda: sum(path.stat().st_size for path in large.iterdir() if path.name != "used") == sum(tars)
+    )
+    assert read(1.0, large) == opening
+    assert read(sum(tars) / 1e9, small) - opening > 3 * len(tars)  # neighbours share some
+
+
+def test_samples_are_asked_for_together_and_ahead(dataset, serve, alone):
     server = serve(dataset, latency=0.1)
     data = data_of(server.url, workers=1).model_copy(update={"remote": Remote(requests=16)})
     source = open_source(data)
@@ -153,18 +189,23 @@ def test_indexes_are_fetched_once_a_machine(dataset, serve, cache):
     assert [again.key(i) for i in range(45)] == [first.key(i) for i in range(45)]
 
 
-def test_bytes_that_stay_wrong_are_the_samples_fault(dataset, serve):
+@pytest.mark.parametrize("held", [0.0, 1.0])
+def test_bytes_that_stay_wrong_are_the_samples_fault(dataset, serve, held, monkeypatch):
+    monkeypatch.setattr(remote_store, "HELD", held)
     offset = int(np.load(dataset / "16x64/00000.npy")["picture_offset"][2]) + 40
     server = serve(dataset, flips={("16x64/00000.tar", offset): 1000})
     source = ShardsSource(server.url)
     with pytest.raises(UnreadablePicture, match=rf"^{server.url}/16x64/00000\.tar#2: .*CRC-32"):
         source.image(2)
     assert source.key(2) == "16x64/00000.tar#2"
-    assert server.counts["flipped"] == 4  # two reads, each of them twice
+    if held == 0.0:
+        assert server.counts["flipped"] == 4  # two reads, each of them twice
     assert source.key(1) == "pictures/1.png"
 
 
-def test_bytes_that_the_disk_lost_are_fetched_again(dataset, serve, cache, eventually):
+@pytest.mark.parametrize("held", [0.0, 1.0])
+def test_bytes_that_the_disk_lost_are_fetched_again(dataset, serve, cache, eventually, held, monkeypatch):
+    monkeypatch.setattr(remote_store, "HELD", held)
     server = serve(dataset)
     expected = [ShardsSource(dataset).encoded(i) for i in range(45)]
 
@@ -259,7 +300,7 @@ def test_one_line_says_how_it_is_read(dataset, cache, caplog):
 
 
 def span(file, offset, size):
-    return Span(file, offset, size, "", bool), remote_store._Wanted()
+    return Span(file, offset, size, "", 0, bool), remote_store._Wanted()
 
 
 def test_neighbours_share_a_request(monkeypatch):
