@@ -3,6 +3,7 @@
 python -m benchmarks ablations                                       # the rows below, small, on digits
 python -m benchmarks ablations --sweep                               # first the learning rates
 python -m benchmarks ablations --configs latent_256 latent_256_muon --seeds 0 --output muon.json
+python -m benchmarks ablations --configs jit_1024 jit_1024_tread jit_1024_sprint --output jit.json
 python -m benchmarks ablations --scale post --configs latent_256 latent_256_tread --seeds 42
 python -m benchmarks ablations --scale post --launcher "deepspeed --num_gpus 8" --source datasets/mine
 
@@ -55,14 +56,30 @@ ROWS = (
     "latent_256_contrastive",
     "latent_256_repa_dinov2",
     "latent_256_repa_until",
+    "latent_256_irepa_dinov2",
+    "latent_256_irepa_dinov2_post",
     "latent_256_tread",
     "latent_256_sprint",
+    "latent_256_sprint_paper",
     "latent_256_muon",
     "bf16_master",
     "latent_256_short_captions",
+    "latent_256_caption_mix",
     "sft_alchemist",
 )
-"""The configurations of the reduced scales: what needs no other autoencoder and no other pictures."""
+"""The configurations of the reduced scales that differ there from the baseline and from each other.
+
+Left out, and why:
+
+    latent_256_flux2, latent_256_repa_e, repa_e_tuning     another autoencoder; the scale is in pixels
+    latent_256_repa_dinov3, latent_256_irepa_dinov3        another teacher; here each is the same classifier
+    latent_256_haste                                       aligns attention, which a classifier has not
+    latent_256_real_images                                 other pictures; digits have one kind
+    latent_256_synthetic_then_real                         the same; its stage would be sft_alchemist's
+    sft_alchemist_lora                                     adapts a trained model; a run here starts from none
+    speedrun_24h                                           LPIPS, which needs pictures of 16 pixels or more
+    jit_1024*                                              another baseline, `jit_1024`: a table of their own
+"""
 QUICK_ROWS = ("latent_256", "latent_256_x_prediction")
 QUICK_STEPS = 6
 SWEEP_SEED = 1_000
@@ -270,6 +287,8 @@ def settled(job: Job, folder: Path) -> Config:
         "checkpoint": {"every_steps": max(1, steps // LOOKS), "keep": 4 * LOOKS},
         "logging": {"tensorboard": False, "wandb": False},
     }
+    if job.config.validation.share or job.config.validation.path is not None:
+        values["validation"] = {"every_steps": values["checkpoint"]["every_steps"]}
     return parse_config(merge(job.config.model_dump(mode="json"), values), job.title)
 
 

@@ -1,5 +1,6 @@
-"""What runs at a reduced scale share: the judge of samples, the teacher of alignment, curated pictures."""
+"""What runs at a reduced scale share: the judge of samples, the teacher, curated and held-out pictures."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ Result = dict[str, Any]
 def make_assets(
     scale: Scale | None, source: str | None, work: Path, quick: bool
 ) -> tuple[Result | None, Assets | None]:
-    """Train the judge and the teacher and choose the curated pictures, where the source has labels; and how
-    well the judge does."""
+    """Train the judge and the teacher, choose the curated pictures and write the held-out ones, where the
+    source has labels; and how well the judge does."""
     if scale is None:
         return None, None
-    assets = Assets(_from_root(work / "teacher"), _from_root(work / "curated.txt"))
+    assets = Assets(_from_root(work / "teacher"), _from_root(work / "curated.txt"), None)
     if source != "digits":
         return None, assets
+    assets = assets._replace(held_out=_from_root(work / "held_out"))
     data = parse_config({"data": {**data_source(source), "resolution": scale.edge}}, "digits").data
     parts = [DigitsSource(part) for part in ("train", "test")]
     train, test = (views(part, data) for part in parts)
@@ -45,6 +47,7 @@ def make_assets(
     save_classifier(teacher, work / "teacher")
     curated = most_typical(parts[0], scale.curated)
     (work / "curated.txt").write_text("\n".join(curated) + "\n")
+    write_pictures(parts[1], work / "held_out")
     floor = frechet_distance(*(moments(embeddings(judge, pictures)) for pictures in (train, test)))
     return {
         "seed": JUDGE_SEED,
@@ -61,6 +64,17 @@ def make_assets(
         },
         "curated_pictures": len(curated),
     }, assets
+
+
+def write_pictures(source: DigitsSource, folder: Path) -> None:
+    """A source as a folder of pictures with captions, each named by its key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(len(source)):
+        name = source.key(index).replace("/", "-")
+        captions = source.captions(index)
+        source.image(index).save(folder / f"{name}.png")
+        texts = {"long": captions.long, "short": captions.short}
+        (folder / f"{name}.json").write_text(json.dumps(texts))
 
 
 def _from_root(path: Path) -> Path:

@@ -3,8 +3,8 @@
 python benchmarks/quality/ablations_run.py JOB.json RESULT.json
 
 Started by `ablations.py`. JOB is `{"config": ..., "judge": folder or null, "curated": file or null,
-"weights_at": [steps]}`; RESULT gets the learning curve and, at each of those steps, the held-out loss and the
-quality of samples.
+"weights_at": [steps]}`; RESULT gets the learning curve and, at each of those steps, the held-out loss that
+the run has logged and the quality of samples.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from millrace.engine.config import Config, Data
 from millrace.engine.config.loading import parse_config
 from millrace.engine.data import evaluation_view, open_source
 from millrace.engine.data.sources.digits import DigitsSource
+from millrace.engine.data.sources.held_out_split import split
 from millrace.engine.distributed import process_group
 from millrace.engine.encoders.autoencoder import open_autoencoder
 from millrace.engine.encoders.small_classifier import SmallClassifier, load_classifier
@@ -32,8 +33,7 @@ from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.evaluation.digit_judge import quality
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.flow_matching import FlowMatching
-from millrace.engine.model.layout import patchify
-from millrace.engine.run_log.logs import set_up_logging
+from millrace.engine.run_log.logs import VALIDATION, set_up_logging
 from millrace.engine.sampling.grids import save_grid
 from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.trainer import train
@@ -44,10 +44,7 @@ POINTS = 40
 HORIZON = 0.04
 """Share of the run over which the loss of a learning curve is averaged."""
 LOOK_SEED = 20_240
-"""Of the noise from which pictures and the held-out loss start: the same for every run."""
-TIMES = tuple((i + 0.5) / 8 for i in range(8))
-"""Times of the held-out loss."""
-CHUNK = 64
+"""Of the noise from which samples start: the same for every run."""
 SHOWN = 20
 """Pictures of a run that are kept to be looked at."""
 
@@ -115,13 +112,20 @@ def looks(
     """The held-out loss and the quality of samples at each of the steps, which all have a checkpoint."""
     folder = Path(config.run.output_dir)
     found = dict(list_checkpoints(folder / "checkpoints"))
-    source, own = held_out(config)
+    source, own = compared_with(config)
+    losses = held_out_losses(config)
     results = []
     for step in steps:
         weights, saved = checkpoint_state(found[step], "auto")
         sampler = build_sampler(saved, weights)
         captions = prompts(source, config.data)
-        result: dict[str, Any] = {"step": step, "held_out_loss": held_out_loss(sampler, own, captions)}
+        result: dict[str, Any] = {"step": step}
+        if step in losses:
+            record = losses[step]
+            result["held_out_loss"] = record["loss"]
+            if step == steps[-1]:  # what pairs the pictures of two runs
+                result["held_out_set"] = record["set"]
+                result["held_out_losses"] = [round(loss, 5) for loss in record["losses"]]
         if judge is not None or config.data.source == "builtin":
             size = (config.data.resolution, config.data.resolution)
             pictures = sampler(captions, size, config.sampling, LOOK_SEED)
@@ -139,11 +143,25 @@ def looks(
     return results
 
 
-def held_out(config: Config) -> tuple[Any, Tensor]:
-    """Pictures never trained on where the source has a part for that, else those trained on: the source,
-    and its pictures (N, 3, h, w) in [-1, 1]."""
+def held_out_losses(config: Config) -> dict[int, dict[str, Any]]:
+    """Records of validation.jsonl by step, of the EMA weights where the run has them, else of the model's;
+    empty for a run without held-out pictures."""
+    file = Path(config.run.output_dir) / VALIDATION
+    if not file.exists():
+        return {}
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    kind = "ema" if config.ema.enabled else "model"
+    return {record["step"]: record for record in records if record["weights"] == kind}
+
+
+def compared_with(config: Config) -> tuple[Any, Tensor]:
+    """What samples are compared with: of digits the pictures never trained on, else those trained on. The
+    source, and its pictures (N, 3, h, w) in [-1, 1]."""
     data = config.data
-    source = DigitsSource("test") if data.source == "digits" else open_source(data)
+    if data.source == "digits":
+        source = DigitsSource("test")
+    else:
+        source = split(open_source(data), config.validation, data).train
     return source, views(source, data)
 
 
@@ -174,38 +192,6 @@ def build_sampler(config: Config, weights: dict[str, Tensor]) -> Sampler:
         device,
         compute,
     )
-
-
-@torch.no_grad()
-def held_out_loss(sampler: Sampler, pictures: Tensor, captions: list[str]) -> float:
-    """Mean over pictures and TIMES of |v - (n - x0)|^2 per element, the same noise n for every run.
-
-    Neither routing nor an auxiliary term nor the distribution of times enters it, so that it can be compared
-    between techniques where the training losses cannot.
-    """
-    denoiser, patch = sampler.denoiser, sampler.denoiser.config.patch_size
-    total, count = 0.0, 0
-    generator = torch.Generator().manual_seed(LOOK_SEED)
-    for start in range(0, len(pictures), CHUNK):
-        chosen = pictures[start : start + CHUNK].to(sampler.device)
-        clean = sampler.autoencoder.encode(chosen, None)
-        grid = (clean.shape[2] // patch, clean.shape[3] // patch)
-        text = sampler.text_encoder.encode(captions[start : start + CHUNK])
-        layout = denoiser.layouts.layout([grid] * len(clean), text.cu_seqlens, text.max_seqlen)
-        tokens = patchify(clean, patch).flatten(0, 1)
-        noise = torch.randn(tokens.shape, generator=generator).to(sampler.device)
-        noise = noise * sampler.flow.noise_scale(grid)
-        for t in TIMES:
-            noisy = (1 - t) * tokens + t * noise
-            times = torch.full((len(clean),), t, device=sampler.device)
-            with torch.autocast(
-                sampler.device.type, sampler.compute, enabled=sampler.compute != torch.float32
-            ):
-                out = denoiser(noisy, times, text.embeddings, layout).prediction
-            v = sampler.flow.velocity(out.float(), noisy, t)
-            total += (v - (noise - tokens)).square().mean(1).sum().item()
-            count += len(tokens)
-    return total / count
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ SCALES = {
 }
 """`post`, the third scale, is not here: it runs the configurations as they are."""
 
+VALIDATION = {"samples": 512, "times": 8, "caption": "long", "seed": 1138}
+"""Held-out loss of the reduced scales."""
+HELD_OUT_SHARE = 0.1
+"""Share of the data that is held out where it has no part for that."""
+
 FINE_TUNING = 0.2
 """Share of the steps that a run which starts from another one's weights has at a reduced scale."""
 
@@ -60,6 +65,14 @@ class Assets(NamedTuple):
     """A `SmallClassifier`, in place of DINO."""
     curated: Path
     """Keys of the pictures for fine-tuning, in place of another data set."""
+    held_out: Path | None
+    """Folder of the pictures of the held-out loss; None takes a share of the data."""
+
+    def validation(self) -> dict[str, Any]:
+        """Settings of `validation` that every run of a scale has: the same pictures, times and noise."""
+        if self.held_out is None:
+            return {**VALIDATION, "share": HELD_OUT_SHARE, "path": None}
+        return {**VALIDATION, "share": 0.0, "source": "folder", "path": str(self.held_out)}
 
 
 def open_config(name: str) -> Config:
@@ -86,13 +99,16 @@ def at_scale(config: Config, scale: Scale, source: str, assets: Assets) -> Confi
 
     Kept: objective, policy and share of the routing, kind, weight and relative place of the alignment,
     optimizer but for its learning rate, precision, clipping, shape of the schedule, captions, stages.
-    Changed: width, depth, resolution, steps, batch, learning rate, and all that is pretrained: latents become
-    pixels, the text encoder the hash tower, the teacher a classifier of this data set.
+    Changed: width, depth, resolution, steps, batch, learning rate, held-out pictures, and all that is
+    pretrained: latents become pixels, the text encoder the hash tower, the teacher a classifier of this data
+    set.
     """
     old, optimizer = config.model_dump(mode="json"), config.optimizer
     autoencoder, depth, steps = config.conditioning.autoencoder.kind, config.model.depth, config.run.steps
     if autoencoder not in ("pixels", "flux1"):
         raise UserError(f"the autoencoder {autoencoder} is what this row is about; run it with --scale post")
+    if config.adapter.kind != "none":
+        raise UserError("an adapter trains beside the weights of another run; run it with --scale post")
     if config.run.init_from:
         # What a fine-tuning changes are its pictures; it starts from the baseline's weights at this scale.
         stage = {"at": round((1 - FINE_TUNING) * steps), "name": "fine-tuning", "data": {"path": "curated"}}
@@ -157,6 +173,8 @@ def at_scale(config: Config, scale: Scale, source: str, assets: Assets) -> Confi
         "schedule": {"warmup": scale.steps // 20},
         "deepspeed": {"zero_optimization": {"stage": 0}},
         "sampling": {"every_steps": 0, "steps": scale.solver_steps, "guidance": scale.guidance},
+        "evaluation": {"every_steps": 0},
+        "validation": assets.validation(),
         "stages": stages,
     }
     return parse_config(merge(old, small), f"--scale {scale.name}")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from millrace.benchmarks.report.recording import ROOT
-from millrace.engine.comparison.seed_noise import Error, between_seeds, half_width
+from millrace.engine.comparison.run_curves import HELD_OUT, Curve, RunCurves
+from millrace.engine.comparison.verdicts import Row, Setting
+from millrace.engine.comparison.verdicts import compare as compare_settings
 
 Result = dict[str, Any]
 
@@ -15,8 +17,8 @@ PUBLISHED = ROOT / "benchmarks" / "published.json"
 MEASURES = ("frechet", "accuracy", "recall", "held_out_loss", "loss", "images_per_second", "frechet_curated")
 """What a run yields; of these accuracy, recall and images_per_second are better the higher they are."""
 HIGHER = ("accuracy", "recall", "images_per_second")
-QUALITY = ("held_out_loss", "frechet", "recall")
-"""What a row is judged by: the loss of the model, and its samples."""
+QUALITY = {"held_out_loss": HELD_OUT["model"], "frechet": "Frechet distance"}
+"""What a row is judged by, the loss of the model and its samples, and the curve of it as compare names it."""
 
 
 class Value(NamedTuple):
@@ -29,29 +31,30 @@ class Value(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """A measure of a row beside the baseline's, with the noise between seeds as `millrace compare` has it."""
+    """A measure of a row beside the baseline's, as `millrace compare` judges it."""
 
     measure: str
     seeds: int
-    """That both have."""
-    baseline: float
-    difference: float
-    error: Error | None
-    """None where every row has one seed."""
+    """Of the row or the baseline, whichever has fewer."""
+    row: Row
 
     @property
     def half(self) -> float | None:
-        """Half the width of the interval of the difference."""
-        return None if self.error is None else half_width(self.error, None)
+        """Half the width of the interval of the difference; None where the noise is not known."""
+        return None if self.row.interval is None else self.row.interval.half
+
+    @property
+    def difference(self) -> float:
+        """From the baseline; the mean over the seeds that both have, if there are enough of them."""
+        interval = self.row.interval
+        return self.row.second - self.row.first if interval is None else interval.difference
 
     @property
     def verdict(self) -> str:
-        """better, worse, not decided, or one seed."""
-        if self.seeds < 2 or self.half is None:
-            return "one seed"
-        if abs(self.difference) <= self.half:
-            return "not decided"
-        return "better" if (self.difference > 0) is (self.measure in HIGHER) else "worse"
+        """better, worse, not decided, one seed; not comparable where the held-out pictures are others."""
+        if self.row.verdict == "-":
+            return "not comparable"
+        return "one seed" if self.seeds < 2 else self.row.verdict
 
 
 def measures(run: Result) -> dict[str, float]:
@@ -83,28 +86,35 @@ def table(result: Result) -> dict[str, dict[str, Value]]:
     return found
 
 
-def compare(result: Result, name: str) -> list[Beside]:
-    """A row beside the first one, by each measure of QUALITY that both have; empty where there is nothing to
-    compare."""
-    first = result["rows"][0]["name"]
-    values = {
-        row["name"]: {seed: measures(run) for seed, run in finished(result, row["name"]).items()}
-        for row in result["rows"]
-    }
-    if name == first or not values[first] or not values.get(name):
-        return []
-    found = []
-    for measure in QUALITY:
-        by_seed = {
-            row: {seed: run[measure] for seed, run in runs.items() if measure in run}
-            for row, runs in values.items()
-        }
-        old, new = by_seed[first], by_seed[name]
-        if old and new:
-            rows = [numbers for numbers in by_seed.values() if numbers]
-            difference, error = between_seeds(old, new, rows)
-            seeds = min(len(old), len(new))
-            found.append(Beside(measure, seeds, statistics.fmean(old.values()), difference, error))
+def compare(result: Result) -> dict[str, list[Beside]]:
+    """Each other row beside the first, by the measures of QUALITY that both have; without the rows that have
+    no finished run, and empty where the first has none."""
+    settings = {}
+    for row in result["rows"]:
+        if runs := finished(result, row["name"]):
+            settings[row["name"]] = Setting(row["name"], [curves(run) for run in runs.values()])
+    first = settings.get(result["rows"][0]["name"])
+    found: dict[str, list[Beside]] = {}
+    for beside in compare_settings(list(settings.values())) if first else []:
+        rows = {row.quantity: row for row in beside.rows}
+        seeds = min(len(first.runs), len(beside.setting.runs))
+        found[beside.setting.letter] = [
+            Beside(key, seeds, rows[title]) for key, title in QUALITY.items() if title in rows
+        ]
+    return found
+
+
+def curves(run: Result) -> RunCurves:
+    """What compare knows of a run: the measures of QUALITY at each look."""
+    found = RunCurves(run["name"], run["seed"], {}, 1)
+    for look in run["looks"]:
+        for measure, title in QUALITY.items():
+            if measure in look:
+                found.curves.setdefault(title, Curve()).values[look["step"]] = look[measure]
+        if loss := found.curves.get(QUALITY["held_out_loss"]):
+            loss.sets[look["step"]] = look.get("held_out_set", "")
+            if "held_out_losses" in look:
+                loss.losses[look["step"]] = look["held_out_losses"]
     return found
 
 

@@ -7,8 +7,8 @@ The same small model is trained on the same real pictures, with the same seed, o
 each way to do the blocks' matrix products in FP8, for several seeds. Weights, order of the samples, noise and
 times are functions of the seed, so two runs of one seed differ by their arithmetic alone, and their losses
 can be compared step by step. The measure is how far they are apart beside how far runs of two seeds are.
-Held-out loss is that of parts of pictures that no run was trained on, by the trained weights in BF16, as in
-sampling.
+Held-out loss is the engine's, of parts of pictures that no run was trained on, by the trained weights in
+FP32.
 
 On a CPU the FP8 products are emulated: numbers are rounded as on a GPU, and speeds say nothing. A run that
 was interrupted is continued; --work keeps them.
@@ -23,14 +23,11 @@ from typing import Any
 import torch
 
 from millrace.benchmarks.data.picture_set import make_pictures
-from millrace.benchmarks.quality.ablations_run import averages, build_sampler, held_out_loss, prompts, views
+from millrace.benchmarks.quality.ablations_run import averages, held_out_losses
 from millrace.benchmarks.report import recording
-from millrace.engine.checkpoint.checkpoints import list_checkpoints
-from millrace.engine.checkpoint.model_weights import checkpoint_state
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
 from millrace.engine.config.loading import merge, parse_config
-from millrace.engine.data import open_source
 from millrace.engine.run_log.logs import set_up_logging
 from millrace.engine.trainer import train
 
@@ -46,8 +43,9 @@ BASE: Result = {
     "schedule": {"kind": "cosine", "warmup": 20, "final": 0.05},
     "logging": {"tensorboard": False, "every_steps": 25},
     "sampling": {"every_steps": 0},
+    "validation": {"share": 0.1},
 }
-"""What all runs have in common; `data.path` and `data.keys` come from the pictures that are made."""
+"""What all runs have in common; `data.path` comes from the pictures that are made."""
 BASELINE = "BF16"
 ARMS: dict[str, Result] = {
     BASELINE: {},
@@ -55,8 +53,8 @@ ARMS: dict[str, Result] = {
     "FP8, torchao": {"backend": "torchao"},
 }
 """`precision.fp8` of each."""
-PICTURES, HELD_OUT = 400, 40
-"""How many parts of the built-in pictures are made, and how many of them, the last, are held out."""
+PICTURES = 400
+"""How many parts of the built-in pictures are made."""
 LOOKS = 4
 """How often, at equal distances, the held-out loss is measured."""
 HORIZON = 25
@@ -75,16 +73,6 @@ def base_config(work: Path, quick: bool) -> Config:
     return parse_config(values, "benchmarks/fp8_parity.py")
 
 
-def with_keys(config: Config, work: Path, held_out: bool, quick: bool) -> Config:
-    """`config` on the pictures that are trained on, or on the others."""
-    keys = sorted(open_source(config.data).key(i) for i in range(len(open_source(config.data))))
-    count = 4 if quick else HELD_OUT
-    chosen = keys[-count:] if held_out else keys[:-count]
-    path = work / ("held_out.txt" if held_out else "trained.txt")
-    path.write_text("\n".join(chosen) + "\n")
-    return parse_config(merge(config.model_dump(mode="json"), {"data": {"keys": str(path)}}), "keys")
-
-
 def run_config(config: Config, arm: str, seed: int, work: Path) -> Config:
     """One run."""
     steps = config.run.steps
@@ -92,27 +80,22 @@ def run_config(config: Config, arm: str, seed: int, work: Path) -> Config:
     changes = {
         "run": {"seed": seed, "output_dir": str(folder)},
         "precision": {"fp8": ARMS[arm]},
-        "checkpoint": {"every_steps": max(1, steps // LOOKS), "keep": 2 * LOOKS},
+        "validation": {"every_steps": max(1, steps // LOOKS)},
     }
     return parse_config(merge(config.model_dump(mode="json"), changes), f"{arm}, seed {seed}")
 
 
-def measure(config: Config, unseen: Config) -> Result:
-    """Train, and look at the checkpoints."""
+def measure(config: Config) -> Result:
+    """Train, and read the losses from the run's logs."""
     train(config, "auto")
     folder = Path(config.run.output_dir)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    source = open_source(unseen.data)
-    pictures, captions = views(source, unseen.data), prompts(source, unseen.data)
-    looks = []
-    for step, path in list_checkpoints(folder / "checkpoints"):
-        weights, saved = checkpoint_state(path, "model")
-        loss = held_out_loss(build_sampler(saved, weights), pictures, captions)
-        looks.append({"step": step, "held_out_loss": loss})
+    held_out = held_out_losses(config)
     return {
         "loss": [round(record["loss"], 6) for record in records],
         "skipped": sum(not record["applied"] for record in records),
-        "looks": looks,
+        "looks": [{"step": step, "held_out_loss": record["loss"]} for step, record in held_out.items()],
+        "held_out_pictures": len(next(iter(held_out.values()))["losses"]),
     }
 
 
@@ -230,13 +213,10 @@ def main() -> int:
     common = base_config(work, arguments.quick)
     if arguments.steps:
         common = common.model_copy(update={"run": common.run.model_copy(update={"steps": arguments.steps})})
-    unseen = with_keys(common, work, True, arguments.quick)
-    seen = with_keys(common, work, False, arguments.quick)
-    shown = seen.model_dump(
-        mode="json", include={"run", "model", "objective", "data", "optimizer", "schedule"}
+    shown = common.model_dump(
+        mode="json", include={"run", "model", "objective", "data", "optimizer", "schedule", "validation"}
     )
-    for key in ("path", "keys"):
-        shown["data"][key] = None  # where the files lie is no property of the runs
+    shown["data"]["path"] = None  # where the files lie is no property of the runs
     chart = arguments.output.with_suffix(".png")
     result: Result = {
         "benchmark": "fp8_parity",
@@ -246,7 +226,6 @@ def main() -> int:
         "emulated": not torch.cuda.is_available(),
         "seeds": arguments.seeds,
         "config": shown,
-        "held_out_pictures": len(open_source(unseen.data)),
         "horizon": HORIZON,
         "chart": chart.name,
         "runs": [],
@@ -254,7 +233,8 @@ def main() -> int:
     }
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            found = measure(run_config(seen, arm, seed, work), unseen)
+            found = measure(run_config(common, arm, seed, work))
+            result["held_out_pictures"] = found.pop("held_out_pictures")
             result["runs"].append({"arm": arm, "seed": seed, **found})
             print(f"{arm}, seed {seed}: held-out loss {final(found):.4f}", flush=True)
             result["table"] = compare(result["runs"])

@@ -45,7 +45,7 @@ def page(results: list[Result]) -> str:
     newest: dict[tuple[Any, ...], Result] = {}
     for result in results:
         if result["benchmark"] == "ablations" and not result["quick"]:
-            newest[(result["scale"], result["source"])] = result
+            newest[(result["scale"], result["source"], result["rows"][0]["name"])] = result
     text = ["\n\n".join([TITLE, INTRODUCTION])]
     text += [section(result) for result in newest.values()]
     if not newest:
@@ -59,12 +59,13 @@ def page(results: list[Result]) -> str:
 def section(result: Result) -> str:
     """One scale on one data set."""
     source = f" on {result['source']}" if result["source"] else ""
-    text = [f"## Scale {result['scale']}{source}", origin(result), conditions(result)]
-    rows = table(result)
-    text.append(main_table(result, rows))
-    sentences = [line for row in result["rows"] if (line := verdict(result, row["name"]))]
-    if sentences:
-        text += [f"Beside `{result['rows'][0]['name']}`:", "\n".join(sentences)]
+    first = result["rows"][0]["name"]
+    text = [f"## Scale {result['scale']}{source}: `{first}`", origin(result), conditions(result)]
+    rows, beside = table(result), compare(result)
+    text.append(main_table(result, rows, beside))
+    if beside:
+        lines = [verdict(name, found) for name, found in beside.items() if found]
+        text += [f"Beside `{first}`:", "\n".join(lines), decided(beside)]
     stem = result["file"].removesuffix(".json")
     for kind, words in (
         ("curves", "Learning curves, means over seeds"),
@@ -125,15 +126,16 @@ def conditions(result: Result) -> str:
         "embeddings to the held-out pictures, computed as FID is; the training pictures themselves are "
         f"{judge['frechet_of_training_pictures']:.2f} away. *Frechet to curated* is the distance to the "
         f"{judge['curated_pictures']} pictures of fine-tuning. *Held-out loss* is the squared error of the "
-        "velocity on held-out pictures, the mean over eight times, with neither routing nor auxiliary terms; "
-        "x-prediction weighs errors near t = 0 by 1/t^2 in it. *Training loss* is the flow term, averaged "
+        "velocity on the held-out pictures with their long captions, the mean over eight times, with neither "
+        "routing nor auxiliary terms, the same pictures, times and noise for every run; x-prediction weighs "
+        "errors near t = 0 by 1/t^2 in it. *Training loss* is the flow term, averaged "
         "exponentially; under contrastive flow matching and routing it is another quantity. The teacher of "
         f"alignment is another classifier (seed {teacher['seed']}, width {teacher['width']}; the judge has "
         f"{judge['seed']} and {judge['width']}), right on {teacher['accuracy']:.1%}."
     )
 
 
-def main_table(result: Result, rows: dict[str, dict[str, Value]]) -> str:
+def main_table(result: Result, rows: dict[str, dict[str, Value]], compared: dict[str, list[Beside]]) -> str:
     """Ours at the left, the post at the right."""
     names = [name for name in WORDS if any(name in found for found in rows.values())]
     head = ["configuration", "seeds", *(WORDS[name] for name in names)]
@@ -145,7 +147,7 @@ def main_table(result: Result, rows: dict[str, dict[str, Value]]) -> str:
         run = next(r for r in result["runs"] if r["name"] == name and r["status"] == "done")
         cells = [f"`{name}`", str(next(iter(found.values())).seeds)]
         cells += [show(found.get(measure)) for measure in names]
-        beside = {found.measure: change(found) for found in compare(result, name)}
+        beside = {found.measure: change(found) for found in compared.get(name, [])}
         cells += [beside.get(measure, "-") for measure in judged]
         cells.append(f"{run['compute']} / {run['master']}")
         if name in posts:
@@ -161,16 +163,24 @@ def main_table(result: Result, rows: dict[str, dict[str, Value]]) -> str:
 
 def change(found: Beside) -> str:
     """A difference from the baseline in percent, with its interval."""
-    scale = 100 / abs(found.baseline) if found.baseline else math.nan
+    scale = 100 / abs(found.row.first) if found.row.first else math.nan
     half = "" if found.half is None else f" ± {found.half * scale:.1f}"
     return f"{found.difference * scale:+.1f}{half} %"
 
 
-def verdict(result: Result, name: str) -> str | None:
+def decided(beside: dict[str, list[Beside]]) -> str:
+    """Which rows the held-out loss decides, and which not."""
+    by_verdict: dict[str, list[str]] = {}
+    for name, found in beside.items():
+        for one in found:
+            if one.measure == RATED_BY:
+                by_verdict.setdefault(one.verdict, []).append(f"`{name}`")
+    lines = (f"**{word}** {', '.join(names)}" for word, names in sorted(by_verdict.items()))
+    return f"By the {WORDS[RATED_BY]}: {'; '.join(lines)}."
+
+
+def verdict(name: str, found: list[Beside]) -> str:
     """What a row did to the measures of quality, here and in the post."""
-    found = compare(result, name)
-    if not found:
-        return None
     parts = [f"{WORDS[one.measure]} **{one.verdict}** ({change(one)})" for one in found]
     text = f"- `{name}`: {', '.join(parts)}."
     posts = published_rows()

@@ -7,22 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from millrace.benchmarks.quality import ablations
+from millrace.benchmarks.quality import ablations_judge as judge
 from millrace.benchmarks.quality import ablations_run as one_run
 from millrace.benchmarks.quality import ablations_scales as scales
 from millrace.benchmarks.quality import ablations_table as table
 from millrace.benchmarks.report import logbook_page as page
 from millrace.benchmarks.report.recording import read_results
+from millrace.engine.config import Validation
 from millrace.engine.config.loading import parse_config
-from millrace.engine.model.denoiser import Denoiser
+from millrace.engine.data.sources.digits import DigitsSource
+from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.util.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-ASSETS = scales.Assets(Path("teacher"), Path("curated.txt"))
+ASSETS = scales.Assets(Path("teacher"), Path("curated.txt"), Path("held_out"))
 CPU = scales.SCALES["cpu"]
 
 
@@ -91,14 +93,15 @@ def test_means_and_spreads_are_over_seeds_without_the_sweep():
 
 
 def test_rows_are_compared_with_the_baseline_by_the_noise_between_seeds():
-    assert table.compare(FULL, "latent_256") == []
-    loss, samples = table.compare(FULL, "latent_256_muon")
+    found = table.compare(FULL)
+    assert list(found) == ["latent_256_muon", "bf16_master", "latent_256_tread", "mine"]
+    loss, samples = found["latent_256_muon"]
     assert (loss.measure, loss.difference, loss.verdict) == ("held_out_loss", 0.0, "not decided")
-    assert (samples.measure, samples.seeds, samples.baseline) == ("frechet", 3, 3.0)
+    assert (samples.measure, samples.seeds, samples.row.first) == ("frechet", 3, 3.0)
     assert samples.difference == pytest.approx(-1.0)
-    assert samples.error.basis == "3 seeds, paired, spread of 4 settings"
+    assert samples.row.interval.seeds.basis == "3 seeds, paired, spread of 4 settings"
     assert samples.verdict == "better"
-    assert table.compare(FULL, "mine")[1].verdict == "one seed"
+    assert found["mine"][1].verdict == "one seed"
 
 
 @pytest.mark.parametrize(
@@ -109,9 +112,34 @@ def test_three_seeds_decide(frechet, verdict):
     """Paired: -1.0, -1.0 and -0.9 are decided, -1 to 1 is not."""
     rows = [run("latent_256", seed, 2.0 + seed, held_out=0.3 + seed / 100) for seed in range(3)]
     rows += [run("latent_256_muon", seed, value) for seed, value in enumerate(frechet)]
-    found = table.compare(results(*rows), "latent_256_muon")[1]
+    found = table.compare(results(*rows))["latent_256_muon"][1]
     assert (found.measure, found.verdict) == ("frechet", verdict)
-    assert "3 seeds, paired" in found.error.basis
+    assert "3 seeds, paired" in found.row.interval.seeds.basis
+
+
+def with_pictures(name, seed, losses, held_out_set="a"):
+    """A run that has the held-out loss of each picture."""
+    found = run(name, seed, 2.0, held_out=statistics.fmean(losses))
+    found["looks"][-1] |= {"held_out_set": held_out_set, "held_out_losses": losses}
+    return found
+
+
+def test_the_error_of_the_pictures_counts_too():
+    """Seeds agree on a difference that one of four pictures alone makes."""
+    rows = [with_pictures("latent_256", seed, [0.30 + seed / 1000, 0.3, 0.3, 0.3]) for seed in range(3)]
+    rows += [with_pictures("mine", seed, [0.26 + seed / 1000, 0.3, 0.3, 0.3]) for seed in range(3)]
+    found = table.compare(results(*rows))["mine"][0]
+    assert found.row.interval.seeds.value == pytest.approx(0.0, abs=1e-9)
+    assert found.row.interval.pictures.basis == "4 pictures"
+    assert found.verdict == "not decided"
+    for one in rows:
+        del one["looks"][-1]["held_out_losses"]
+    assert table.compare(results(*rows))["mine"][0].verdict == "better"
+
+
+def test_other_held_out_pictures_give_no_verdict():
+    rows = [with_pictures(name, seed, [0.3, 0.2], name) for name in ("latent_256", "mine") for seed in (0, 1)]
+    assert table.compare(results(*rows))["mine"][0].verdict == "not comparable"
 
 
 def test_losses_at_times():
@@ -135,6 +163,10 @@ def test_the_page_says_what_the_numbers_say_beside_the_post():
     tread = next(line for line in text.splitlines() if line.startswith("- `latent_256_tread`"))
     assert "Frechet distance **not decided**" in tread
     assert "Whether that holds here is not decided." in tread
+    assert (
+        "By the held-out loss: **not decided** `latent_256_muon`, `bf16_master`, `latent_256_tread`; "
+        "**one seed** `mine`." in text
+    )
     assert "held-out loss **one seed** (+0.0" in next(
         line for line in text.splitlines() if line.startswith("- `mine`:")
     )
@@ -192,11 +224,27 @@ KEPT = {
     "latent_256_contrastive": {"objective.contrastive_weight": 0.05},
     "latent_256_repa_dinov2": {"alignment.kind": "repa", "alignment.weight": 0.5},
     "latent_256_repa_until": {"alignment.kind": "repa", "alignment.until": round(CPU.steps * 2 / 3)},
+    "latent_256_irepa_dinov2": {"alignment.kind": "irepa", "alignment.projector": "attention"},
+    "latent_256_irepa_dinov2_post": {
+        "alignment.kind": "irepa",
+        "alignment.projector": "conv",
+        "alignment.spatial_norm": "constant",
+    },
     "latent_256_tread": {"routing.policy": "tread", "routing.drop": 0.5, "routing.end": CPU.depth - 4},
     "latent_256_sprint": {"routing.policy": "sprint", "routing.drop": 0.75, "routing.end": CPU.depth - 4},
+    "latent_256_sprint_paper": {
+        "routing.policy": "sprint",
+        "routing.drop": 0.75,
+        "routing.end": CPU.depth - 3,
+        "routing.structured": True,
+        "routing.fuse_order": "deep_dense",
+        "routing.mask_token": "frozen",
+        "routing.path_drop": 0.1,
+    },
     "latent_256_muon": {"optimizer.kind": "muon", "optimizer.muon.scale": "rms"},
     "bf16_master": {"precision.master": "bfloat16"},
     "latent_256_short_captions": {"data.long_caption": 0.0},
+    "latent_256_caption_mix": {"data.long_caption": 1.0},
     "sft_alchemist": {"objective.prediction": "velocity"},
 }
 MAY_DIFFER = ("source", "run.output_dir", "optimizer.lr", "optimizer.eps", "stages", "routing.start")
@@ -259,6 +307,40 @@ def test_a_stage_keeps_its_schedule_and_its_learning_rate_beside_the_run():
     assert found["optimizer"]["lr"] == pytest.approx(CPU.lr["adamw"] / 2)
 
 
+def test_no_two_rows_are_the_same_at_this_scale():
+    digests = [ablations.Job("x", 0, small(name)).digest() for name in ablations.ROWS]
+    assert len(set(digests)) == len(digests)
+
+
+def test_every_row_has_the_same_held_out_pictures_times_and_noise(tmp_path):
+    for name in ablations.ROWS:
+        config = ablations.settled(ablations.Job(name, 0, small(name)), tmp_path)
+        assert config.validation == Validation(
+            every_steps=CPU.steps // ablations.LOOKS, path="held_out", samples=512, times=8
+        )
+
+
+def test_a_source_without_a_part_of_its_own_holds_out_a_share():
+    config = scales.at_scale(scales.open_config("latent_256"), CPU, "builtin", ASSETS._replace(held_out=None))
+    assert (config.validation.share, config.validation.path) == (scales.HELD_OUT_SHARE, None)
+
+
+def test_held_out_pictures_are_written_with_their_captions(tmp_path):
+    part = DigitsSource("test")
+    judge.write_pictures(part, tmp_path)
+    written = FolderSource(tmp_path)
+    assert len(written) == len(part)
+    for index in (0, 200):
+        assert written.key(index) == f"{part.key(index).replace('/', '-')}.png"
+        assert written.captions(index) == part.captions(index)
+        assert written.image(index).tobytes() == part.image(index).tobytes()
+
+
+def test_an_adapter_is_refused():
+    with pytest.raises(UserError, match="an adapter trains beside the weights of another run"):
+        small("sft_alchemist_lora")
+
+
 def test_what_cannot_be_made_small_is_refused_in_one_line():
     with pytest.raises(
         UserError, match="flux2 is what this row is about; run it with --scale post"
@@ -274,22 +356,6 @@ def test_averages_forget_their_start():
     assert found[1] == pytest.approx((0.25 * 1 + 0.5 * 2) / 0.75)
     assert found[2] == found[1]
     assert found[3] == pytest.approx((0.125 * 1 + 0.25 * 2 + 0.5 * 4) / 0.875)
-
-
-def test_the_held_out_loss_of_a_model_that_says_nothing():
-    """A velocity of zero leaves |n - x0|^2 per element."""
-    config = small("latent_256")
-    denoiser = Denoiser(config.model, config.routing)
-    denoiser.init_weights(0)
-    weights = {name: torch.zeros_like(w) for name, w in denoiser.state_dict().items()}
-    source, pictures = one_run.held_out(config)
-    pictures, captions = pictures[:9], one_run.prompts(source, config.data)[:9]
-    found = one_run.held_out_loss(one_run.build_sampler(config, weights), pictures, captions)
-    generator = torch.Generator().manual_seed(one_run.LOOK_SEED)
-    noise = torch.randn(9 * (CPU.edge // CPU.patch) ** 2, 3 * CPU.patch**2, generator=generator)
-    tokens = pictures.unfold(2, CPU.patch, CPU.patch).unfold(3, CPU.patch, CPU.patch)
-    tokens = tokens.permute(0, 2, 3, 1, 4, 5).reshape(noise.shape)
-    assert found == pytest.approx((noise - tokens).square().mean().item(), rel=1e-5)
 
 
 @pytest.fixture
@@ -330,6 +396,10 @@ def test_a_quick_run_end_to_end(tmp_path, broken):
     steps = [look["step"] for look in by_name["latent_256"]["looks"]]
     assert steps == [ablations.QUICK_STEPS // 2, ablations.QUICK_STEPS]
     assert by_name["latent_256"]["looks"][-1]["frechet"] > 0
+    base, other = (by_name[name]["looks"][-1] for name in ("latent_256", "latent_256_x_prediction"))
+    assert base["held_out_set"] == other["held_out_set"]
+    assert len(base["held_out_losses"]) == len(DigitsSource("test"))
+    assert base["held_out_loss"] == pytest.approx(statistics.fmean(base["held_out_losses"]), abs=1e-5)
     assert by_name["latent_256"]["terms"] == ["flow"]
     changed = {row["name"]: row["changes"] for row in result["rows"]}
     assert changed["latent_256_x_prediction"] == {"objective.prediction": "sample"}
