@@ -85,7 +85,8 @@ QUICK_STEPS = 6
 SWEEP_SEED = 1_000
 """None of the seeds of the table."""
 LOOKS = 2
-"""How often, at equal distances, a run's samples are judged; the last time at its end."""
+"""How often, at equal distances, a run's samples are judged and its held-out loss is taken; the last time at
+its end."""
 
 Result = dict[str, Any]
 
