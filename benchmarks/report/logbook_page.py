@@ -137,7 +137,9 @@ def conditions(result: Result) -> str:
 
 def main_table(result: Result, rows: dict[str, dict[str, Value]], compared: dict[str, list[Beside]]) -> str:
     """Ours at the left, the post at the right."""
-    names = [name for name in WORDS if any(name in found for found in rows.values())]
+    # The speed of small models on a CPU says nothing of a GPU.
+    shown = [name for name in WORDS if result["gpus"] or name != "images_per_second"]
+    names = [name for name in shown if any(name in found for found in rows.values())]
     head = ["configuration", "seeds", *(WORDS[name] for name in names)]
     judged = [measure for measure in QUALITY if measure in names]
     head += [*(f"{WORDS[measure]} to baseline" for measure in judged), "compute / weights"]
