@@ -42,7 +42,7 @@ import numpy as np
 import psutil
 
 from millrace.benchmarks.data import faulty_server, picture_set
-from millrace.benchmarks.report import recording
+from millrace.benchmarks.report import recording, remote_report
 from millrace.engine.cli import run_command
 from millrace.engine.config import Data
 from millrace.engine.config.data import Remote
@@ -183,22 +183,6 @@ def rates_of(turns: list[Turn]) -> list[float]:
     return [turn.images / turn.seconds for turn in turns]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """For people."""
-    lines = [
-        "| threads | loader | images/s | p20 to p80 | of disk | CPU ms per image | of the server |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['workers']} | {row['loader']} | {row['images_per_second_median']:.0f} | "
-            f"{row['images_per_second_p20']:.0f} to {row['images_per_second_p80']:.0f} | "
-            f"{row['of_disk']:.2f} | {1e3 * row['cpu_seconds_per_image']:.2f} | "
-            f"{1e3 * row['server_cpu_seconds_per_image']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def parse() -> argparse.Namespace:
     """Arguments of the command."""
     parser = argparse.ArgumentParser(
@@ -296,7 +280,7 @@ def main() -> int:
                         "images_per_second": rates,
                     }
                 )
-        print(table(rows))
+        print(remote_report.table(rows).text())
         if arguments.output is not None:
             recording.write(
                 arguments.output,

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from millrace.benchmarks.report import recording
+from millrace.benchmarks.report import recording, scale_report
 from millrace.engine.checkpoint.manifest import (
     META,
     FileRecord,
@@ -198,7 +198,7 @@ def measured(what: str, size: int, action: Callable[..., str | None], *words: An
     there.close()
     found = here.recv()
     process.join()
-    log.info("%s", line(found))
+    log.info("%s, %s: %.4f s, at most %.0f MB %s", what, f"{size:,}", found.seconds, found.peak, found.note)
     return found
 
 
@@ -574,23 +574,6 @@ def of_evaluation(sizes: list[int]) -> list[Measured]:
     ]
 
 
-def line(found: Measured) -> str:
-    """A row of the table."""
-    return (
-        f"| {found.what} | {found.size:,} | {found.seconds:.4f} | {found.held:.0f} | {found.mapped:.0f} | "
-        f"{found.peak:.0f} | {found.opened:,} | {found.read:.1f} | {found.note} |"
-    )
-
-
-def table(rows: list[Measured]) -> str:
-    """All numbers as Markdown."""
-    head = (
-        "| cost | size | seconds | held MB | mapped MB | peak MB | opened | read MB | |\n"
-        "|---|---|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([head, *map(line, sorted(rows, key=lambda row: (row.what, row.size)))])
-
-
 def parse() -> argparse.Namespace:
     """Arguments of the command."""
     parser = argparse.ArgumentParser(
@@ -634,13 +617,13 @@ def main() -> int:
     rows += of_logs(arguments.folder, arguments.lines)
     rows += of_layouts()
     rows += of_evaluation(arguments.pictures)
-    print(table(rows))
+    print(scale_report.table([row._asdict() for row in rows]).text())
     if arguments.output:
         recording.write(
             arguments.output,
             {
                 "benchmark": "scale",
-                "environment": recording.environment(),
+                **recording.environment(),
                 "rows": [row._asdict() for row in rows],
             },
         )

@@ -4,8 +4,10 @@ from millrace.benchmarks.report import (
     dataloader_report,
     kernels_report,
     profile_report,
+    remote_report,
     resources_report,
     routing_report,
+    scale_report,
     scaling_report,
     suite_report,
     throughput_report,
@@ -35,5 +37,7 @@ def page(results: list[Result]) -> str:
         weight_traffic_report.section,
         resources_report.section,
         dataloader_report.section,
+        remote_report.section,
+        scale_report.section,
     )
     return "\n\n".join([INTRODUCTION, *(section(results) for section in sections)]) + "\n"

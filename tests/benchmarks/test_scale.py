@@ -27,6 +27,6 @@ def test_it_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
-    assert len(re.findall(r"^\| [A-Za-z].* \| [\d,]+ \| \d+\.\d+ \|", done.stdout, re.MULTILINE)) == len(rows)
+    assert len(re.findall(r"^[A-Za-z].* +[\d,]+ +\d+\.\d{4} ", done.stdout, re.MULTILINE)) == len(rows)
     assert all(row["seconds"] > 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["scale.json"]
