@@ -27,12 +27,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def notes(result: Result) -> str:
     """What was measured and how, in words."""
     settings, compared, bound = result["settings"], result["same_bits"]["server"], result["bound"]
-    faults = f"fails {settings['failures']:.0%} of its requests and cuts {settings['cuts']:.0%} of its answers"
+    faults = f"fails {settings['failures']:.0%} of its requests, cuts {settings['cuts']:.0%} of its answers"
     seen = [compared.get(fault, 0) for fault in ("failed", "cut", "flipped")]
     return (
         f"{settings['pictures']} pictures for buckets of 256 pixels, on a disk and behind an HTTP server of "
-        f"this machine that waits {1e3 * settings['latency']:g} ms, {faults}; {settings['requests']} requests "
-        f"in flight. Median of {settings['rounds']} epochs; *of disk*: median of the ratios to the disk's "
+        f"this machine that waits {1e3 * settings['latency']:g} ms, {faults}; {settings['requests']} are "
+        f"under way. Median of {settings['rounds']} epochs; *of disk*: median of the ratios to the disk's "
         "epoch beside it. *No cache* asks for each picture, *first epoch* for blocks, *second epoch* reads "
         "what those left on disk. The server takes its time from the same cores.\n\n"
         f"Every one of {result['same_bits']['samples']} samples was that of the disk, bit for bit, after "
