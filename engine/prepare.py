@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--aspect",
         choices=("mixed", "square", "prx"),
         default="mixed",
-        help="mixed: sizes from 1:2 to 2:1 in steps of --patch (default); prx: the sizes of the PRX pipeline",
+        help="mixed: sizes from 1:2 to 2:1 in steps of --patch (default); prx: those of Photoroom/PRX",
     )
     parser.add_argument(
         "--shard-bytes",

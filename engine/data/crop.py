@@ -95,19 +95,33 @@ def prx_buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(sizes))
 
 
-def output_size(width: int, height: int, config: Data, patch: int) -> tuple[int, int]:
-    """(h, w) in pixels that a picture of width x height pixels is trained at."""
-    if config.aspect == "square":
-        return config.resolution, config.resolution
-    if config.aspect == "prx":
-        return min(prx_buckets(config.resolution), key=lambda size: abs(size[1] / size[0] - width / height))
-    area = config.resolution**2
+def sizes_of(aspect: str, resolution: int, patch: int) -> tuple[tuple[int, int], ...]:
+    """Sizes (h, w) in pixels that pictures are given with `aspect` square, mixed or prx, sorted."""
+    if aspect == "square":
+        return ((resolution, resolution),)
+    return prx_buckets(resolution) if aspect == "prx" else buckets(resolution, patch)
+
+
+def nearest_size(width: int, height: int, aspect: str, resolution: int, patch: int) -> tuple[int, int]:
+    """The one of `sizes_of` for a picture of width x height pixels: of the nearest shape.
+
+    `prx` compares w / h as Photoroom/PRX does; `mixed` its logarithm, and of equals takes the area nearest to
+    resolution^2. Training and `millrace prepare` share it, so that both give a picture the same size.
+    """
+    area = resolution**2
 
     def distance(size: tuple[int, int]) -> tuple[float, int, int]:
         h, w = size
+        if aspect == "prx":
+            return abs(w / h - width / height), 0, 0
         return abs(math.log(h / w) - math.log(height / width)), abs(h * w - area), h
 
-    return min(buckets(config.resolution, patch), key=distance)
+    return min(sizes_of(aspect, resolution, patch), key=distance)
+
+
+def output_size(width: int, height: int, config: Data, patch: int) -> tuple[int, int]:
+    """(h, w) in pixels that a picture of width x height pixels is trained at."""
+    return nearest_size(width, height, config.aspect, config.resolution, patch)
 
 
 def crop_box(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from millrace.engine.config import Data
-from millrace.engine.data.crop import buckets, prx_buckets
+from millrace.engine.data.crop import sizes_of
 from millrace.engine.data.order import Order, Pool
 from millrace.engine.data.sources.pictures import Source, stored_sizes
 
@@ -60,11 +60,10 @@ class Dealing:
         self._share = config.global_batch // world_size
         self._shapes: np.ndarray | None = None
         group = 1
-        # As `crop.output_size` compares shapes, h/w.
+        # As `crop.nearest_size` compares shapes, of h/w.
         self._measure = np.log if config.aspect == "mixed" else np.reciprocal
         if config.aspect in ("mixed", "prx") and stored_sizes(source, np.zeros(1, np.int64)) is not None:
-            found = buckets(config.resolution, patch) if config.aspect == "mixed" else None
-            sizes = np.array(found or prx_buckets(config.resolution), float)
+            sizes = np.array(sizes_of(config.aspect, config.resolution, patch), float)
             self._shapes = self._measure(sizes[:, 0] / sizes[:, 1])
             group = max(1, _TOGETHER // self._share)
         self._group = range(rank // group * group, min(rank // group * group + group, world_size))

@@ -77,8 +77,8 @@ def _convert_picture(
         if plain and (settings.store == "original" or not larger):
             image.load()
             return bucket, data, (width, height), (width, height), unusable
-        scale = ROOM / ratio if larger else 1.0
-        stored = round(width * scale), round(height * scale)
+        scale = ROOM / ratio
+        stored = _stored_size(width * scale, height * scale, bucket, settings) if larger else (width, height)
         if max(stored) > JPEG_EDGE:
             what = (
                 f"{width}x{height} pixels would be stored as {stored[0]}x{stored[1]}, a JPEG has {JPEG_EDGE}"
@@ -94,3 +94,17 @@ def _convert_picture(
     file = io.BytesIO()
     rgb.save(file, "JPEG", quality=settings.quality, comment=b"")
     return bucket, file.getvalue(), (width, height), stored, unusable
+
+
+def _stored_size(width: float, height: float, bucket: int, settings: Settings) -> tuple[int, int]:
+    """Whole pixels (width, height) of a picture that belongs to a bucket.
+
+    Rounding may bring its shape over the border to the next bucket, and training knows the stored shape
+    alone: then one edge is rounded the other way.
+    """
+    rounded = round(width), round(height)
+    if settings.bucket_of(*rounded) == bucket:
+        return rounded
+    corners = [(w, h) for w in (int(width), int(width) + 1) for h in (int(height), int(height) + 1)]
+    fitting = [corner for corner in corners if settings.bucket_of(*corner) == bucket]
+    return min(fitting or [rounded], key=lambda corner: abs(corner[0] / corner[1] - width / height))

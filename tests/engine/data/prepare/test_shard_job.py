@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from millrace.engine.config import Data
 from millrace.engine.data import sample_files
 from millrace.engine.data.prepare import inputs, shard_job
-from millrace.engine.data.prepare.settings import Settings
+from millrace.engine.data.prepare.settings import ROOM, Settings
 from millrace.engine.data.prepare.shard_job import prepare
 from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.data.stream import SampleStream
 from millrace.engine.util.errors import UserError
 from tests.engine.data.odd_pictures import PIXELS, odd_picture
 
@@ -100,6 +102,43 @@ def test_pictures_with_a_profile_that_cannot_be_used_are_counted(tmp_path, setti
     (folder / "00 broken.jpeg").unlink()
     third, _ = prepare(folder, tmp_path / "out", taken, 0, 1)
     assert third.counts["unusable_profiles"] == len(PIXELS) - 1
+
+
+@pytest.mark.parametrize("aspect", ["mixed", "prx"])
+def test_training_gives_each_picture_the_size_of_its_bucket(tmp_path, bad, aspect):
+    """Of shards at the resolution that they were prepared for, though it knows the stored sizes alone."""
+    folder, settings = tmp_path / "in", Settings(256, 32, aspect, upscale=True)
+    folder.mkdir()
+    borders = _sizes_at_borders(settings)
+    any_shape = np.random.default_rng(1).integers(60, 250, (40, 2)).tolist()
+    for i, (width, height) in enumerate([*borders, *any_shape]):
+        Image.new("L", (width, height)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text("a caption")
+    prepare(folder, tmp_path / "out", settings, 0, 0.0)
+    source = ShardsSource(tmp_path / "out")
+    config = Data(
+        **{"source": "shards", "path": str(tmp_path / "out"), "resolution": 256, "aspect": aspect},
+        **{"upscale": True, "global_batch": len(source), "micro_batch": len(source), "workers": 2},
+    )
+    stream = SampleStream(source, config, seed=0, patch=32, caption_drop=0, rank=0, world_size=1)
+    batch = next(stream)
+    stream.close()
+    trained = {key: image.shape[1:] for key, image in zip(batch.keys, batch.images, strict=True)}
+    assert len(trained) == len(source) == len(borders) + len(any_shape)
+    assert trained == {source.key(i): source.buckets[source.bucket_of[i]] for i in range(len(source))}
+
+
+def _sizes_at_borders(settings):
+    """(width, height) of pictures whose stored size, rounded to whole pixels, would be of another bucket."""
+    found = []
+    for width, height in np.random.default_rng(0).integers(256, 1024, (8000, 2)).tolist():
+        bucket = settings.bucket_of(width, height)
+        h, w = settings.buckets[bucket]
+        scale = ROOM / min(width / w, height / h)
+        if scale < 1 and settings.bucket_of(round(width * scale), round(height * scale)) != bucket:
+            found.append((width, height))
+    assert len(found) > 5
+    return found
 
 
 def test_result_does_not_depend_on_the_number_of_workers_or_the_size_of_parts(
