@@ -13,15 +13,18 @@
     DATASET/text.safetensors, latents.safetensors    what is stored once: `rows` of the empty caption, `cut`;
                                                      constants of the autoencoder
 
-The manifest has, under `caches`, the identity of the network, and size and SHA-256 of every file. Files are
-mapped into memory: what is read of them are the pages of one sample, from any thread, and nothing is copied.
+The manifest has, under `caches`, the identity of the network, and size and SHA-256 of every file. Where each
+sample's bytes lie is an index that is made from the files, once a machine where the data set is large
+(`joined_arrays.py`). So a sample costs one read at an offset of a file that stays open, from any thread.
 """
 
+import json
+import math
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -31,6 +34,9 @@ from torch import Tensor
 
 from millrace.engine.config.data import CacheKind as Kind
 from millrace.engine.data.captions import WhichCaption
+from millrace.engine.data.formats.byte_store import LocalFiles
+from millrace.engine.data.formats.joined_arrays import Column, each, joined_arrays
+from millrace.engine.data.formats.joined_index import MAPPED_ROWS
 from millrace.engine.data.formats.mds_text import Tower
 from millrace.engine.data.formats.shard_index import Manifest, Shard, read_manifest
 from millrace.engine.data.sources.key_subset import KeptSource
@@ -38,13 +44,19 @@ from millrace.engine.data.sources.mds import MdsSource
 from millrace.engine.data.sources.mixture import MixtureSource
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.data.sources.shards import ShardsSource
+from millrace.engine.distributed import process_group
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import sha256_file
+from millrace.engine.util.files import sha256, sha256_file
+from millrace.engine.util.safetensors_file import dtype_code, dtype_of, tensor_bytes
 
 VERSION = 1
-MAPPED_FILES = 512
-"""Files of one cache that are mapped at a time."""
-_PAGE = 4096
+_INDEX_VERSION = 1
+_LAYOUT = np.dtype([("data", "<i8"), ("scale", "<i8"), ("shape", "<i4", 4), ("dtype", "S8")])
+"""Of one file: bytes at which its numbers begin, and its scales if it has such; shape of what has one row or
+sample, 0 for dimensions that it lacks; dtype by safetensors' name."""
+_CAPTION = np.dtype([("first", "<i8"), ("rows", "<i4"), ("cut", "<i4")])
+"""Of one caption: its first row in the file; how many it has, -1 where the record could not be read; 1 if it
+was longer than the tower's limit."""
 
 
 class CachedText(NamedTuple):
@@ -102,6 +114,15 @@ def remake(kind: Kind) -> str:
     return f"make it again with millrace cache {kind} --replace"
 
 
+class _Layout(NamedTuple):
+    """Where the numbers of a file are."""
+
+    data: int
+    scale: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Cache(ABC):
     """The files of one kind of cache of one data set. Any thread may read.
 
@@ -110,82 +131,143 @@ class Cache(ABC):
         manifest: of it, which names the cache.
         verify: compare the SHA-256 of each file when it is first touched.
 
-    Raises UserError for a record that does not fit the shards; and from reading, for a file that is not the
-    one that was written.
+    Raises UserError for a record that does not fit the shards, and for files that are not those that were
+    written: by their size and index here, by their checksum and length from reading.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, kind: Kind, verify: bool = False) -> None:
-        self.root, self.kind, self.verify = root, kind, verify
+    kind: ClassVar[Kind]
+    entry: ClassVar[np.dtype]
+    """What the index has of a sample."""
+
+    def __init__(self, root: Path, manifest: Manifest, verify: bool = False) -> None:
+        self.root, self.verify = root, verify
         self.shards = manifest.shards
-        self.record = record_of(root, manifest, kind)
+        self.record = record_of(root, manifest, self.kind)
         if self.record is None:
             raise UserError(
-                f"{root}: has no {kind} cache; make it with millrace cache {kind}, or take {kind} out of "
-                "data.cached"
+                f"{root}: has no {self.kind} cache; make it with millrace cache {self.kind}, or take "
+                f"{self.kind} out of data.cached"
             )
-        self._maps: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._opening: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
-        self.common, self.metadata = self._map(self.record.common)
+        self._store, self._known = LocalFiles(root), dict[int, _Layout]()
+        self._unverified = {number: threading.Lock() for number in range(len(self.shards))} if verify else {}
+        path = _compare(root, self.record.common, self.kind, verify)
+        self.common, self.metadata = _tensors(path, self.kind)
+        if problem := self._problem_of_common():
+            raise _damaged(path, self.kind, problem)
+        if process_group.local_rank() == 0:  # once a machine: the others would ask for the same
+            each(lambda n: _compare(root, self.record.files[n], self.kind, False), len(self.shards))
+        self._starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        self._layouts, self._entries = joined_arrays(
+            f"{self._digest()}.{self.kind}",
+            f"{root}: the index of its {self.kind} cache",
+            (Column(_LAYOUT, np.arange(len(self.shards) + 1)), Column(self.entry, self._starts)),
+            self._index,
+            mapped=manifest.samples >= MAPPED_ROWS,
+        )
 
-    def tensors(self, number: int) -> dict[str, Tensor]:
-        """The file of shard `number` as tensors over its mapped bytes."""
-        with self._lock:
-            found = self._maps.get(number)
-            if found is not None:
-                self._maps.move_to_end(number)
-                return found
-            opening = self._opening[number]
-        with opening:  # others that want this file wait, those that want another do not
-            with self._lock:
-                if number in self._maps:
-                    return self._maps[number]
-            file = self.record.files[number]
-            found, _ = self._map(file)
-            if problem := self._problem(found, self.shards[number].samples):
-                raise _damaged(self.root / file.file, self.kind, problem)
-        with self._lock:
-            self._maps[number] = found
-            while len(self._maps) > MAPPED_FILES:
-                # Tensors that were handed out keep their file mapped.
-                self._maps.popitem(last=False)
-        return found
+    def _problem_of_common(self) -> str | None:
+        """What is wrong with `common`, if anything."""
+        return None
 
     @abstractmethod
     def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
         """What is wrong with the tensors of a shard's file, if anything."""
 
-    def _map(self, file: CacheFile) -> tuple[dict[str, Tensor], dict[str, str]]:
-        path = _compare(self.root, file, self.kind, self.verify)
+    @abstractmethod
+    def _entries_of(self, tensors: dict[str, Tensor]) -> tuple[str, np.ndarray]:
+        """Name of the tensor that holds the numbers, and (samples,) of `entry`."""
+
+    def _digest(self) -> str:
+        """SHA-256 over what the index is made from."""
+        files = zip(self.record.files, self.shards, strict=True)
+        lines = [f"{file.sha256} {file.bytes} {shard.samples}\n" for file, shard in files]
+        about = f"{_INDEX_VERSION} {_LAYOUT.descr} {self.entry.descr}"
+        return sha256(f"{about} {self.record.common.sha256}\n{''.join(lines)}".encode())
+
+    def _index(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the index has of a shard: (1,) of _LAYOUT and (samples,) of `entry`."""
+        path = _compare(self.root, self.record.files[number], self.kind, False)
+        tensors, _ = _tensors(path, self.kind)
+        if problem := self._problem(tensors, self.shards[number].samples):
+            raise _damaged(path, self.kind, problem)
+        name, entries = self._entries_of(tensors)
+        begins, shape = _begins(path), tensors[name].shape[1:]
+        padded = (*shape, *[0] * (4 - len(shape)))
+        code = dtype_code(tensors[name].dtype).encode()
+        return np.array([(begins[name], begins.get("scale", -1), padded, code)], _LAYOUT), entries
+
+    def _layout(self, number: int) -> _Layout:
+        found = self._known.get(number)
+        if found is None:
+            row = self._layouts[number]
+            shape = tuple(n for n in row["shape"].tolist() if n)
+            dtype = dtype_of(row["dtype"].decode())
+            found = self._known[number] = _Layout(int(row["data"]), int(row["scale"]), shape, dtype)
+        return found
+
+    def _read(self, number: int, begin: int, first: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """`shape` numbers of the file of shard `number`, after `first` others from byte `begin` on."""
+        file = self.record.files[number]
+        self._verify(number, file)
+        tensor = torch.empty(*shape, dtype=dtype)
         try:
-            with safe_open(path, "pt") as held:
-                return {name: held.get_tensor(name) for name in held.keys()}, held.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise _damaged(path, self.kind, " ".join(str(error).split())[:200]) from None
+            count = self._store.read_into(file.file, begin + first * dtype.itemsize, tensor_bytes(tensor))
+        except OSError as error:
+            raise _unreadable(self.root / file.file, self.kind, error) from None
+        if count != tensor.nbytes:
+            raise _damaged(self.root / file.file, self.kind, "it ends before its last sample")
+        return tensor
+
+    def _verify(self, number: int, file: CacheFile) -> None:
+        """Compare the checksum of a file, once; other threads that want it wait."""
+        lock = self._unverified.get(number)
+        if lock is None:
+            return
+        with lock:
+            if number in self._unverified:
+                _compare(self.root, file, self.kind, True)
+                del self._unverified[number]
 
 
 class TextCache(Cache):
     """Rows of captions."""
 
+    kind = "text"
+    entry = np.dtype([("long", _CAPTION), ("short", _CAPTION)])
+
     def __init__(self, root: Path, manifest: Manifest, verify: bool = False) -> None:
-        super().__init__(root, manifest, "text", verify)
-        try:
-            rows = self.common["rows"]
-            self.empty = CachedText(rows, None, bool(self.common["cut"][0]))
-            self.dim: int = rows.shape[1]
-        except (KeyError, IndexError):
-            raise _damaged(root / self.record.common.file, "text", "not what millrace cache writes") from None
+        super().__init__(root, manifest, verify)
+        self.empty = CachedText(self.common["rows"], None, bool(self.common["cut"][0]))
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a row."""
+        return self.common["rows"].shape[1]
 
     def rows(self, place: tuple[int, int], which: Literal["long", "short"]) -> CachedText | None:
         """Rows of a caption of the sample at (shard, row); None where its record could not be read."""
-        held = self.tensors(place[0])
-        caption = int(held[which][place[1]])
-        if caption < 0:
+        number, row = place
+        first, count, cut = self._entries[which][self._starts[number] + row].item()
+        if count < 0:
             return None
-        start, end = held["offsets"][caption : caption + 2].tolist()
-        rows, scale = held["rows"][start:end], held.get("scale")
-        touch(rows)
-        return CachedText(rows, None if scale is None else scale[start:end], bool(held["cut"][caption]))
+        data, scale, shape, dtype = self._layout(number)
+        rows = self._read(number, data, first * math.prod(shape), (count, *shape), dtype)
+        scales = None if scale < 0 else self._read(number, scale, first, (count,), torch.float32)
+        return CachedText(rows, scales, bool(cut))
+
+    def _entries_of(self, tensors: dict[str, Tensor]) -> tuple[str, np.ndarray]:
+        offsets, cut = tensors["offsets"].numpy(), tensors["cut"].numpy()
+        captions = np.zeros(len(cut) + 1, _CAPTION)
+        captions["first"], captions["cut"][:-1] = offsets, cut
+        captions["rows"] = np.diff(offsets, append=offsets[-1] - 1)  # the last is -1, at which -1 points
+        entries = np.empty(len(tensors["long"]), self.entry)
+        for which in ("long", "short"):
+            entries[which] = captions[tensors[which].numpy()]
+        return "rows", entries
+
+    def _problem_of_common(self) -> str | None:
+        rows, cut = (self.common.get(name, torch.empty(0)) for name in ("rows", "cut"))
+        return None if rows.ndim == 2 and len(cut) == 1 else "not what millrace cache writes"
 
     def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
         wanted = {"rows", "offsets", "cut", "long", "short"} | ({"scale"} & set(tensors))
@@ -199,7 +281,7 @@ class TextCache(Cache):
             and (rows.dtype == torch.int8) == ("scale" in tensors)
             and ("scale" not in tensors or tensors["scale"].shape == rows.shape[:1])
             and offsets.shape == (count + 1,)
-            and len(indices) == 2 * samples
+            and len(tensors["long"]) == len(tensors["short"]) == samples
             and int(indices.min()) >= -1
             and int(indices.max()) < count
             and int(offsets[0]) == 0
@@ -212,17 +294,20 @@ class TextCache(Cache):
 class LatentCache(Cache):
     """Posteriors of pictures."""
 
-    def __init__(self, root: Path, manifest: Manifest, verify: bool = False) -> None:
-        super().__init__(root, manifest, "latents", verify)
+    kind = "latents"
+    entry = np.dtype(np.uint8)
+    """Whether the picture could be read."""
 
     def moments(self, place: tuple[int, int]) -> Tensor | None:
         """(2 or 1, C, h, w) of the sample at (shard, row); None where its picture could not be read."""
-        held = self.tensors(place[0])
-        if not held["present"][place[1]]:
+        number, row = place
+        if not self._entries[self._starts[number] + row]:
             return None
-        found = held["moments"][place[1]]
-        touch(found)
-        return found
+        data, _, shape, dtype = self._layout(number)
+        return self._read(number, data, row * math.prod(shape), shape, dtype)
+
+    def _entries_of(self, tensors: dict[str, Tensor]) -> tuple[str, np.ndarray]:
+        return "moments", tensors["present"].numpy()
 
     def _problem(self, tensors: dict[str, Tensor], samples: int) -> str | None:
         if not {"moments", "present"} <= set(tensors):
@@ -281,7 +366,7 @@ def _compare(root: Path, file: CacheFile, kind: Kind, verify: bool) -> Path:
         if verify and sha256_file(path) != file.sha256:
             raise _damaged(path, kind, "its SHA-256 is not that of the manifest")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; {remake(kind)}") from None
+        raise _unreadable(path, kind, error) from None
     return path
 
 
@@ -289,10 +374,26 @@ def _damaged(path: Path, kind: Kind, problem: str) -> UserError:
     return UserError(f"{path}: damaged: {problem}; {remake(kind)}")
 
 
-def touch(tensor: Tensor) -> None:
-    """Bring the mapped bytes of a contiguous tensor into memory, in the thread that asks for them and not in
-    the one that trains. Reads one byte a page; other threads run meanwhile."""
-    tensor.flatten().view(torch.uint8)[::_PAGE].sum()
+def _unreadable(path: Path, kind: Kind, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror}; {remake(kind)}")
+
+
+def _tensors(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a file over its mapped bytes, and the texts of its header. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as held:
+            return {name: held.get_tensor(name) for name in held.keys()}, held.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise _damaged(path, kind, " ".join(str(error).split())[:200]) from None
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Byte at which each tensor of a file begins that `_tensors` has read."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + tensor["data_offsets"][0] for name, tensor in header.items()}
 
 
 class Caches:

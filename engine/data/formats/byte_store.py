@@ -10,7 +10,8 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 from weakref import WeakSet
@@ -111,6 +112,10 @@ class LocalFiles:
     def read(self, span: Span) -> bytes:
         return retried(lambda: self.files.read(self._prefix + span.file, span.offset, span.size))
 
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
+        """As `OpenFiles.read_into`, tried again where that may help."""
+        return retried(lambda: self.files.read_into(self._prefix + file, offset, buffer))
+
     def expect(self, size: int) -> None:
         """It makes no difference."""
 
@@ -152,24 +157,38 @@ class OpenFiles:
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer at the end of the file. Raises OSError."""
-        file = self._get(path)
-        try:
-            data = os.pread(file.number, size, offset)
+        with self._using(path) as number:
+            data = os.pread(number, size, offset)
             while data and len(data) < size:  # a signal or a network file system may cut a read short
-                more = os.pread(file.number, size - len(data), offset + len(data))
+                more = os.pread(number, size - len(data), offset + len(data))
                 if not more:
                     break
                 data += more
-        except OSError:
-            # A stale handle stays stale: open the file anew when it is tried again.
-            self._drop(path, file)
-            raise
         return data
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer of bytes from `offset`; how many there were before the end of the file. OSError."""
+        done = 0
+        with self._using(path) as number:
+            while done < len(buffer) and (count := os.preadv(number, [buffer[done:]], offset + done)):
+                done += count
+        return done
 
     def close(self, path: str) -> None:
         """Open this file anew when it is read next."""
         with self._lock:
             self._open.pop(path, None)
+
+    @contextmanager
+    def _using(self, path: str) -> Iterator[int]:
+        """The descriptor of a file."""
+        file = self._get(path)
+        try:
+            yield file.number
+        except OSError:
+            # A stale handle stays stale: open the file anew when it is tried again.
+            self._drop(path, file)
+            raise
 
     def _drop(self, path: str, file: _Descriptor) -> None:
         with self._lock:

@@ -1,7 +1,6 @@
 import json
-import threading
+import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from millrace.engine.data import latent_cache as module
+from millrace.engine.data.formats import byte_store
+from millrace.engine.data.formats.byte_store import OpenFiles
 from millrace.engine.data.formats.shard_index import read_manifest
 from millrace.engine.data.formats.shard_writer import write_manifest
 from millrace.engine.data.latent_cache import (
@@ -20,7 +21,9 @@ from millrace.engine.data.latent_cache import (
     cache_problems,
     common_path,
 )
+from millrace.engine.distributed import process_group
 from millrace.engine.encoders.latent_cache_writer import quantise
+from millrace.engine.util import node_cache
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import sha256_file
 from millrace.engine.util.safetensors_file import GrowingTensorFile
@@ -163,20 +166,52 @@ def test_moments_come_back_and_what_was_unreadable_has_none(dataset):
         assert found is None if i == 4 else torch.equal(found, moments_of(i, bucket))
 
 
-def test_reading_copies_nothing(dataset):
-    write_latents(dataset)
-    cache = LatentCache(dataset, read_manifest(dataset))
-    whole = cache.tensors(0)["moments"]
-    found = cache.moments((0, 2))
-    assert found.data_ptr() == whole.data_ptr() + 2 * found.numel() * 2
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    mapped = [line for line in maps if cache_path(cache.shards[0], "latents") in line]
-    bounds = [[int(x, 16) for x in line.split()[0].split("-")] for line in mapped]
-    assert any(start <= found.data_ptr() < end for start, end in bounds)
+@pytest.fixture
+def mapped(tmp_path, monkeypatch):
+    """Small sets are mapped too; the folder of the node cache."""
+    monkeypatch.setattr(module, "MAPPED_ROWS", 1)
+    monkeypatch.setenv(node_cache.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_any_thread_may_read_with_few_files_mapped(dataset, monkeypatch):
-    monkeypatch.setattr(module, "MAPPED_FILES", 1)
+@pytest.mark.parametrize("kind", ["text", "latents"])
+def test_a_sample_is_one_read_and_opens_no_file(dataset, mapped, kind, monkeypatch):
+    """Of a set that was opened on this machine before."""
+    write = write_text if kind == "text" else write_latents
+    made = TextCache if kind == "text" else LatentCache
+    write(dataset)
+    manifest = read_manifest(dataset)
+    wanted = everything(made(dataset, manifest), dataset)
+    assert [path.suffix for path in mapped.iterdir()] == [f".{kind}"]
+    monkeypatch.setattr(made, "_index", pytest.fail)
+    cache = made(dataset, manifest)
+    opened, reads = [], []
+    real, inner = os.open, OpenFiles.read_into
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(str(path)) or real(path, *rest))
+    monkeypatch.setattr(OpenFiles, "read_into", lambda *words: reads.append(words) or inner(*words))
+    for _ in range(3):
+        found = everything(cache, dataset)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+    assert sorted(opened) == sorted(str(dataset / file.file) for file in cache.record.files)
+    assert len(reads) == 3 * len(wanted)
+
+
+def everything(cache, dataset):
+    if isinstance(cache, LatentCache):
+        return [cache.moments(place) for place in places(dataset)]
+    return [cache.rows(place, which).rows for place in places(dataset) for which in ("long", "short")]
+
+
+def test_caches_that_differ_have_indexes_of_their_own(dataset, mapped):
+    for dtype in ("bfloat16", "int8", "bfloat16"):
+        write_text(dataset, dtype)
+        found = everything(TextCache(dataset, read_manifest(dataset)), dataset)
+        assert found[1].dtype == getattr(torch, dtype)
+    assert len(list(mapped.iterdir())) == 2
+
+
+def test_any_thread_may_read_with_few_files_open(dataset, monkeypatch):
+    monkeypatch.setattr(byte_store, "OPEN_SHARE", 0)
     write_text(dataset)
     cache, all_places = TextCache(dataset, read_manifest(dataset)), places(dataset)
     order = np.random.default_rng(0).integers(0, len(all_places), 400).tolist()
@@ -184,24 +219,7 @@ def test_any_thread_may_read_with_few_files_mapped(dataset, monkeypatch):
         found = list(threads.map(lambda i: cache.rows(all_places[i], "long"), order))
     for i, one in zip(order, found, strict=True):
         assert torch.equal(one.rows, rows_of(i, "long"))
-    assert len(cache._maps) == 1
-
-
-def test_threads_open_a_file_once_and_different_files_at_once(dataset, monkeypatch):
-    write_latents(dataset)
-    cache = LatentCache(dataset, read_manifest(dataset))
-    opened, both = [], threading.Barrier(2, timeout=20)
-    inner = LatentCache._map
-
-    def slow(self, file):
-        opened.append(file.file)
-        both.wait()  # only passes if two threads open different files at the same time
-        return inner(self, file)
-
-    monkeypatch.setattr(LatentCache, "_map", slow)
-    with ThreadPoolExecutor(6) as threads:
-        list(threads.map(cache.moments, [(0, 0), (1, 0)] * 3))
-    assert sorted(opened) == [file.file for file in cache.record.files[:2]]
+    assert len(cache._store.files) == 1
 
 
 def damage(path, offset):
@@ -216,20 +234,41 @@ def test_damaged_files_are_named(dataset):
     path = dataset / cache_path(manifest.shards[1], "text")
     whole = path.read_bytes()
 
-    def read(verify=False):
-        cache = TextCache(dataset, manifest, verify)
+    def open_it(verify=False):
+        return TextCache(dataset, manifest, verify)
+
+    def read(cache):
         assert cache.rows((0, 0), "long") is not None
         return cache.rows((1, 0), "long")
 
     path.write_bytes(whole[:-1])
-    refused(read, path, f"has {len(whole) - 1} bytes, the manifest says {len(whole)}", "millrace cache text")
+    sizes = f"has {len(whole) - 1} bytes, the manifest says {len(whole)}"
+    refused(open_it, path, sizes, "millrace cache text")
     path.write_bytes(b"\xff" * 8 + whole[8:])
-    refused(read, path, "damaged")
+    refused(open_it, path, "damaged")
     path.write_bytes(whole)
     damage(path, -1)
-    refused(lambda: read(verify=True), path, "SHA-256")
+    refused(lambda: read(open_it(verify=True)), path, "SHA-256")
     path.unlink()
-    refused(read, path, "cannot be read", "millrace cache text --replace")
+    refused(open_it, path, "cannot be read", "millrace cache text --replace")
+    path.write_bytes(whole)
+    cache = open_it()
+    os.truncate(path, 4096)
+    refused(lambda: read(cache), path, "damaged: it ends before", "millrace cache text")
+    path.unlink()
+    cache._store.files.close(str(path))
+    refused(lambda: read(cache), path, "cannot be read", "millrace cache text --replace")
+
+
+def test_sizes_are_compared_once_a_machine(dataset, mapped, monkeypatch):
+    write_text(dataset)
+    manifest = read_manifest(dataset)
+    TextCache(dataset, manifest)
+    path = dataset / cache_path(manifest.shards[1], "text")
+    os.truncate(path, 100)
+    refused(lambda: TextCache(dataset, manifest), path, "has 100 bytes")
+    monkeypatch.setattr(process_group, "local_rank", lambda: 1)
+    assert TextCache(dataset, manifest).rows((0, 0), "long") is not None
 
 
 @pytest.mark.parametrize("name", ["offsets", "long", "cut"])
@@ -243,8 +282,7 @@ def test_captions_that_do_not_fit_their_rows_are_named(dataset, name):
     record = CacheRecord.model_validate(manifest.caches["text"])
     files = (file_of(dataset, record.files[0].file, manifest.shards[0].sha256), *record.files[1:])
     publish(dataset, "text", files, "bfloat16")
-    cache = TextCache(dataset, read_manifest(dataset))
-    refused(lambda: cache.rows((0, 0), "long"), path, "do not fit")
+    refused(lambda: TextCache(dataset, read_manifest(dataset)), path, "do not fit")
 
 
 def test_all_damaged_files_are_found(dataset):
