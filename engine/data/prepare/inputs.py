@@ -92,6 +92,8 @@ class Inputs(NamedTuple):
     """For people."""
     unit: str
     """What is read as a whole, for people."""
+    size: int
+    """Bytes of the files with pictures."""
 
 
 def find_inputs(path: Path | str, settings: Settings) -> Inputs:
@@ -109,7 +111,7 @@ def find_inputs(path: Path | str, settings: Settings) -> Inputs:
         files = [path]
         if path.suffix == ".tar":
             return _tars(path.parent, files)
-        return _tables(_with_status(path.parent, files), settings)
+        return _local_tables(path.parent, files, settings)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder or file")
     found = _by_suffix(path)
@@ -128,7 +130,7 @@ def find_inputs(path: Path | str, settings: Settings) -> Inputs:
     if pictures:
         return _pictures(path)
     if tables:
-        return _tables(_with_status(path, tables), settings)
+        return _local_tables(path, tables, settings)
     raise UserError(f"{path}: holds no pictures ({' '.join(PICTURES)}), .tar or .parquet files")
 
 
@@ -157,12 +159,14 @@ def _read_file(part: Part, folder: Path | None) -> Iterator[RawSample | Reject]:
 
 def _pictures(root: Path) -> Inputs:
     entries, _ = listing = list_folder(root)
-    parts = []
+    parts, size = [], 0
     for start in range(0, len(entries), PART_PICTURES):
         some = tuple(entries[start : start + PART_PICTURES])
-        units = b"".join(_unit_of_picture(root, entry) for entry in some)
+        found = [_unit_of_picture(root, entry) for entry in some]
+        size += sum(of_one for _, of_one in found)
+        units = b"".join(unit for unit, _ in found)
         parts.append(Part(root, "", len(some), units, packed=pickle.dumps(some)))
-    return Inputs(parts, len(entries), _digest(parts), listing.notes(), "pictures")
+    return Inputs(parts, len(entries), _digest(parts), listing.notes(), "pictures", size)
 
 
 def _tars(root: Path, files: list[Path]) -> Inputs:
@@ -170,7 +174,7 @@ def _tars(root: Path, files: list[Path]) -> Inputs:
     for file in files:
         name = relative(file, root)
         parts.append(Part(file, name, max(1, file.stat().st_size), _unit(name, _status(file))))
-    return Inputs(parts, None, _digest(parts), [], "tars")
+    return Inputs(parts, None, _digest(parts), [], "tars", sum(part.weight for part in parts))
 
 
 def _remote(url: str, settings: Settings) -> Inputs:
@@ -229,14 +233,15 @@ def _remote_files(folder: RemoteFolder, names: list[str], settings: Settings) ->
     shown = [readable(unquote(name) if folder.url.startswith("http") else name) for name in names]
     found = list(zip(shown, map(folder.files.address, names), folder.statuses(names), strict=True))
     found.sort(key=lambda some: some[0].split("/"))  # as paths are
+    size = sum(status.size for _, _, status in found)
     if _suffix(names[0]) == ".parquet":
-        return _tables([(url, name, status) for name, url, status in found], settings)
+        return _tables([(url, name, status) for name, url, status in found], size, settings)
     parts = [Part(url, name, max(1, status.size), _unit(name, status)) for name, url, status in found]
-    return Inputs(parts, None, _digest(parts), [], "tars")
+    return Inputs(parts, None, _digest(parts), [], "tars", size)
 
 
-def _tables(files: list[tuple[Path | str, str, object]], settings: Settings) -> Inputs:
-    """Parts of Parquet files: where they lie, their names, and what changes with them."""
+def _tables(files: list[tuple[Path | str, str, object]], size: int, settings: Settings) -> Inputs:
+    """Parts of Parquet files of `size` bytes: where they lie, their names, and what changes with them."""
     parts, notes = [], []
 
     def shape_of(path: Path | str) -> TableShape | Rejected:
@@ -257,18 +262,20 @@ def _tables(files: list[tuple[Path | str, str, object]], settings: Settings) -> 
                 parts.append(Part(file, name, rows, _unit(name, status, group), group=group, shape=shape))
     if not parts:
         raise UserError(f"{files[0][0]}: has no rows")
-    return Inputs(parts, sum(part.weight for part in parts), _digest(parts), notes, "row groups")
+    return Inputs(parts, sum(part.weight for part in parts), _digest(parts), notes, "row groups", size)
 
 
-def _with_status(root: Path, files: list[Path]) -> list[tuple[Path | str, str, object]]:
-    return [(file, relative(file, root), _status(file)) for file in files]
+def _local_tables(root: Path, files: list[Path], settings: Settings) -> Inputs:
+    found = [(file, relative(file, root), _status(file)) for file in files]
+    return _tables(found, sum(map(_size, (status for _, _, status in found))), settings)
 
 
-def _unit_of_picture(root: Path, entry: Entry) -> bytes:
+def _unit_of_picture(root: Path, entry: Entry) -> tuple[bytes, int]:
+    """Identity of a picture with its captions, and bytes of its file."""
     path = os.path.join(root, entry.path)
-    folder = os.path.dirname(path)
+    folder, status = os.path.dirname(path), _status(path)
     beside = [_status(os.path.join(folder, name)) for name in entry.captions]
-    return _unit(tuple(entry), _status(path), *beside)
+    return _unit(tuple(entry), status, *beside), _size(status)
 
 
 def _unit(*values: object) -> bytes:
@@ -282,6 +289,11 @@ def _status(path: str | Path) -> tuple[int, ...]:
     except OSError as error:
         return (error.errno or 0,)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_mode
+
+
+def _size(status: tuple[int, ...]) -> int:
+    """Bytes of a file by its status; 0 where there is none."""
+    return status[0] if len(status) > 1 else 0
 
 
 def _digest(parts: list[Part]) -> str:

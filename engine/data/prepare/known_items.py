@@ -13,7 +13,15 @@ import numpy as np
 
 from millrace.engine.data.formats.shard_index import Manifest, read_index
 from millrace.engine.data.prepare.inputs import UNIT_BYTES, Part
-from millrace.engine.data.prepare.parts import ITEM, DonePart, data_path, load_items, load_part, save_items
+from millrace.engine.data.prepare.parts import (
+    ITEM,
+    DonePart,
+    data_path,
+    done_parts,
+    load_items,
+    load_part,
+    save_items,
+)
 from millrace.engine.data.reject_reasons import Reason, Reject
 
 INDEX = "inputs.index"
@@ -47,7 +55,7 @@ class KnownItems:
         blocks = []
         if manifest is not None and (block := self._from_set(output, manifest)) is not None:
             blocks.append(block)
-        for path in sorted(parts.glob("*.rows")):
+        for path in done_parts(parts):
             part = load_part(path)
             if part is not None:
                 blocks.append(self._from_part(data_path(parts, path.stem), part))

@@ -1,7 +1,8 @@
 """Converted parts: what was read of the input, put aside until it is known which shards its samples go to.
 
 KEY.data     pictures and JSON records, one after another
-KEY.rows     a row of ROW an item and the texts of rejects; written last, so a part that has it is done
+KEY.rows     a row of ITEM an item and the texts of rejects; written last, so a part that has it is done
+KEY.packed   instead of KEY.rows, once bytes of samples that are in shards are freed (`freeing.py`)
 """
 
 import hashlib
@@ -40,6 +41,7 @@ ITEM = np.dtype(
 its stored bytes begin, and in which file of a list; index into `Settings.buckets`; sizes in bytes of its
 picture and record; size in pixels of the stored picture; 1 if it has a colour profile that cannot be used;
 lengths of its captions. Of a reject: bucket -1, and as offset its number in a list of rejects."""
+PACKED = ".packed"
 MAX_DETAIL = 300
 """Characters of a key or a detail that are kept of a reject."""
 
@@ -115,8 +117,13 @@ def load_items(path: Path) -> tuple[np.ndarray, list[Reject], dict[str, Any]] | 
     return (rows, rejects, values) if rows.dtype == ITEM and rows.ndim == 1 else None
 
 
+def done_parts(folder: Path) -> list[Path]:
+    """The .rows and .packed files of a folder of parts, sorted."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".rows", PACKED))
+
+
 def load_part(path: Path) -> DonePart | None:
-    """What `do_part` has put aside in a .rows file, or None where it has not come to its end."""
+    """What `do_part` has put aside in a .rows or .packed file, or None where it has not come to its end."""
     found = load_items(path)
     try:
         if found is None or data_path(path.parent, path.stem).stat().st_size != found[2]["bytes"]:

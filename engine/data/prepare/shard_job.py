@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import numpy as np
 
 from millrace.engine.data.formats.shard_index import Manifest, Shard, bucket_name, read_manifest
 from millrace.engine.data.formats.shard_writer import write_manifest
+from millrace.engine.data.prepare.freeing import Freeing, can_free, forget_packed
 from millrace.engine.data.prepare.inputs import Inputs, find_inputs
 from millrace.engine.data.prepare.known_items import INDEX, KnownItems, merge, save_index
 from millrace.engine.data.prepare.parts import DonePart, data_path, do_part
@@ -69,6 +71,7 @@ def prepare(
                     f"{output}: was given captions by --captions, and its input has changed since; make a "
                     "data set in another --output and give it these captions"
                 )
+            forget_packed(work, identity)
             job = _Job(inputs, source, output, work, settings, identity, workers, old)
             manifest = job.run(max_bad_share)
         return manifest, [*inputs.notes, *job.notes]
@@ -113,7 +116,7 @@ class _Job:
             raise UserError(f"no sample is left of {seen}: {_by_reason(rejects)}; see {where}")
         root = self.work / "set"
         root.mkdir(exist_ok=True)
-        shards = _pack(plan, self.known.files, root, self.work / "shards", self.workers)
+        shards = self._pack(plan, root)
         manifest = _manifest(shards, plan, rejects, seen, self.settings, self.identity)
         if self.old is not None:
             # A cache knows the shards that it was made from: it is refused where they have changed.
@@ -155,6 +158,9 @@ class _Job:
         limit.add(done)
         if not waiting:
             return [done[number] for number in range(len(parts))]
+        if left == total:
+            size = _mib(self.inputs.size)
+            _say(f"reading: {size} of input; what is kept takes as much at most, if it is JPEG", self.work)
         folder, settings = self.work / "parts", self.settings
         some = [parts[number].only(missing[number]) for number in waiting]
         finished = sum(weights) - sum(part.weight for part in some)
@@ -175,30 +181,59 @@ class _Job:
             self.notes.append(f"read {left:,} of {total:,} {self.inputs.unit}; the others have not changed")
         return [done[number] for number in range(len(parts))]
 
-
-def _pack(plan: Plan, files: list[Path], root: Path, done: Path, workers: int) -> list[Shard]:
-    """Make all shards that are not made."""
-    shards = [load_shard(planned, root, done) for planned in plan.shards]
-    waiting = [number for number, shard in enumerate(shards) if shard is None]
-    sizes = [len(planned.rows) for planned in plan.shards]
-    if not waiting:
+    def _pack(self, plan: Plan, root: Path) -> list[Shard]:
+        """Make all shards that are not made; what of the parts is in a shard leaves the disk."""
+        files, done = self.known.files, self.work / "shards"
+        shards = [load_shard(planned, root, done) for planned in plan.shards]
+        waiting = [number for number, shard in enumerate(shards) if shard is None]
+        sizes = [len(planned.rows) for planned in plan.shards]
+        freeing = Freeing(plan, files, self.work, self.identity) if can_free(self.work) else None
+        if freeing:
+            made = zip(plan.shards, shards, strict=True)
+            freeing.free([planned for planned, shard in made if shard is not None])
+        if not waiting:
+            return shards
+        _say_need(plan, waiting, self.work, self.workers if freeing else None)
+        left = sum(sizes[number] for number in waiting)
+        progress = Progress("packing", sum(sizes), sum(sizes) - left, 1.0)
+        try:
+            with Workers(min(self.workers, len(waiting)), progress.report) as pool:
+                tasks = (
+                    (plan.shards[number], root, _files_of(plan.shards[number], files), done)
+                    for number in waiting
+                )
+                for place, shard in pool.run(make_shard, tasks):
+                    number = waiting[place]
+                    shards[number] = shard
+                    if freeing:
+                        freeing.free([plan.shards[number]])
+                    progress.finish_part(sizes[number], sizes[number])
+        finally:
+            progress.close()
         return shards
-    progress = Progress("packing", sum(sizes), sum(sizes) - sum(sizes[number] for number in waiting), 1.0)
-    try:
-        with Workers(min(workers, len(waiting)), progress.report) as pool:
-            tasks = (
-                (plan.shards[number], root, _files_of(plan.shards[number], files), done) for number in waiting
-            )
-            for place, shard in pool.run(make_shard, tasks):
-                shards[waiting[place]] = shard
-                progress.finish_part(sizes[waiting[place]], sizes[waiting[place]])
-    finally:
-        progress.close()
-    return shards
 
 
 def _files_of(planned: PlannedShard, files: list[Path]) -> dict[int, Path]:
     return {number: files[number] for number in np.unique(planned.rows["file"]).tolist()}
+
+
+def _say_need(plan: Plan, waiting: list[int], work: Path, at_once: int | None) -> None:
+    """Say what packing needs of the disk; `at_once` shards are made before parts of them are freed."""
+    sizes = sorted((plan.shards[number].bytes for number in waiting), reverse=True)
+    need = sum(sizes if at_once is None else sizes[: max(1, at_once)])
+    why = "" if at_once is not None else ": this file system cannot free what is packed"
+    _say(
+        f"packing: {len(sizes):,} shards of {_mib(sum(sizes))} need {_mib(need)} more than is taken now{why}",
+        work,
+    )
+
+
+def _say(line: str, folder: Path) -> None:
+    print(f"{line}; {_mib(shutil.disk_usage(folder).free)} are free", file=sys.stderr, flush=True)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 class _Limit:

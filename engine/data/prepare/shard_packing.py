@@ -22,6 +22,9 @@ from millrace.engine.data.reject_reasons import Reason, Reject
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import write_atomically
 
+_JPEG = b"\xff\xd8"
+"""What a JPEG file begins with."""
+
 
 class PlannedShard(NamedTuple):
     """A shard that is to be made."""
@@ -33,6 +36,11 @@ class PlannedShard(NamedTuple):
     """Number of its first sample in the data set."""
     rows: np.ndarray
     """(n,) of ITEM."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tar."""
+        return len(END) + int(_sizes(self.rows).sum())
 
     @property
     def digest(self) -> str:
@@ -70,7 +78,7 @@ def plan_shards(parts: list[DonePart], files: list[Path], settings: Settings) ->
     rows = rows[keep]
     order = np.argsort(rows["bucket"], kind="stable")
     rows = rows[order]
-    sizes = 2 * BLOCK + padded(rows["picture_bytes"]) + padded(rows["record_bytes"])
+    sizes = _sizes(rows)
     shards = []
     for bucket in np.unique(rows["bucket"]).tolist():
         start, end = np.searchsorted(rows["bucket"], [bucket, bucket + 1]).tolist()
@@ -138,6 +146,11 @@ class _StoredBytes:
                 raise UserError(
                     f"{self._path}: the sample at byte {at} is damaged; remove the data set and make it again"
                 )
+        elif not picture.startswith(_JPEG):
+            raise UserError(
+                f"{self._path}: the sample at byte {at} is gone, for the shard that it was packed into was "
+                f"there before; remove {self._path.parent.parent} and run the same command again"
+            )
         return picture, record
 
     def close(self) -> None:
@@ -159,6 +172,11 @@ def load_shard(plan: PlannedShard, root: Path, done: Path) -> Shard | None:
 def done_path(plan: PlannedShard, done: Path) -> Path:
     """File that says that a shard is made."""
     return done / f"{bucket_name(plan.bucket)}-{plan.number:05d}.json"
+
+
+def _sizes(rows: np.ndarray) -> np.ndarray:
+    """(n,) bytes that samples take in a tar."""
+    return 2 * BLOCK + padded(rows["picture_bytes"]) + padded(rows["record_bytes"])
 
 
 def _first_of_each(keys: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def test_edits_give_what_a_new_data_set_is(tmp_path, bad, settings, monkeypatch,
             patch.setattr(shard_job, "do_part", counted)
             if random.integers(2):  # is killed once, and other edits follow
                 with patch.context() as kill:
-                    kill.setattr(shard_job, "_pack", killed)
+                    kill.setattr(shard_job, "make_shard", dies_after(int(random.integers(3))))
                     with pytest.raises(Killed):
                         prepare(source.root, out, settings, 0, 1.0)
                 source.edit()
@@ -130,8 +130,17 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
-def killed(*_):
-    raise Killed
+def dies_after(count):
+    """Makes so many shards before the kill, whose samples are then freed."""
+    real, left = shard_job.make_shard, [count]
+
+    def make_shard(*words):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return real(*words)
+
+    return make_shard
 
 
 @pytest.fixture
