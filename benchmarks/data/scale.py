@@ -12,6 +12,7 @@ the files of the data set that it opened, each time counted, and `read` the byte
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -29,6 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save
 
 from millrace.benchmarks.report import recording, scale_report
 from millrace.engine.checkpoint.manifest import (
@@ -59,8 +62,10 @@ from millrace.engine.data.formats.shard_index import (
     bucket_name,
     digests_of,
     padded,
+    read_manifest,
 )
 from millrace.engine.data.formats.shard_writer import write_manifest
+from millrace.engine.data.latent_cache import CacheFile, CacheRecord, TextCache, cache_path, common_path
 from millrace.engine.data.sources.folder import FolderSource
 from millrace.engine.data.sources.key_subset import keep_listed, write_keys
 from millrace.engine.data.sources.mixture import order_of
@@ -81,6 +86,8 @@ log = logging.getLogger("millrace.benchmarks.scale")
 PER_SHARD = 5000
 LISTED = 100_000
 """Keys in a list, at most a tenth of the samples."""
+MOST_CACHED = 10_000_000
+"""Samples of a set that gets a text cache, which takes 100 bytes of a disk for each."""
 STEP, BATCH = 900_000, 1024
 """Step at which a run is continued, and its global batch."""
 PLACES = 100_000
@@ -214,9 +221,90 @@ def open_set(root: Path, local_rank: int) -> str:
     return f"{len(source.manifest.shards)} shards"
 
 
+def make_text_cache(root: Path) -> None:
+    """A cache of captions of 4 rows of 8 numbers, a caption a sample: what grows is the number of files."""
+    manifest, files = read_manifest(root), []
+    common = save({"rows": torch.zeros(1, 8, dtype=torch.bfloat16), "cut": torch.zeros(1, dtype=torch.uint8)})
+    (root / common_path("text")).write_bytes(common)
+    for shard in manifest.shards:
+        n, name = shard.samples, cache_path(shard, "text")
+        tensors = {
+            "rows": torch.zeros(4 * n, 8, dtype=torch.bfloat16),
+            "offsets": torch.arange(0, 4 * n + 1, 4),
+            "cut": torch.zeros(n, dtype=torch.uint8),
+            "long": torch.arange(n),
+            "short": torch.arange(n),
+        }
+        data = save(tensors)
+        (root / name).write_bytes(data)
+        files.append(CacheFile(file=name, bytes=len(data), sha256=sha256(data), of=shard.sha256))
+    one = CacheFile(file=common_path("text"), bytes=len(common), sha256=sha256(common))
+    record = CacheRecord(network={}, dtype="bfloat16", common=one, files=tuple(files))
+    write_manifest(root, manifest.model_copy(update={"caches": {"text": record.model_dump(mode="json")}}))
+
+
+def open_text_cache(root: Path, local_rank: int) -> str:
+    """As a process of a job does, with the source open."""
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    manifest = ShardsSource(root).manifest
+    begun = time.perf_counter()
+    _kept.append(TextCache(root, manifest))
+    return f"{len(manifest.shards)} files:seconds:{time.perf_counter() - begun}"
+
+
+def read_captions(root: Path, count: int) -> str:
+    """Rows of captions of random samples."""
+    source = ShardsSource(root)
+    cache = TextCache(root, source.manifest)
+    places = [source.place(i) for i in np.random.default_rng(0).integers(0, len(source), count).tolist()]
+    begun = time.perf_counter()
+    for place in places:
+        cache.rows(place, "long")
+    seconds = (time.perf_counter() - begun) / count
+    return f"{count} captions of {len(source.manifest.shards)} files; seconds of one:seconds:{seconds}"
+
+
 def open_folder(root: Path) -> None:
     """As a process of a job does."""
     _kept.append(FolderSource(root))
+
+
+def read_folder(root: Path, count: int) -> str:
+    """Captions and decoded pictures of a folder, in the order of training."""
+    source = FolderSource(root)
+    config = Data(source="folder", path=str(root), aspect="mixed", resolution=64)
+    order = order_of(source, config, 0, 0)
+    begun = time.perf_counter()
+    for place in range(count):
+        index = order.picture(place)[0]
+        source.captions(index)
+        source.image(index)
+    seconds = (time.perf_counter() - begun) / count
+    return f"{count} pictures; seconds of one:seconds:{seconds}"
+
+
+def resume_folder(root: Path) -> str:
+    """What a process does with an open folder: compare it with the checkpoint's, and start the stream."""
+    source = FolderSource(root)
+    values = {"resolution": 64, "global_batch": BATCH, "micro_batch": 4, "workers": 0}
+    config = Data(source="folder", path=str(root), **values)
+    begun = time.perf_counter()
+    digest = fingerprint(source)
+    compared = time.perf_counter() - begun
+    stream = SampleStream(
+        source,
+        config,
+        seed=0,
+        patch=EDGE,
+        caption_drop=0.1,
+        rank=1,
+        world_size=BATCH // 4,
+        first_sample=STEP * BATCH,
+    )
+    stream._next_places()
+    seconds = time.perf_counter() - begun
+    _kept.append((stream, digest))
+    return f"of it the fingerprint {compared:.3f} s:seconds:{seconds}"
 
 
 def walk_order(root: Path, aspect: str) -> str:
@@ -482,7 +570,7 @@ def of_data(parent: Path | None, rows: int) -> list[Measured]:
         )
         write_keys(listed, islice(named, min(LISTED, max(rows // 10, 1))))
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        return [
+        found = [
             measured("open, the first time on a machine", rows, open_set, root, 0),
             measured("open, first process", rows, open_set, root, 0),
             measured("open, other processes", rows, open_set, root, 1),
@@ -507,17 +595,27 @@ def of_data(parent: Path | None, rows: int) -> list[Measured]:
             measured("data.keys, the first time on a machine", rows, list_keys, root, listed),
             measured("data.keys, other processes", rows, list_keys, root, listed),
         ]
+        if rows <= MOST_CACHED:
+            make_text_cache(root)
+            found += [
+                measured("open a text cache, the first time on a machine", rows, open_text_cache, root, 0),
+                measured("open a text cache, other processes", rows, open_text_cache, root, 1),
+                measured("a caption of a text cache", rows, read_captions, root, 20_000),
+            ]
+        return found
 
 
 def of_folder(parent: Path | None, count: int) -> list[Measured]:
-    """A folder of so many pictures with captions; nothing of the pictures is read."""
+    """A folder of so many small pictures with captions."""
     with scratch(parent) as folder:
-        root, hour_ago = folder / "set", time.time() - 3600
+        root, hour_ago, file = folder / "set", time.time() - 3600, io.BytesIO()
+        Image.new("RGB", (64, 64), (200, 100, 50)).save(file, "JPEG")
+        picture = file.getvalue()
         for first in range(0, count, 1000):
             part = root / f"{first:09d}"
             part.mkdir(parents=True)
             for i in range(first, min(first + 1000, count)):
-                (part / f"{i:09d}.jpg").touch()
+                (part / f"{i:09d}.jpg").write_bytes(picture)
                 caption = part / f"{i:09d}.txt"
                 caption.write_text(
                     f"caption {i}: " + "a red fox in the snow, in the light of the evening; " * 8
@@ -526,6 +624,8 @@ def of_folder(parent: Path | None, count: int) -> list[Measured]:
         return [
             measured("open a folder, the first time on a machine", count, open_folder, root),
             measured("open a folder, other processes", count, open_folder, root),
+            measured("a picture of a folder", count, read_folder, root, min(2000, count)),
+            measured(f"resume on a folder at step {STEP}", count, resume_folder, root),
         ]
 
 
