@@ -286,7 +286,7 @@ def read_folder(root: Path, count: int) -> str:
 def resume_folder(root: Path) -> str:
     """What a process does with an open folder: compare it with the checkpoint's, and start the stream."""
     source = FolderSource(root)
-    values = {"resolution": 64, "global_batch": BATCH, "micro_batch": 4, "workers": 0}
+    values = {"resolution": 64, "global_batch": BATCH, "micro_batch": 4, "workers": 0, "loader": "python"}
     config = Data(source="folder", path=str(root), **values)
     begun = time.perf_counter()
     digest = fingerprint(source)
