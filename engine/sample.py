@@ -14,13 +14,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from millrace.engine.cli import command_parser, number, run_command, versions
+from millrace.engine.cli import command_parser, number, run_command
 from millrace.engine.util.errors import UserError
-
-if TYPE_CHECKING:
-    from millrace.engine.config import Config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", type=_size, metavar="HxW", help="height x width in pixels; default data.resolution"
     )
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write all pictures as one PNG")
+    parser.add_argument(
+        "--grid", type=Path, metavar="FILE.png", help="write all pictures as one PNG with captions"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="folder that receives one PNG a picture"
     )
@@ -98,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
     from millrace.engine.config import guidance_warnings
     from millrace.engine.distributed.process_group import choose_device
-    from millrace.engine.sampling.grids import save_grid
+    from millrace.engine.sampling.grids import Part, made_by, save_grid, save_picture
     from millrace.engine.sampling.trained_model import (
         describe_cost,
         load_model,
@@ -117,37 +115,34 @@ def _sample(arguments: argparse.Namespace, prompts: list[str]) -> None:
     sampler = open_sampler(weights, config, arguments.checkpoint, device)
     for warning in guidance_warnings(config.sampling, config.routing, config.objective):
         print(warning, file=sys.stderr)
+    size = arguments.size or (config.data.resolution, config.data.resolution)
     if arguments.recall:
         from millrace.engine.evaluation.recall import training_recall
 
-        pictures, line = training_recall(sampler, config, arguments.seed[0])
-        print(line)
-        asked = {}
+        seed = arguments.seed[0]
+        found = training_recall(sampler, config, seed)
+        pictures, prompts = found.pictures, found.prompts
+        print(found.line)
+        asked = {"prompts": prompts, "seeds": [seed] * len(prompts), "numbers": [*range(len(prompts))]}
+        part = Part(pictures, prompts, "left: training picture, right: sample of its caption", found.own)
     else:
-        size = arguments.size or (config.data.resolution, config.data.resolution)
         # A seed is the number of its picture, so noise and routes do not depend on the place in the list.
         seeds = arguments.seed * (len(prompts) if len(arguments.seed) == 1 else 1)
         pictures = sampler(prompts, size, config.sampling, 0, seeds)
         asked = {"prompts": prompts, "seeds": seeds}
+        part = Part(pictures, prompts)
     height, width = pictures.shape[2:]
     print(f"{origin}: {height} x {width} pixels")
     print(describe_cost(sampler, config, pictures))
-    made_by = _made_by(config, origin, (height, width))
+    made = made_by(config.sampling, origin, (height, width))
     if arguments.grid:
-        save_grid(pictures, arguments.grid, made_by=made_by | asked)
+        save_grid([part], arguments.grid, config.sampling.tile, made | asked)
         print(f"{len(pictures)} pictures in {arguments.grid}")
     if arguments.output:
         for i, picture in enumerate(pictures):
             own = {key: values[i : i + 1] for key, values in asked.items()}
-            save_grid(picture[None], arguments.output / f"{i:05d}.png", made_by=made_by | own)
+            save_picture(picture, arguments.output / f"{i:05d}.png", made | own)
         print(f"{len(pictures)} pictures in {arguments.output}/")
-
-
-def _made_by(config: "Config", origin: str, size: tuple[int, int]) -> dict[str, Any]:
-    """What a picture keeps of its making, beside caption and seed."""
-    of_training = {"every_steps", "prompts", "count", "weights"}
-    sampling = config.sampling.model_dump(mode="json", exclude=of_training)
-    return {"versions": versions().splitlines(), "model": origin, "size": list(size), "sampling": sampling}
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from millrace.engine.evaluation.digit_judge import quality
 from millrace.engine.evaluation.recall import recall
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.run_log.logs import VALIDATION, set_up_logging
-from millrace.engine.sampling.grids import save_grid
+from millrace.engine.sampling.grids import save_picture
 from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.trainer import train
 from millrace.engine.util.errors import UserError
@@ -129,7 +129,7 @@ def looks(
         if judge is not None or config.data.source == "builtin":
             size = (config.data.resolution, config.data.resolution)
             pictures = sampler(captions, size, config.sampling, LOOK_SEED)
-            save_grid(pictures[:SHOWN], folder / "samples.png", columns=SHOWN)
+            save_picture(torch.cat(tuple(pictures[:SHOWN]), dim=-1), folder / "samples.png")
             if judge is None:
                 result["recall"] = recall(pictures, own, torch.arange(len(own)))
             else:

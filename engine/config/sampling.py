@@ -18,9 +18,12 @@ class Sampling(Section):
     every_steps: int = Field(0, ge=0)
     """Steps between sample grids during training; 0 is never."""
     prompts: tuple[str, ...] = ()
-    """Captions of the grid; empty takes the first captions of the data."""
-    count: int = Field(16, ge=1)
-    """Pictures in the grid when `prompts` is empty."""
+    """Captions of the grid's first part."""
+    count: int = Field(16, ge=0)
+    """How many of the data's first captions make the second part of the grid, or all of it where there are no
+    `prompts`."""
+    tile: int = Field(256, ge=16)
+    """Pixels of the longer edge of a picture in a grid; larger pictures are shrunk to it."""
     steps: int = Field(28, ge=1)
     """Solver steps."""
     solver: Literal["euler", "heun"] = "euler"
@@ -71,6 +74,10 @@ class Sampling(Section):
                     raise ValueError(
                         f"{name} belongs to method self, but method is {self.method}; remove one of the two"
                     )
+        if self.every_steps and not (self.prompts or self.count):
+            raise ValueError(
+                "every_steps asks for grids, but count is 0 and there are no prompts; set one of them"
+            )
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"interval is [{low}, {high}], expected two times in order between 0 and 1")

@@ -16,7 +16,7 @@ from millrace.engine.evaluation.evaluator import Evaluation
 from millrace.engine.evaluation.held_out import HeldOutLoss, exact
 from millrace.engine.losses.flow_matching import FlowMatching
 from millrace.engine.run_log.logs import RunLog
-from millrace.engine.sampling.grids import draw_grid
+from millrace.engine.sampling.grids import GridPrompts, draw_grid
 from millrace.engine.sampling.sampler import Sampler, filled_denoiser
 from millrace.engine.util.errors import UserError
 
@@ -55,7 +55,7 @@ class RunSamples:
         data: Split,
         output: Path,
         log: RunLog,
-        prompts: list[str],
+        prompts: GridPrompts,
     ) -> None:
         config = stage.config
         self.stage, self.config, self.flow, self.prepare, self.prompts = stage, config, flow, prepare, prompts
@@ -141,6 +141,12 @@ class RunSamples:
         """Weights whose held-out loss is taken."""
         return ["model", "ema"] if self.config.ema.enabled else ["model"]
 
+    @property
+    def _sampled_weights(self) -> str:
+        """Weights that samples are of."""
+        asked = self.config.sampling.weights
+        return "model" if not self.config.ema.enabled else "ema" if asked == "auto" else asked
+
     def _validate(self, step: int, samples_seen: int, weights: Callable[[str], Weights]) -> None:
         assert self._held_out is not None
         told = []
@@ -182,7 +188,8 @@ class RunSamples:
 
     def _grid(self, step: int, sampler: Sampler) -> None:
         path = self._path(step)
-        draw_grid(sampler, self.config, self.prompts, path)
+        origin = f"{self.output}, step {step}, {self._sampled_weights} weights"
+        draw_grid(sampler, self.config, self.prompts, path, origin)
         self.log.grid(path, step)
 
     def _evaluate(self, step: int, sampler: Sampler) -> None:
@@ -192,8 +199,7 @@ class RunSamples:
         except UserError as error:  # the same on all ranks; training goes on
             self.log.say(f"warning: step {step} has no evaluation: {error}")
             return
-        asked = self.config.sampling.weights
-        weights = "model" if not self.config.ema.enabled else "ema" if asked == "auto" else asked
+        weights = self._sampled_weights
         self.log.evaluation(step, scores.record() | {"weights": weights})
         self.log.say(f"step {step}, {weights} weights, {self.config.data.resolution} px: {scores.line()}")
 

@@ -1,60 +1,251 @@
-"""Sample grids: pictures of prompts as one PNG for people."""
+"""Sample grids: pictures with their captions on one PNG for people, and single pictures as they are."""
 
+import functools
 import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from millrace.engine.cli import versions
 from millrace.engine.config import Config, Sampling
 from millrace.engine.data.sources.pictures import Source
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, write_atomically
 
-
-def grid_prompts(sampling: Sampling, source: Source) -> list[str]:
-    """`sampling.prompts`, or where there are none the first long captions of the data."""
-    return list(sampling.prompts) or [
-        source.captions(i).long for i in range(min(sampling.count, len(source)))
-    ]
-
-
-def draw_grid(sampler: Sampler, config: Config, prompts: list[str], path: Path) -> None:
-    """Sample the prompts as one PNG. They go into `prompts.txt` beside it, in the order of the pictures."""
-    size = (config.data.resolution, config.data.resolution)
-    save_grid(sampler(prompts, size, config.sampling, config.run.seed), path)
-    write_atomically(path.parent / "prompts.txt", "\n".join(prompts) + "\n")
-
-
 TEXT_KEY = "millrace"
 """Keyword of the PNG's text chunk that says how its pictures were made."""
+PROMPTS = "prompts.txt"
+"""File beside the grids of a run: the captions of their tiles, one a line."""
+SMALLEST = 96
+"""Pixels that the shorter edge of a shown picture has at least."""
+
+_PAPER, _INK, _FAINT = "white", "black", "#666666"
+_GAP = 6
+"""Pixels around a tile."""
+_LINES = 3
+"""Lines of a caption at most."""
+_ELLIPSIS = "\u2026"
+_PLAIN = str.maketrans(
+    {"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2044": "/", "\xa0": " "}
+    | {"\xdf": "ss", "\xe6": "ae", "\xc6": "Ae", "\xf8": "o", "\xd8": "O", "\u0142": "l", "\u0141": "L"}
+    | {"\u0153": "oe", "\u0152": "Oe", "\u0111": "d", "\u0131": "i", "\xd7": "x"}
+)
+"""Letters and signs that do not decompose, in letters that a small font has."""
+
+
+@dataclass(frozen=True)
+class GridPrompts:
+    """What the grids of a run show: `sampling.prompts`, and the first long captions of its data."""
+
+    own: tuple[str, ...]
+    data: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        """In the order of the tiles."""
+        return [*self.own, *self.data]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a grid under one heading."""
+
+    pictures: Tensor
+    """(N, 3, h, w) in [-1, 1]."""
+    captions: Sequence[str] = ()
+    """One a picture; without them tiles have numbers alone."""
+    heading: str = ""
+    beside: Tensor | None = None
+    """Pictures of the same shape, each shown on the left of its own."""
+
+
+def grid_prompts(sampling: Sampling, source: Source) -> GridPrompts:
+    """The captions that a run's grids show."""
+    first = range(min(sampling.count, len(source)))
+    return GridPrompts(tuple(sampling.prompts), tuple(source.captions(i).long for i in first))
+
+
+def draw_grid(sampler: Sampler, config: Config, prompts: GridPrompts, path: Path, origin: str) -> None:
+    """Sample the prompts of a run as one PNG. They go into `prompts.txt` beside it, a line each in the order
+    of the tiles. `origin` names the weights in the file."""
+    size, seed = (config.data.resolution, config.data.resolution), config.run.seed
+    pictures, own = sampler(prompts.all, size, config.sampling, seed), len(prompts.own)
+    parts = [
+        Part(pictures[:own], prompts.own, "prompts of the configuration" if prompts.data else ""),
+        Part(pictures[own:], prompts.data, "first captions of the data" if own else ""),
+    ]
+    asked = {"prompts": prompts.all, "seed": seed, "numbers": [*range(len(prompts.all))]}
+    made = made_by(config.sampling, origin, size) | asked
+    save_grid([part for part in parts if len(part.pictures)], path, config.sampling.tile, made)
+    write_atomically(path.parent / PROMPTS, "\n".join(prompts.all) + "\n")
+
+
+def made_by(sampling: Sampling, origin: str, size: tuple[int, int]) -> dict[str, Any]:
+    """What a picture keeps of its making, beside caption and seed: versions, weights, size (h, w), settings.
+
+    It goes into a text chunk of the file.
+    """
+    of_grids = {"every_steps", "prompts", "count", "weights", "tile"}
+    settings = sampling.model_dump(mode="json", exclude=of_grids)
+    return {"versions": versions().splitlines(), "model": origin, "size": list(size), "sampling": settings}
+
+
+def save_picture(picture: Tensor, path: Path, made_by: dict[str, Any] | None = None) -> None:
+    """Write a picture (3, h, w) in [-1, 1] as it is, as PNG. `made_by` goes into a text chunk, as JSON.
+    Raises UserError."""
+    _save(_images(picture[None])[0], path, made_by)
 
 
 def save_grid(
-    pictures: Tensor, path: Path, columns: int | None = None, made_by: dict[str, Any] | None = None
+    parts: Sequence[Part], path: Path, largest: int = 256, made_by: dict[str, Any] | None = None
 ) -> None:
-    """Write pictures (N, 3, h, w) in [-1, 1] as one PNG, row by row; as square as possible by default.
-    `made_by` goes into a text chunk of the file, as JSON."""
-    count, _, height, width = pictures.shape
-    columns = columns or min(count, max(1, round((count * height / width) ** 0.5)))
-    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
+    """Write parts of pictures of one size as one PNG, each part as square as possible.
+
+    Small pictures are enlarged by a whole factor, without interpolation, until their shorter edge has
+    SMALLEST pixels; larger ones are shrunk until the longer edge has `largest`. Under each tile stand its
+    number, from 1 over all parts, and its caption as far as it fits. `made_by` goes into a text chunk of the
+    file, as JSON. Raises UserError.
+    """
+    _save(_sheet(parts, largest), path, made_by)
+
+
+def _sheet(parts: Sequence[Part], largest: int) -> Image.Image:
+    height, width = parts[0].pictures.shape[2:]
+    width, height = shown_size(width, height, largest)
+    font = _font(min(12 + max(0, width - 160) // 32, 20))
+    leading = sum(font.getmetrics()) + 1
+    across = max(width if part.beside is None else 2 * width + 1 for part in parts)
+    captioned = any(caption for part in parts for caption in part.captions)
+    foot = leading * (_LINES if captioned else 1) + 2
+    columns = max(max(1, round(math.sqrt(len(part.pictures) * (height + foot) / across))) for part in parts)
+    columns = min(columns, max(len(part.pictures) for part in parts))
+    rows = sum(-(-len(part.pictures) // columns) for part in parts)
+    head = leading + _GAP
+    sheet = Image.new(
+        "RGB",
+        (
+            columns * (across + _GAP) + _GAP,
+            rows * (height + foot + _GAP) + _GAP + head * sum(bool(part.heading) for part in parts),
+        ),
+        _PAPER,
+    )
+    draw, top, number = ImageDraw.Draw(sheet), _GAP, 0
+    for part in parts:
+        if part.heading:
+            text = "\n".join(wrapped(part.heading, font, sheet.width - 2 * _GAP, 1))
+            draw.text((_GAP, top), text, _FAINT, font)
+            top += head
+        pictures = _images(part.pictures)
+        beside = None if part.beside is None else _images(part.beside)
+        for i, picture in enumerate(pictures):
+            number += 1
+            left = _GAP + (i % columns) * (across + _GAP)
+            if i and i % columns == 0:
+                top += height + foot + _GAP
+            shown = [picture] if beside is None else [beside[i], picture]
+            for place, image in enumerate(shown):
+                sheet.paste(_resized(image, (width, height)), (left + place * (width + 1), top))
+            caption = drawable(part.captions[i], font) if part.captions else ""
+            lines = wrapped(f"{number} {caption}", font, across, _LINES)
+            draw.multiline_text((left, top + height + 2), "\n".join(lines), _INK, font, spacing=1)
+        top += height + foot + _GAP
+    return sheet
+
+
+def shown_size(width: int, height: int, largest: int) -> tuple[int, int]:
+    """Width and height that a picture has in a grid."""
+    if max(width, height) > largest:
+        share = largest / max(width, height)
+        return max(1, round(width * share)), max(1, round(height * share))
+    factor = max(1, min(-(-SMALLEST // min(width, height)), largest // max(width, height)))
+    return width * factor, height * factor
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if image.size == size:
+        return image
+    enlarged = size[0] > image.width
+    return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with Pillow: ASCII and a few signs."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
+
+
+@functools.cache
+def _has_glyph(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether the font draws something of its own for the letter."""
+    found, missing = font.getmask(letter), font.getmask("\uffff")
+    return found.size != missing.size or bytes(found) != bytes(missing)
+
+
+def drawable(caption: str, font: ImageFont.FreeTypeFont) -> str:
+    """A caption in the letters of the font: accents are dropped, and so is what it lacks (emoji, say).
+
+    Empty where more than half of it is lacking, as of a script that the font does not have.
+    """
+    plain = unicodedata.normalize("NFKD", caption.translate(_PLAIN))
+    letters = [letter for letter in " ".join(plain.split()) if not unicodedata.combining(letter)]
+    kept = "".join(letter for letter in letters if _has_glyph(font, letter))
+    return " ".join(kept.split()) if 2 * len(kept) > len(letters) else ""
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Lines of at most `width` pixels, at most so many; what is left out is an ellipsis. A word that is
+    longer than a line is broken."""
+    lines, words = [""], text.split()
+    while words:
+        longer = f"{lines[-1]} {words[0]}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            words.pop(0)
+        elif lines[-1]:
+            lines.append("")
+        else:
+            lines[-1] = _beginning(words[0], font, width)
+            words[0] = words[0][len(lines[-1]) :]
+            lines += [""] if words[0] else []
+            words = words if words[0] else words[1:]
+        if len(lines) > most:
+            last = lines[most - 1]
+            while last and font.getlength(last + _ELLIPSIS) > width:
+                last = last[:-1]
+            return [*lines[: most - 1], last.rstrip(" ,.;:") + _ELLIPSIS]
+    return lines
+
+
+def _beginning(word: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As many letters as fit, at least one."""
+    length = len(word)
+    while length > 1 and font.getlength(word[:length]) > width:
+        length -= 1
+    return word[:length]
+
+
+def _images(pictures: Tensor) -> list[Image.Image]:
+    """(N, 3, h, w) in [-1, 1] as images of 8 bits; what is outside is cut off."""
     levels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    for i, picture in enumerate(levels):
-        sheet.paste(Image.fromarray(picture), ((i % columns) * width, (i // columns) * height))
+    return [Image.fromarray(picture) for picture in levels]
+
+
+def _save(image: Image.Image, path: Path, made_by: dict[str, Any] | None) -> None:
+    chunk = PngInfo()
+    if made_by is not None:
+        chunk.add_text(TEXT_KEY, json.dumps(made_by))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            form = Image.registered_extensions().get(path.suffix.lower(), "PNG")
-            sheet.save(file, form, **({} if made_by is None else {"pnginfo": _text_chunk(made_by)}))
+            image.save(file, "PNG", pnginfo=chunk)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _text_chunk(values: dict[str, Any]) -> PngInfo:
-    chunk = PngInfo()
-    chunk.add_text(TEXT_KEY, json.dumps(values))
-    return chunk

@@ -1,6 +1,7 @@
 """engine/sample.py as a command, on a trained SPRINT model with contrastive loss."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -41,14 +42,14 @@ def command(trained, monkeypatch, capsys, tmp_path):
         capsys.readouterr()
         assert sample.main() == 0
         if prompts:
-            assert Image.open(path).size == (16, 32)
+            assert Image.open(path).width == 2 * (96 + 6) + 6
         return capsys.readouterr()
 
     return call
 
 
 def test_the_run_s_own_guidance_and_its_cost(command, runs, tmp_path):
-    told = command().out  # two pictures of 16 x 16 pixels, one over the other
+    told = command().out  # two pictures of 16 x 16 pixels
     config = runs.config(tmp_path, CHANGES)
     words = [len(prompt.split()) for prompt in ("a cat", "two dogs")]
     flops = sampling_flops(config, 16, sum(words) / 2, 1)
@@ -79,6 +80,20 @@ def test_a_caption_and_its_seed_give_a_picture_alone_and_in_a_list(command, tmp_
     assert (np.asarray(listed[0]) != np.asarray(listed[2])).any()
     one = drawn(*prompts, "--seed", 4, name="one")
     assert (np.asarray(one[0]) == np.asarray(one[2])).all()
+
+
+def test_recall_shows_the_training_pictures_beside_the_samples(command, tmp_path):
+    out = "--grid", tmp_path / "r.png", "--output", tmp_path / "r"
+    told = command("--recall", "--seed", 3, *out, prompts=())
+    assert re.search(r"recall: [\d.]+% of 44 training captions", told.out)
+    grid = Image.open(tmp_path / "r.png")
+    made = json.loads(grid.text["millrace"])
+    assert (len(made["prompts"]), made["seeds"][0], made["numbers"][43]) == (44, 3, 43)
+    head = min(int(row) for row in np.nonzero((np.asarray(grid)[:, 8:90] != 255).all((1, 2)))[0])
+    shown = np.asarray(grid)[head + 3 : head + 96 : 6, :][:, 9:201:6]
+    sample = np.asarray(Image.open(tmp_path / "r" / "00000.png"))
+    assert (shown[:, -16:] == sample).all()
+    assert (shown[:, :16] != sample).any()
 
 
 def test_another_method_puts_the_run_s_aside(command):

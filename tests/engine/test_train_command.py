@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from PIL import Image
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.model_weights import checkpoint_state
@@ -42,7 +43,10 @@ def test_a_run_on_one_process(runs, tmp_path):
     # The log is read from the device every 4 steps and before each checkpoint, and misses none.
     assert [record["step"] for record in runs.log(output)] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in list_checkpoints(output / "checkpoints")] == [4, 6]
-    assert (output / "samples" / "step-00000006.png").is_file()
+    grid = json.loads(Image.open(output / "samples" / "step-00000006.png").text["millrace"])
+    assert grid["model"].endswith("step 6, ema weights")
+    assert (output / "samples" / "prompts.txt").read_text().splitlines() == grid["prompts"]
+    assert len(grid["prompts"]) == 4
     assert list((output / "tensorboard").iterdir())
     resolved = load_config(output / "config.json")
     assert resolved == load_config(output.with_suffix(".json"), ["run.steps=6"])

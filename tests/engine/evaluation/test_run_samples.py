@@ -50,7 +50,7 @@ def test_samples_are_drawn_after_the_checkpoint_of_their_step(runs, tmp_path, mo
     seen, run = [], tmp_path / "run"
     drawn = {"sampling": {"every_steps": 1}, "checkpoint": {"every_steps": 2, "blocking": True}}
 
-    def draw(_sampler, _config, _source, path):
+    def draw(_sampler, _config, _prompts, path, _origin):
         seen.append((path.stem, [step for step, _ in list_checkpoints(run / "checkpoints")]))
         path.parent.mkdir(exist_ok=True)
         path.touch()
