@@ -33,7 +33,7 @@ from millrace.engine.trainer import Seen, Trainer, train
 from millrace.engine.util.errors import UserError
 
 _QUIET = {
-    "logging": {"tensorboard": False, "wandb": False, "sample_keys": False},
+    "logging": {"tensorboard": False, "wandb": False, "mlflow": None, "sample_keys": False},
     "sampling": {"every_steps": 0},
     "evaluation": {"every_steps": 0},
     "validation": {"every_steps": 0},

@@ -576,6 +576,7 @@ class Trainer:
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         record = {
             "step": self.step,
+            "samples_seen": self.samples_seen,
             **rates,
             "grad_norm": norm,
             "applied": applied,
@@ -589,6 +590,7 @@ class Trainer:
         if peak is not None:
             record["mfu"] = flops / seconds / peak
         self.records.append(record)
+        self.run_log.advance(record)
         if self.loss_buffer.end_step() or not applied:
             self._flush()
 

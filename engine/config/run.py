@@ -64,5 +64,8 @@ class Logging(Section):
     """Write events to `tensorboard/` in the run's folder."""
     wandb: bool = False
     """Weights & Biases, if installed; a resumed run goes on with its own run there."""
+    mlflow: str | None = Field(None, min_length=1)
+    """Tracking URI of MLflow, if installed (`http://host:5000`, `sqlite:///runs.db`); a resumed run goes on
+    with its own run there."""
     project: str = "millrace"
-    """Project name for Weights & Biases."""
+    """Project of Weights & Biases, experiment of MLflow."""

@@ -109,7 +109,7 @@ def _small(config: Config, steps: int, larger: int) -> dict[str, Any]:
         "precision": {"fp8": _fp8_without_gpu(config.precision.fp8)},
         "ema": {"every": 1, "start": 0},
         "checkpoint": {"every_steps": 2, "keep": 2},
-        "logging": {"every_steps": 2, "wandb": False},
+        "logging": {"every_steps": 2, "wandb": False, "mlflow": None},
         "sampling": {"every_steps": steps, "prompts": [], "count": 2, "steps": 2},
         "evaluation": {
             "every_steps": steps if config.evaluation.every_steps else 0,

@@ -42,6 +42,7 @@ from millrace.engine.encoders.identity import Identity, autoencoder_identity, di
 from millrace.engine.encoders.text_encoder import open_text_encoder
 from millrace.engine.util.errors import UserError
 from millrace.engine.util.files import atomic_file, sha256_file, write_atomically
+from millrace.engine.util.progress_bar import bar_size
 from millrace.engine.util.safetensors_file import GrowingTensorFile
 from millrace.kernels.support.packed import to_device
 
@@ -283,7 +284,7 @@ class CacheJob:
     def run(self) -> None:
         """Make the files of this process that are not there, and the manifest if then none is missing."""
         kind, maker = self.maker.kind, self.maker
-        for number in tqdm(self.todo, f"{kind} cache", unit="file", disable=self.rank != 0):
+        for number in tqdm(self.todo, f"{kind} cache", unit="file", disable=self.rank != 0, **bar_size()):
             self._make(number)
         if maker.unreadable:
             names = ", ".join(maker.unreadable[:3])

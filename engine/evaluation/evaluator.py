@@ -32,6 +32,7 @@ from millrace.engine.model.flops import sampling_flops
 from millrace.engine.sampling.sampler import Sampler
 from millrace.engine.util.data_sheets import peak_flops
 from millrace.engine.util.errors import UserError
+from millrace.engine.util.progress_bar import bar_size
 
 PART = Sampler.CHUNK
 """Pictures that are sampled, and looked at, together."""
@@ -305,7 +306,9 @@ def _shares(count: int, what: str) -> Iterator[range]:
     """The parts of `count` pictures that this process takes; rank 0 shows how far it is."""
     starts = range(process_group.rank() * PART, count, process_group.world_size() * PART)
     hidden = True if process_group.rank() else None  # None: hidden unless stderr is a terminal
-    for start in tqdm(starts, desc=what, unit_scale=PART, unit="img", disable=hidden, leave=False):
+    for start in tqdm(
+        starts, desc=what, unit_scale=PART, unit="img", disable=hidden, leave=False, **bar_size()
+    ):
         yield range(start, min(start + PART, count))
 
 

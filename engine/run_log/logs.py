@@ -1,10 +1,9 @@
-"""Run log: the progress line, log.jsonl, TensorBoard, and Weights & Biases on request."""
+"""Run log: the progress line, log.jsonl, validation.jsonl, and the sinks that people look at."""
 
 import errno
 import logging
 import math
 import os
-import secrets
 import sys
 import time
 import warnings
@@ -16,14 +15,19 @@ from tqdm import tqdm
 
 from millrace.engine.config import Config
 from millrace.engine.distributed.process_group import rank
+from millrace.engine.run_log.scalars import (
+    evaluation_scalars,
+    memory_scalars,
+    step_scalars,
+    validation_scalars,
+)
 from millrace.engine.run_log.side_channels import RecordFile, SideChannels
+from millrace.engine.run_log.sinks import Opening, Sinks
 from millrace.engine.util.errors import UserError
-from millrace.engine.util.files import write_atomically
+from millrace.engine.util.progress_bar import bar_size
 
 log = logging.getLogger(__name__)
 
-WANDB_ID = "wandb_id"
-"""File in the run's folder."""
 VALIDATION = "validation.jsonl"
 """File in the run's folder: a record for each measurement of the held-out loss and each kind of weights."""
 
@@ -37,12 +41,14 @@ class RunLog:
         output_dir: receives log.jsonl, validation.jsonl and `tensorboard/`.
         step: steps done before; later lines of existing records are dropped, they will be made again.
         shows_steps: whether people see the steps, as a progress bar or as lines.
+
+    Raises UserError for a sink (`sinks.py`) whose package is not installed.
     """
 
     def __init__(self, config: Config, output_dir: Path, step: int, shows_steps: bool = True) -> None:
         self._leads, self._shows_steps = rank() == 0, shows_steps
         self.channels = SideChannels(self.say if self._leads else log.warning)
-        self._bar = self._board = self._wandb = None
+        self._bar, self._loss = None, ""
         if not self._leads:
             return
         self._started, self._first, self._steps = time.monotonic(), step, config.run.steps
@@ -53,31 +59,9 @@ class RunLog:
         if config.validation.every_steps or (output_dir / VALIDATION).exists():
             with self.channels.tolerate(VALIDATION):
                 self._held_out.write()
-        if config.logging.tensorboard:
-            with self.channels.tolerate("TensorBoard"):
-                self._board = _open_board(output_dir, step)
-        if config.logging.wandb:
-            self._wandb = self._open_wandb(config, output_dir, step)
+        self._sinks = Sinks(Opening(config, output_dir, step), self.channels)
         if shows_steps and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=config.run.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1
-            )
-
-    def _open_wandb(self, config: Config, output_dir: Path, step: int) -> Any:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("logging.wandb needs Weights & Biases: pip install wandb") from None
-        with self.channels.tolerate("Weights & Biases"):
-            return wandb.init(
-                project=config.logging.project,
-                dir=str(output_dir),
-                name=output_dir.name,
-                config=config.model_dump(),
-                id=_wandb_id(output_dir, step),
-                resume="allow",
-            )
-        return None
+            self._bar = tqdm(total=config.run.steps, initial=step, unit="step", smoothing=0.1, **bar_size())
 
     def records(self, records: list[dict[str, Any]]) -> None:
         """Write one record a step to the files and show the last one."""
@@ -85,49 +69,35 @@ class RunLog:
             return
         with self.channels.tolerate("log.jsonl"):
             self._file.write(*(_plain(record) for record in records), sync=True)
-        for record in records:
-            tuning = {f"autoencoder/{name}": loss for name, loss in record.get("autoencoder", {}).items()}
-            values = record | record.get("losses", {}) | tuning
-            scalars = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-            self._scalars(record["step"], scalars, record)
-        if self._shows_steps:
-            with suppress(OSError):  # a terminal that has gone away
-                self._show(records[-1])
-
-    def _scalars(self, step: int, scalars: dict[str, Any], whole: dict[str, Any]) -> None:
-        """Values of a step for TensorBoard, and for Weights & Biases, which takes nested ones too."""
-        if self._board is not None:
-            with self.channels.tolerate("TensorBoard"):
-                for name, value in scalars.items():
-                    self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            with self.channels.tolerate("Weights & Biases"):
-                self._wandb.log(whole, step=step)
-
-    def _show(self, record: dict[str, Any]) -> None:
-        step, shown = record["step"], _headline(record)
+        rows = [(record["step"], step_scalars(record)) for record in records]
+        rows[-1][1].update(memory_scalars())
+        self._sinks.scalars(rows)
+        self._loss = f"loss {records[-1]['loss']:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
+            self.advance(records[-1])
+            with suppress(OSError):
+                self._bar.refresh()  # with the new loss, also where the step is shown already
+        elif self._shows_steps:
+            self._print_step(records[-1])
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """Move the progress bar to a step, of which the host need not know the loss: the last known one
+        stands there. Elsewhere than on a terminal `records` writes lines."""
+        if self._bar is not None:
+            with suppress(OSError):  # a terminal that has gone away
+                self._bar.set_postfix_str(f"{self._loss}  {_headline(record)}".strip(), refresh=False)
+                self._bar.update(record["step"] - self._bar.n)
+
+    def _print_step(self, record: dict[str, Any]) -> None:
+        step = record["step"]
         rate = (step - self._first) / max(time.monotonic() - self._started, 1e-9)
         left = (self._steps - step) / rate if rate else math.inf
-        _print(f"step {step}/{self._steps}  {shown}  {_clock(left)} left")
+        _print(f"step {step}/{self._steps}  {self._loss}  {_headline(record)}  {_clock(left)} left")
 
     def grid(self, path: Path, step: int) -> None:
-        """Show a sample grid in TensorBoard and Weights & Biases."""
-        if self._board is not None:
-            import numpy as np
-            from PIL import Image
-
-            with self.channels.tolerate("TensorBoard"):
-                picture = np.asarray(Image.open(path))
-                self._board.add_image("samples", picture, step, dataformats="HWC")
-        if self._wandb is not None:
-            import wandb
-
-            with self.channels.tolerate("Weights & Biases"):
-                self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+        """Show a sample grid in all sinks."""
+        if self._leads:
+            self._sinks.picture("samples", path, step)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether log.jsonl has the evaluation of a step; False on ranks other than 0."""
@@ -139,9 +109,7 @@ class RunLog:
             return
         with self.channels.tolerate("log.jsonl"):
             self._file.write({"step": step, "evaluation": _plain(values)}, sync=True)
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        scalars = {f"evaluation/{name}": value for name, value in numbers.items()}
-        self._scalars(step, scalars, scalars)
+        self._sinks.scalars([(step, evaluation_scalars(values))])
 
     def has_validation(self, step: int, weights: list[str]) -> bool:
         """Whether validation.jsonl has the losses of these weights after a step; False on ranks other than
@@ -154,10 +122,7 @@ class RunLog:
             return
         with self.channels.tolerate(VALIDATION):
             self._held_out.write(_plain(record), sync=True)
-        name = "validation/loss" if record["weights"] == "model" else f"validation/{record['weights']}_loss"
-        scalars = {name: record["loss"]}
-        scalars |= {f"{name}_by_time/{t:.3f}": x for t, x in zip(times, record["by_time"], strict=True)}
-        self._scalars(record["step"], scalars, scalars)
+        self._sinks.scalars([(record["step"], validation_scalars(record, times))])
 
     def say(self, message: str) -> None:
         """Show a line to the user, above the progress bar if there is one."""
@@ -166,14 +131,11 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close everything, and say what has failed."""
-        for channel, sink in (("TensorBoard", self._board), ("progress bar", self._bar)):
-            if sink is not None:
-                with self.channels.tolerate(channel):
-                    sink.close()
-        if self._wandb is not None:
-            with self.channels.tolerate("Weights & Biases"):
-                self._wandb.finish()
+        if self._bar is not None:
+            with self.channels.tolerate("progress bar"):
+                self._bar.close()
         if self._leads:
+            self._sinks.close()
             with self.channels.tolerate("log.jsonl"):
                 self._file.write(sync=True)
             self._file.close()
@@ -187,29 +149,6 @@ def _print(line: str) -> None:
     with suppress(OSError):
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
-
-
-def _open_board(output_dir: Path, step: int) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
-
-
-def _wandb_id(output_dir: Path, step: int) -> str:
-    """The id under which Weights & Biases knows the run.
-
-    It is kept in the run's folder: resuming and later stages go on with the same one, a run that begins gets
-    another.
-    """
-    path = output_dir / WANDB_ID
-    with suppress(OSError):
-        if step and (found := path.read_text().strip()):
-            return found
-    new = secrets.token_hex(8)
-    with suppress(OSError):  # the next start will be a run of its own
-        write_atomically(path, new + "\n")
-    return new
 
 
 def make_output(path: Path) -> None:
@@ -236,7 +175,7 @@ def _plain(value: Any) -> Any:
 
 
 def _headline(record: dict[str, Any]) -> str:
-    parts = [f"loss {record['loss']:.4f}", f"norm {record['grad_norm']:.3f}"]
+    parts = [f"norm {record['grad_norm']:.3f}"]
     parts += [f"{record['step_seconds'] * 1e3:.0f} ms", f"{record['images_per_second']:.1f} img/s"]
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.1%}")

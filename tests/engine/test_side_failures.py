@@ -104,7 +104,7 @@ class Refusing:
 
 def fake_wandb(monkeypatch, init):
     module = types.ModuleType("wandb")
-    module.init = init
+    module.init, module.Html = init, str
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
@@ -122,12 +122,12 @@ def test_weights_and_biases_that_raises(runs, tmp_path, monkeypatch, capsys, ope
     assert (
         f"Weights & Biases failed: {'ConnectionError: ' if opens else ''}{reason}; training goes on" in first
     )
-    assert last.endswith(f"Weights & Biases {7 if opens else 1}")  # six steps and the end
+    assert last.endswith(f"Weights & Biases {8 if opens else 1}")  # the configuration, six steps and the end
     assert published(tmp_path) == [4, 6]
 
 
 def test_tensorboard_that_raises(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("millrace.engine.run_log.logs._open_board", lambda *_: Refusing())
+    monkeypatch.setattr("millrace.engine.run_log.sinks.TensorBoard.open", lambda *_: Refusing())
     assert runs.here(tmp_path, CHANGES, {"logging": {"tensorboard": True}}).error is None
     assert "TensorBoard failed: ConnectionError: no answer" in warnings(capsys)[0]
     assert published(tmp_path) == [4, 6]
@@ -138,7 +138,7 @@ def test_weights_and_biases_goes_on_with_its_run(runs, tmp_path, monkeypatch):
 
     def init(**arguments):
         ids.append((arguments["id"], arguments["resume"]))
-        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda **_: None)
 
     fake_wandb(monkeypatch, init)
     staged = {"logging": {"wandb": True}, "stages": [{"at": 4, "optimizer": {"lr": 5e-4}}]}

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from millrace.engine.util.progress_bar import bar_size
+
 _EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
@@ -26,9 +28,7 @@ class Progress:
         self._bar = None
         if sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-            self._bar = tqdm(
-                total=self._total, initial=done, desc=phase, bar_format=layout, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=self._total, initial=done, desc=phase, bar_format=layout, **bar_size())
 
     def report(self, samples: int, rejects: int) -> None:
         """Count samples and rejects that were just dealt with."""

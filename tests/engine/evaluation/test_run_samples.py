@@ -87,8 +87,8 @@ def test_same_bits_with_and_without(runs, tmp_path, evaluation):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(on / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("evaluation/fid")] == [2, 4, 5]
-    found = [event.value for event in events.Scalars("evaluation/cmmd")]
+    assert [event.step for event in events.Scalars("metrics/fid")] == [2, 4, 5]
+    found = [event.value for event in events.Scalars("metrics/cmmd")]
     assert found == pytest.approx([line["evaluation"]["cmmd"] for line in evaluated])
 
 

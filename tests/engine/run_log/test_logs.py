@@ -134,14 +134,18 @@ def test_a_new_run_leaves_no_lines_of_an_older_one(runs, tmp_path):
 
 
 def test_tensorboard_has_every_step(runs, tmp_path):
+    """Also those that a resumed run makes again, once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = RunLog(runs.config(tmp_path, {"logging": {"tensorboard": True}}), tmp_path, 0)
+    config = runs.config(tmp_path, {"logging": {"tensorboard": True}})
+    log = RunLog(config, tmp_path, 0)
     log.records([record(1, 0.5), record(2, 0.25)])
     log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    again = RunLog(config, tmp_path, 1)
+    again.records([record(2, 0.125)])
+    again.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.5), (2, 0.125)]
 
 
 def test_progress_says_step_loss_rate_and_time_left(runs, tmp_path, capsys):
@@ -156,10 +160,10 @@ def test_progress_says_step_loss_rate_and_time_left(runs, tmp_path, capsys):
 class Terminal:
     """While active, stderr is a terminal; `shown` is then what was written to it."""
 
-    def __init__(self, monkeypatch, columns=100):
+    def __init__(self, monkeypatch, columns=100, rows=24):
         self._patch = monkeypatch
         self._master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._screen, self._pieces, self._closed = os.fdopen(slave, "w"), [], False
         self._reader = Thread(target=self._read)
 
@@ -196,6 +200,41 @@ def test_a_terminal_gets_a_bar_with_what_the_plain_line_says(runs, tmp_path, mon
     assert shown.index("2/6 [") < shown.index("saved a checkpoint\r\n") < shown.index("5/6 [")
     assert "loss 0.5000  norm 1.000  100 ms  10.0 img/s  MFU 41.0%" in shown
     assert "step 5/6" not in shown
+
+
+@pytest.mark.parametrize("size", [(24, 100), (0, 0), (24, 0)])
+def test_the_bar_moves_every_step_with_the_last_loss_that_is_known(runs, tmp_path, monkeypatch, size):
+    """The host learns the losses of several steps at once; also where the terminal says that it is 0 x 0."""
+    rows, columns = size
+    with Terminal(monkeypatch, columns, rows) as terminal:
+        log = RunLog(runs.config(tmp_path), tmp_path, 0)
+        log._bar.mininterval, log._bar.miniters = 0, 1
+        for step in (1, 2, 3):
+            known = record(step)
+            loss = known.pop("loss")
+            log.advance(known)
+            if step == 2:
+                log.records([record(1, 0.75), record(2, loss / 2)])
+        log.close()
+    shown = terminal.shown.split("\r")
+    assert any("1/6 [" in line and "norm 1.000" in line and "loss" not in line for line in shown)
+    assert any("2/6 [" in line and "loss 0.5000  norm 1.000" in line for line in shown)
+    assert any("3/6 [" in line and "loss 0.5000  norm 1.000  100 ms" in line for line in shown)
+    assert max(len(line) for line in shown) <= (columns or 80)
+
+
+@pytest.mark.slow
+def test_a_training_run_in_a_terminal_shows_every_step(runs, tmp_path, monkeypatch):
+    """Though it reads the device once in three steps."""
+    moved = []
+    advance = RunLog.advance
+    monkeypatch.setattr(
+        RunLog, "advance", lambda log, r: (moved.append((r["step"], "loss" in r)), advance(log, r))
+    )
+    with Terminal(monkeypatch, 0, 0) as terminal:
+        runs.here(tmp_path / "run", {"run": {"steps": 3}, "logging": {"every_steps": 3}})
+    assert moved == [(1, False), (2, False), (3, False), (3, True)]
+    assert "3/3 [" in terminal.shown
 
 
 @pytest.mark.slow
