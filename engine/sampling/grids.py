@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -115,50 +115,79 @@ def save_grid(
     number, from 1 over all parts, and its caption as far as it fits. `made_by` goes into a text chunk of the
     file, as JSON. Raises UserError.
     """
-    _save(_sheet(parts, largest), path, made_by)
-
-
-def _sheet(parts: Sequence[Part], largest: int) -> Image.Image:
-    height, width = parts[0].pictures.shape[2:]
-    width, height = shown_size(width, height, largest)
-    font = _font(min(12 + max(0, width - 160) // 32, 20))
-    leading = sum(font.getmetrics()) + 1
-    across = max(width if part.beside is None else 2 * width + 1 for part in parts)
-    captioned = any(caption for part in parts for caption in part.captions)
-    foot = leading * (_LINES if captioned else 1) + 2
-    columns = max(max(1, round(math.sqrt(len(part.pictures) * (height + foot) / across))) for part in parts)
-    columns = min(columns, max(len(part.pictures) for part in parts))
-    rows = sum(-(-len(part.pictures) // columns) for part in parts)
-    head = leading + _GAP
-    sheet = Image.new(
-        "RGB",
-        (
-            columns * (across + _GAP) + _GAP,
-            rows * (height + foot + _GAP) + _GAP + head * sum(bool(part.heading) for part in parts),
-        ),
-        _PAPER,
-    )
-    draw, top, number = ImageDraw.Draw(sheet), _GAP, 0
+    form = _Form.of(parts, largest)
+    sheet = Image.new("RGB", (form.width, sum(form.height_of(part) for part in parts) + _GAP), _PAPER)
+    top, number = _GAP, 1
     for part in parts:
+        form.draw(part, sheet, top, number)
+        top += form.height_of(part)
+        number += len(part.pictures)
+    _save(sheet, path, made_by)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Measures of a grid in pixels, the same for all its parts."""
+
+    picture: tuple[int, int]
+    """(width, height) of a shown picture."""
+    tile: int
+    """Width of a tile, of one picture or two."""
+    foot: int
+    """Height of the text below it."""
+    columns: int
+    font: ImageFont.FreeTypeFont
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], largest: int) -> Self:
+        """About as many columns as make the largest part square, of these numbers the one that leaves the
+        fewest places empty."""
+        width, height = shown_size(parts[0].pictures.shape[3], parts[0].pictures.shape[2], largest)
+        font = _font(min(12 + max(0, width - 160) // 32, 20))
+        captioned = any(caption for part in parts for caption in part.captions)
+        foot = _leading(font) * (_LINES if captioned else 1) + 2
+        tile = max(width if part.beside is None else 2 * width + 1 for part in parts)
+        counts = [len(part.pictures) for part in parts]
+        square = max(1, min(max(counts), round(math.sqrt(max(counts) * (height + foot) / tile))))
+        near = {square, max(1, square - 1), min(max(counts), square + 1)}
+        columns = min(near, key=lambda n: (sum(-count % n for count in counts), abs(n - square), n))
+        return cls((width, height), tile, foot, columns, font)
+
+    @property
+    def width(self) -> int:
+        """Of the grid."""
+        return self.columns * (self.tile + _GAP) + _GAP
+
+    @property
+    def _row(self) -> int:
+        return self.picture[1] + self.foot + _GAP
+
+    def height_of(self, part: Part) -> int:
+        """Of a part with its heading."""
+        head = _leading(self.font) + _GAP if part.heading else 0
+        return head + -(-len(part.pictures) // self.columns) * self._row
+
+    def draw(self, part: Part, sheet: Image.Image, top: int, first: int) -> None:
+        """Draw a part, whose tiles are numbered from `first`."""
+        text, width = ImageDraw.Draw(sheet), self.picture[0]
         if part.heading:
-            text = "\n".join(wrapped(part.heading, font, sheet.width - 2 * _GAP, 1))
-            draw.text((_GAP, top), text, _FAINT, font)
-            top += head
-        pictures = _images(part.pictures)
-        beside = None if part.beside is None else _images(part.beside)
-        for i, picture in enumerate(pictures):
-            number += 1
-            left = _GAP + (i % columns) * (across + _GAP)
-            if i and i % columns == 0:
-                top += height + foot + _GAP
-            shown = [picture] if beside is None else [beside[i], picture]
-            for place, image in enumerate(shown):
-                sheet.paste(_resized(image, (width, height)), (left + place * (width + 1), top))
-            caption = drawable(part.captions[i], font) if part.captions else ""
-            lines = wrapped(f"{number} {caption}", font, across, _LINES)
-            draw.multiline_text((left, top + height + 2), "\n".join(lines), _INK, font, spacing=1)
-        top += height + foot + _GAP
-    return sheet
+            (line,) = wrapped(part.heading, self.font, self.width - 2 * _GAP, 1)
+            text.text((_GAP, top), line, _FAINT, self.font)
+            top += _leading(self.font) + _GAP
+        shown = [part.pictures] if part.beside is None else [part.beside, part.pictures]
+        for i, pictures in enumerate(zip(*map(_images, shown), strict=True)):
+            left, high = _GAP + i % self.columns * (self.tile + _GAP), top + i // self.columns * self._row
+            for place, picture in enumerate(pictures):
+                sheet.paste(_resized(picture, self.picture), (left + place * (width + 1), high))
+            caption = drawable(part.captions[i], self.font) if part.captions else ""
+            lines = wrapped(f"{first + i} {caption}", self.font, self.tile, _LINES)
+            below = left, high + self.picture[1] + 2
+            text.multiline_text(below, "\n".join(lines), _INK, self.font, spacing=1)
+
+
+def _leading(font: ImageFont.FreeTypeFont) -> int:
+    """Pixels from line to line."""
+    return sum(font.getmetrics()) + 1
 
 
 def shown_size(width: int, height: int, largest: int) -> tuple[int, int]:

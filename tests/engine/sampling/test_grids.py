@@ -79,6 +79,14 @@ def test_a_grid_is_row_by_row_with_text_below_each_tile(tmp_path):
         assert (pixels[:, left - GAP : left] > 128).all()  # no text beyond the tile it belongs to
 
 
+def test_49_prompts_and_two_rows_of_captions_leave_no_place_empty(tmp_path):
+    pictures = torch.zeros(63, 3, 160, 160)
+    save_grid([Part(pictures[:49], ["x"] * 49), Part(pictures[49:], ["y"] * 14)], tmp_path / "g.png")
+    width, height = Image.open(tmp_path / "g.png").size
+    assert width == 7 * (160 + GAP) + GAP
+    assert (height - GAP) % 9 == 0
+
+
 def test_parts_have_headings_and_pictures_beside(tmp_path):
     first = Part(plain([50], 96, 96), ["a"], "training picture, sample", plain([80], 96, 96))
     second = Part(plain([110, 140], 96, 96), heading="more")
