@@ -1,8 +1,9 @@
 """Run, checkpoint and logging sections: where and how long a run trains, and what it leaves behind."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from millrace.engine.config.section import PathText, Section
 
@@ -69,3 +70,13 @@ class Logging(Section):
     with its own run there."""
     project: str = "millrace"
     """Project of Weights & Biases, experiment of MLflow."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password:
+            raise ValueError(
+                "has a password, which would be copied to config.json and into checkpoints; leave it out and "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri

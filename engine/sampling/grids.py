@@ -94,9 +94,14 @@ def made_by(sampling: Sampling, origin: str, size: tuple[int, int]) -> dict[str,
 
     It goes into a text chunk of the file.
     """
-    of_grids = {"every_steps", "prompts", "count", "weights", "tile"}
-    settings = sampling.model_dump(mode="json", exclude=of_grids)
+    settings = sampling_settings(sampling)
     return {"versions": versions().splitlines(), "model": origin, "size": list(size), "sampling": settings}
+
+
+def sampling_settings(sampling: Sampling) -> dict[str, Any]:
+    """The settings that a picture depends on."""
+    of_grids = {"every_steps", "prompts", "count", "weights", "tile"}
+    return sampling.model_dump(mode="json", exclude=of_grids)
 
 
 def save_picture(picture: Tensor, path: Path, made_by: dict[str, Any] | None = None) -> None:

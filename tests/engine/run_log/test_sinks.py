@@ -270,3 +270,12 @@ def test_one_sink_fails_and_the_others_go_on(runs, tmp_path, monkeypatch):
     log.close()
     assert log.channels.failures == {"TensorBoard": 3}
     assert len(service.rows) == 4
+
+
+def test_a_password_does_not_get_into_the_configuration(runs, tmp_path):
+    with pytest.raises(
+        UserError, match=r"logging\.mlflow.*has a password.*MLFLOW_TRACKING_PASSWORD"
+    ) as caught:
+        runs.config(tmp_path, {"logging": {"mlflow": "https://me:secret@host"}})
+    assert "secret" not in str(caught.value)
+    assert runs.config(tmp_path, {"logging": {"mlflow": "https://me@host"}}).logging.mlflow
