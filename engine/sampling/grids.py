@@ -3,9 +3,11 @@
 import functools
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -34,6 +36,7 @@ _GAP = 6
 _LINES = 3
 """Lines of a caption at most."""
 _ELLIPSIS = "\u2026"
+_HYPHEN = re.compile(r"(?<=\w-)(?=\w)")
 _PLAIN = str.maketrans(
     {"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2044": "/", "\xa0": " "}
     | {"\xdf": "ss", "\xe6": "ae", "\xc6": "Ae", "\xf8": "o", "\xd8": "O", "\u0142": "l", "\u0141": "L"}
@@ -145,17 +148,18 @@ class _Form:
 
     @classmethod
     def of(cls, parts: Sequence[Part], largest: int) -> Self:
-        """About as many columns as make the largest part square, of these numbers the one that leaves the
-        fewest places empty."""
+        """About as many columns as make the grid square, of these numbers the one that leaves the fewest
+        places empty."""
         width, height = shown_size(parts[0].pictures.shape[3], parts[0].pictures.shape[2], largest)
         font = _font(min(12 + max(0, width - 160) // 32, 20))
         captioned = any(caption for part in parts for caption in part.captions)
         foot = _leading(font) * (_LINES if captioned else 1) + 2
         tile = max(width if part.beside is None else 2 * width + 1 for part in parts)
         counts = [len(part.pictures) for part in parts]
-        square = max(1, min(max(counts), round(math.sqrt(max(counts) * (height + foot) / tile))))
-        near = {square, max(1, square - 1), min(max(counts), square + 1)}
-        columns = min(near, key=lambda n: (sum(-count % n for count in counts), abs(n - square), n))
+        square = math.sqrt(sum(counts) * (height + foot) / tile)
+        near = range(max(1, round(0.8 * square)), max(1, round(1.25 * square)) + 1)
+        columns = min(near, key=lambda n: (sum(-count % n for count in counts), abs(n - square)))
+        columns = min(columns, max(counts))
         return cls((width, height), tile, foot, columns, font)
 
     @property
@@ -238,25 +242,26 @@ def drawable(caption: str, font: ImageFont.FreeTypeFont) -> str:
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
     """Lines of at most `width` pixels, at most so many; what is left out is an ellipsis. A word that is
     longer than a line is broken."""
-    lines, words = [""], text.split()
-    while words:
-        longer = f"{lines[-1]} {words[0]}".strip()
+    lines = [""]
+    # A compound word may be parted behind a hyphen.
+    parts = [zip(chain(" ", repeat("")), _HYPHEN.split(word), strict=False) for word in text.split()]
+    for blank, piece in chain.from_iterable(parts):
+        longer = f"{lines[-1]}{blank}{piece}".lstrip()
         if font.getlength(longer) <= width:
             lines[-1] = longer
-            words.pop(0)
-        elif lines[-1]:
-            lines.append("")
-        else:
-            lines[-1] = _beginning(words[0], font, width)
-            words[0] = words[0][len(lines[-1]) :]
-            lines += [""] if words[0] else []
-            words = words if words[0] else words[1:]
-        if len(lines) > most:
-            last = lines[most - 1]
-            while last and font.getlength(last + _ELLIPSIS) > width:
-                last = last[:-1]
-            return [*lines[: most - 1], last.rstrip(" ,.;:") + _ELLIPSIS]
-    return lines
+            continue
+        lines += [""] if lines[-1] else []
+        rest = piece
+        while rest:
+            lines[-1] = _beginning(rest, font, width)
+            rest = rest[len(lines[-1]) :]
+            lines += [""] if rest else []
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + _ELLIPSIS) > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last.rstrip(" ,.;:") + _ELLIPSIS]
 
 
 def _beginning(word: str, font: ImageFont.FreeTypeFont, width: int) -> str:

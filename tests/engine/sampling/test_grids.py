@@ -85,6 +85,8 @@ def test_49_prompts_and_two_rows_of_captions_leave_no_place_empty(tmp_path):
     width, height = Image.open(tmp_path / "g.png").size
     assert width == 7 * (160 + GAP) + GAP
     assert (height - GAP) % 9 == 0
+    save_grid([Part(pictures[:3], ["x"] * 3), Part(pictures[3:15], ["y"] * 12)], tmp_path / "g.png")
+    assert Image.open(tmp_path / "g.png").width == 4 * (160 + GAP) + GAP  # not tall and narrow
 
 
 def test_parts_have_headings_and_pictures_beside(tmp_path):
@@ -116,6 +118,7 @@ def test_a_caption_is_wrapped_and_shortened():
     (broken,) = {"".join(wrapped("x" * 70, FONT, 96, 99))}
     assert broken == "x" * 70
     assert wrapped("", FONT, 96, 3) == [""]
+    assert wrapped("12 Black-and-white", FONT, 96, 3) == ["12 Black-and-", "white"]
 
 
 def test_letters_that_the_font_does_not_have():
