@@ -55,9 +55,7 @@ lint: install
 schema: install
 	$(BIN)/millrace train --print-schema > configs/schema.json
 
-# The pictures in docs/ are committed, for those who read it in the repository; all else is made for the site alone.
 docs: install
-	$(BIN)/python docs/generator/pictures.py
 	$(BIN)/python docs/generator/stage.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "written to build/site/index.html"

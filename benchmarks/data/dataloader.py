@@ -30,6 +30,7 @@ from millrace.benchmarks.data import picture_set
 from millrace.benchmarks.data.dataloader_peers import CONTESTANTS, Case, Round, Runner
 from millrace.benchmarks.report import dataloader_report as report
 from millrace.benchmarks.report import recording
+from millrace.benchmarks.report.charts import draw_beside
 from millrace.engine.cli import run_command
 from millrace.engine.data.sources.shards import ShardsSource
 from millrace.engine.run_log.logs import set_up_logging
@@ -216,7 +217,7 @@ def main() -> int:
             "rows": rows,
         }
         recording.write(arguments.output, result)
-        print(f"written to {arguments.output}")
+        print(draw_beside(report.draw, result, arguments.output))
     return 0
 
 

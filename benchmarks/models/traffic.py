@@ -29,6 +29,7 @@ import torch
 from millrace.benchmarks.models.ledger import Ledger
 from millrace.benchmarks.report import recording
 from millrace.benchmarks.report import traffic_report as report
+from millrace.benchmarks.report.charts import draw_beside
 from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
@@ -190,7 +191,7 @@ def main() -> int:
     if arguments.output is not None:
         content = {"benchmark": "traffic", **recording.environment(), "ceilings": rates, "rows": rows}
         recording.write(arguments.output, content)
-        print(f"written to {arguments.output}")
+        print(draw_beside(report.draw, content, arguments.output))
     return 0
 
 

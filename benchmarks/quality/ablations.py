@@ -42,7 +42,7 @@ from millrace.benchmarks.quality.ablations_scales import (
     open_config,
     set_source,
 )
-from millrace.benchmarks.quality.ablations_table import as_text, best_rate, draw, swept
+from millrace.benchmarks.quality.ablations_table import as_text, best_rate, draw, draw_samples, swept
 from millrace.benchmarks.report.recording import RESULTS, ROOT, environment, write
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
@@ -173,7 +173,10 @@ def main() -> int:
     book = Book(arguments.output, head, kept, sweep + jobs, refused)
     work_off("table", jobs, book, work, arguments)
     print(as_text(book.result))
-    draw(book.result, arguments.output, {job.name: run_folder(work, job) for job in jobs})
+    output = arguments.output
+    draw(book.result, output.with_suffix(".svg"))
+    folders = {job.name: run_folder(work, job) for job in jobs}
+    draw_samples(book.result, output.with_name(f"{output.stem}-samples.png"), folders)
     print(f"results in {arguments.output}")
     return 1 if any(run["status"] == "failed" for run in book.result["runs"]) else 0
 

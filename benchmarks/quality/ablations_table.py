@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from millrace.benchmarks.report.charts import LIGHT, SERIES, chart
 from millrace.benchmarks.report.recording import ROOT
 from millrace.engine.comparison.run_curves import HELD_OUT, Curve, RunCurves
 from millrace.engine.comparison.verdicts import Row, Setting
@@ -187,45 +188,43 @@ def show(found: Value | None, digits: int = 3) -> str:
     return text if found.spread is None else f"{text} ± {found.spread:.{places}f}"
 
 
-def draw(result: Result, output: Path, folders: dict[str, Path]) -> None:
-    """Learning curves and samples of the last run of each row as PNG beside the results."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from PIL import Image
-
+def draw(result: Result, path: Path) -> None:
+    """Learning curves, means over the seeds of each row, as a chart; nothing where no row has finished."""
     names = [row["name"] for row in result["rows"] if finished(result, row["name"])]
     if not names:
         return
     looked = [m for m in ("frechet", "accuracy", "recall") if m in table(result)[names[0]]]
-    figure, axes = pyplot.subplots(1, 1 + len(looked), figsize=(6 * (1 + len(looked)), 5), squeeze=False)
-    colours = pyplot.get_cmap("tab20")
-    for i, name in enumerate(names):
-        runs = list(finished(result, name).values())
-        style = {
-            "color": "black" if i == 0 else colours((i - 1) % 20),
-            "lw": 2.5 if i == 0 else 1.3,
-            "label": name,
-        }
-        steps = runs[0]["loss_steps"]
-        axes[0][0].plot(
-            steps, [statistics.fmean(r["loss"][k] for r in runs) for k in range(len(steps))], **style
-        )
-        for place, measure in enumerate(looked, start=1):
-            marks = [look["step"] for look in runs[0]["looks"]]
-            heights = [statistics.fmean(r["looks"][k][measure] for r in runs) for k in range(len(marks))]
-            axes[0][place].plot(marks, heights, marker="o", **style)
-    for axis, title in zip(axes[0], ("flow loss of the training, averaged", *looked), strict=True):
-        axis.set(xlabel="step", title=title)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_yscale("log")
-    if "frechet" in looked:
-        axes[0][1 + looked.index("frechet")].set_yscale("log")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(output.with_name(f"{output.stem}-curves.png"), dpi=90)
-    pyplot.close(figure)
+    with chart(path, panels=1 + len(looked), height=3.6) as axes:
+        for i, name in enumerate(names):
+            runs = list(finished(result, name).values())
+            # The baseline in the colour of the text; the others in six colours by four dashes.
+            style = {
+                "color": LIGHT["ink"] if i == 0 else LIGHT[SERIES[(i - 1) % len(SERIES)]],
+                "ls": "-" if i == 0 else ("-", "--", ":", "-.")[(i - 1) // len(SERIES) % 4],
+                "lw": 2.2 if i == 0 else 1.3,
+                "label": name,
+            }
+            steps = runs[0]["loss_steps"]
+            axes[0].plot(
+                steps, [statistics.fmean(r["loss"][k] for r in runs) for k in range(len(steps))], **style
+            )
+            for axis, measure in zip(axes[1:], looked, strict=True):
+                marks = [look["step"] for look in runs[0]["looks"]]
+                heights = [statistics.fmean(r["looks"][k][measure] for r in runs) for k in range(len(marks))]
+                axis.plot(marks, heights, marker="o", ms=3, **style)
+        for axis, title in zip(axes, ("flow loss of the training, averaged", *looked), strict=True):
+            axis.set(xlabel="step", title=title)
+            axis.grid()
+            if title != "accuracy" and title != "recall":
+                axis.set_yscale("log")
+        axes[0].legend(fontsize=6.5, ncols=2)
+
+
+def draw_samples(result: Result, path: Path, folders: dict[str, Path]) -> None:
+    """The samples of each row's last run as PNG, one row each; nothing where there are none."""
+    from PIL import Image
+
+    names = [row["name"] for row in result["rows"] if finished(result, row["name"])]
     strips = [folders[name] / "samples.png" for name in names if name in folders]
     strips = [Image.open(path) for path in strips if path.exists()]
     if strips:
@@ -235,6 +234,4 @@ def draw(result: Result, output: Path, folders: dict[str, Path]) -> None:
         for strip in strips:
             sheet.paste(strip, (0, top))
             top += strip.height
-        sheet.resize((2 * wide, 2 * high), Image.Resampling.NEAREST).save(
-            output.with_name(f"{output.stem}-samples.png"), optimize=True
-        )
+        sheet.resize((2 * wide, 2 * high), Image.Resampling.NEAREST).save(path, optimize=True)

@@ -25,6 +25,8 @@ import torch
 from millrace.benchmarks.data.picture_set import make_pictures
 from millrace.benchmarks.quality.ablations_run import averages, held_out_losses
 from millrace.benchmarks.report import recording
+from millrace.benchmarks.report.charts import draw_beside
+from millrace.benchmarks.report.fp8_section import draw
 from millrace.engine.cli import command_parser, run_command
 from millrace.engine.config import Config
 from millrace.engine.config.loading import merge, parse_config
@@ -148,47 +150,6 @@ def distances(run: Result, base: Result) -> list[float]:
     return [a / b - 1 for a, b in zip(smooth, wanted, strict=True)][len(wanted) // 2 :]
 
 
-def draw(result: Result, path: Path) -> None:
-    """Training loss, its distance from the baseline's, and the held-out loss, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 4.5))
-    at = {(run["arm"], run["seed"]): run for run in result["runs"]}
-    arms = list(dict.fromkeys(arm for arm, _ in at))
-    for (arm, seed), run in at.items():
-        colour, base = f"C{arms.index(arm)}", at.get((BASELINE, seed))
-        smooth = averages(run["loss"], HORIZON)
-        label = arm if seed == result["seeds"][0] else None
-        style = {"color": colour, "lw": 1, "label": label}
-        axes[0].plot(range(1, len(smooth) + 1), smooth, **style)
-        if base is not None and arm != BASELINE:
-            other = averages(base["loss"], HORIZON)
-            apart = [100 * (a / b - 1) for a, b in zip(smooth, other, strict=True)]
-            axes[1].plot(range(1, len(apart) + 1), apart, **style)
-        looks = run["looks"]
-        axes[2].plot(
-            [x["step"] for x in looks], [x["held_out_loss"] for x in looks], marker="o", ms=3, **style
-        )
-    titles = (
-        f"training loss, averaged over {HORIZON} steps",
-        f"its distance from {BASELINE} of the same seed, %",
-        "held-out loss",
-    )
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(xlabel="step", title=title)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    axes[0].set_yscale("log")
-    axes[2].set_yscale("log")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
-
-
 def parse() -> argparse.Namespace:
     """Arguments of the command."""
     parser = command_parser(__doc__)
@@ -217,7 +178,6 @@ def main() -> int:
         mode="json", include={"run", "model", "objective", "data", "optimizer", "schedule", "validation"}
     )
     shown["data"]["path"] = None  # where the files lie is no property of the runs
-    chart = arguments.output.with_suffix(".png")
     result: Result = {
         "benchmark": "fp8_parity",
         **recording.environment(),
@@ -227,7 +187,6 @@ def main() -> int:
         "seeds": arguments.seeds,
         "config": shown,
         "horizon": HORIZON,
-        "chart": chart.name,
         "runs": [],
         "table": [],
     }
@@ -239,10 +198,9 @@ def main() -> int:
             print(f"{arm}, seed {seed}: held-out loss {final(found):.4f}", flush=True)
             result["table"] = compare(result["runs"])
             recording.write(arguments.output, result)
-    draw(result, chart)
     for row in result["table"]:
         print(row)
-    print(f"written to {arguments.output} and {chart.name}")
+    print(draw_beside(draw, result, arguments.output))
     return 0
 
 

@@ -1,8 +1,10 @@
 """Loaders of pictures side by side: tables and the section of the performance page."""
 
+from pathlib import Path
 from typing import Any
 
-from millrace.benchmarks.report.recording import Result, of, origin
+from millrace.benchmarks.report.charts import Bar, draw_bars
+from millrace.benchmarks.report.recording import CHARTS, Result, of, origin, source
 from millrace.benchmarks.report.tables import Table
 
 Row = dict[str, Any]
@@ -89,6 +91,19 @@ def needs(rows: list[Row]) -> Table:
     return Table(["training", "images/s", "loader", "cores"], lines)
 
 
+def draw(content: Result, path: Path) -> None:
+    """Images/s of each loader as a chart; each case to its own fastest."""
+    rows = content["rows"]
+    groups = {}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        speeds = [(row, row["images_per_second_median"]) for row in ranked(rows, case)]
+        groups[f"to {case} px"] = [
+            Bar(row["loader"], speed / speeds[0][1], f"{speed:.0f}", row["ours"]) for row, speed in speeds
+        ]
+    note = f"Images/s on {content['cores']} cores; each group to its own scale.\n{source(content)}"
+    draw_bars(path, "Loading pictures, images/s", groups, note)
+
+
 def section(results: list[Result]) -> str:
     """Of the performance page: loaders side by side on each CPU, and the cores that a GPU needs of ours."""
     text = ["## Loading pictures"]
@@ -98,6 +113,8 @@ def section(results: list[Result]) -> str:
     for cpu, result in newest.items():
         text += [f"### {cpu}, {result['cores']} cores", origin(result), notes(result)]
         text.append(table(result["rows"]).markdown())
+        if result["chart"]:
+            text.append(f"![Images/s of each loader]({CHARTS}/{result['chart']})")
         if (cores := needs(result["rows"])).rows:
             text.append("Cores of this kind that feed one H200 at the throughputs the engine aims at:")
             text.append(cores.markdown())

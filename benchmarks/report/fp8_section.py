@@ -1,7 +1,10 @@
 """The section of docs/precision.md about training in FP8, from the newest result of `fp8_parity`."""
 
 import statistics
+from pathlib import Path
 
+from millrace.benchmarks.quality.ablations_run import averages
+from millrace.benchmarks.report.charts import LIGHT, SERIES, chart
 from millrace.benchmarks.report.recording import Result, of
 from millrace.benchmarks.report.tables import Table
 from millrace.engine.util.errors import UserError
@@ -59,6 +62,37 @@ def section(result: Result) -> str:
             f"![Losses](../benchmarks/results/{result['chart']})",
         ]
     )
+
+
+def draw(result: Result, path: Path) -> None:
+    """Training loss, its distance from the baseline's of the same seed, and the held-out loss, as a chart."""
+    horizon, baseline = result["horizon"], result["table"][0]["arm"]
+    at = {(run["arm"], run["seed"]): run for run in result["runs"]}
+    arms = list(dict.fromkeys(arm for arm, _ in at))
+    titles = (
+        f"training loss, averaged over {horizon} steps",
+        f"its distance from {baseline} of the same seed, %",
+        "held-out loss",
+    )
+    with chart(path, panels=3) as axes:
+        for (arm, seed), run in at.items():
+            smooth = averages(run["loss"], horizon)
+            label = arm if seed == result["seeds"][0] else None
+            style = {"color": LIGHT[SERIES[arms.index(arm)]], "lw": 1, "label": label}
+            axes[0].plot(range(1, len(smooth) + 1), smooth, **style)
+            if (base := at.get((baseline, seed))) is not None and arm != baseline:
+                other = averages(base["loss"], horizon)
+                apart = [100 * (a / b - 1) for a, b in zip(smooth, other, strict=True)]
+                axes[1].plot(range(1, len(apart) + 1), apart, **style)
+            steps, losses = zip(*((x["step"], x["held_out_loss"]) for x in run["looks"]), strict=True)
+            axes[2].plot(steps, losses, marker="o", ms=3, **style)
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set(xlabel="step", title=title)
+            axis.grid()
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
+        axes[0].set_yscale("log")
+        axes[2].set_yscale("log")
 
 
 def verdict(row: Result) -> str:

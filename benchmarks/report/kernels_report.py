@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.benchmarks.kernels.operation_cases import OPERATIONS as OTHERS
-from millrace.benchmarks.report.charts import new_figure, save
+from millrace.benchmarks.report.charts import LIGHT, chart
 from millrace.benchmarks.report.recording import CHARTS, Result, gpu_of, of, origin
 from millrace.benchmarks.report.tables import Table
 
@@ -211,16 +211,15 @@ def draw(content: Result, path: Path) -> None:
     bars = [
         (case, row) for case in shown for row in sorted(cases[case], key=lambda row: row["seconds_median"])
     ]
-    figure, (axis,) = new_figure(1, 1, height=0.2 * len(bars) + 1.5)
     places = range(len(bars))
     shares = [100 * row["share_of_ceiling"] for _, row in bars]
-    axis.barh(places, shares, color=["#1f6f54" if is_ours(row) else "#9aa5b1" for _, row in bars])
     names = [f"{', '.join(case)}: {row['implementation']}" for case, row in bars]
-    axis.set_yticks(places, names, fontsize=7)
-    for place, share in zip(places, shares, strict=True):
-        axis.text(share, place, f" {share:.0f} %", va="center", fontsize=7)
-    axis.axvline(100, color="#b03a2e", linestyle="--")
-    axis.invert_yaxis()
     device = gpu_of(content) if content["device"] == "cuda" else "CPU: compares nothing"
-    axis.set_title(f"Share of the measured ceiling, {device}", fontsize=10)
-    save(figure, path)
+    with chart(path, height=0.2 * len(bars) + 1.5) as (axis,):
+        axis.barh(places, shares, color=[LIGHT["green" if is_ours(row) else "grey"] for _, row in bars])
+        axis.set_yticks(places, names, fontsize=7)
+        for place, share in zip(places, shares, strict=True):
+            axis.text(share, place, f" {share:.0f} %", va="center", fontsize=7)
+        axis.axvline(100, color=LIGHT["red"], linestyle="--")
+        axis.invert_yaxis()
+        axis.set_title(f"Share of the measured ceiling, {device}")

@@ -67,14 +67,11 @@ def section(result: Result) -> str:
         lines = [verdict(name, found) for name, found in beside.items() if found]
         text += [f"Beside `{first}`:", "\n".join(lines), decided(beside)]
     stem = result["file"].removesuffix(".json")
-    for kind, words in (
-        ("curves", "Learning curves, means over seeds"),
-        ("samples", "Samples, one row each"),
-    ):
-        if (RESULTS / f"{stem}-{kind}.png").exists():
-            text.append(f"![{words}]({CHARTS}/{stem}-{kind}.png)")
-            if kind == "samples":
-                text.append("From top to bottom: " + ", ".join(f"`{name}`" for name in rows) + ".")
+    if result["chart"]:
+        text.append(f"![Learning curves, means over seeds]({CHARTS}/{result['chart']})")
+    if (RESULTS / f"{stem}-samples.png").exists():
+        text.append(f"![Samples, one row each]({CHARTS}/{stem}-samples.png)")
+        text.append("From top to bottom: " + ", ".join(f"`{name}`" for name in rows) + ".")
     text += ["### Training loss during the run", loss_table(result, rows)]
     text += ["### Learning rate", sweep(result)]
     text += ["### What each row sets", changes(result)]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from millrace.benchmarks.report.charts import new_figure, save
+from millrace.benchmarks.report.charts import LIGHT, chart
 from millrace.benchmarks.report.recording import CHARTS, Result, gpu_of, of, origin
 from millrace.benchmarks.report.tables import Table
 
@@ -25,33 +25,33 @@ def draw(found: Result, path: Path) -> None:
     """A bar for each category, one beginning where the last ended; a mark at the least it could take."""
     rows, bounds = found["seconds"], found["roofline_seconds"] or {}
     step = found["step_seconds"]
-    figure, (axis,) = new_figure(1, 1, height=0.45 * len(rows) + 1.6)
-    began = 0.0
-    for place, (category, seconds) in enumerate(rows.items()):
-        axis.barh(place, seconds * 1e3, left=began * 1e3)
-        label = f" {seconds * 1e3:.2f} ms, {seconds / step:.1%}"
-        if bound := bounds.get(category):
-            at = (began + bound) * 1e3
-            axis.plot([at, at], [place - 0.45, place + 0.45], color="black")
-            label += f", at least {bound * 1e3:.2f} ms"
-        axis.text((began + seconds) * 1e3, place, label, va="center", fontsize=8)
-        began += seconds
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1.6 * step * 1e3)
     where = gpu_of(found) if found["device"] == "cuda" else found["cpu"]
-    axis.set_title(
-        f"One training step of {found['config']}, {found['conditioning']} inputs: {step * 1e3:.1f} ms\n"
-        f"{found['devices']} x {where}, micro-batch {found['micro_batch']} of {found['global_batch']}, torch "
-        f"{found['versions']['torch']}{', --smoke' if found['smoke'] else ''}",
-        fontsize=9,
-    )
-    axis.set_xlabel(
-        f"ms; no roofline: {found['roofline_missing']}"
-        if found["roofline_seconds"] is None
-        else "ms; black: the least it could take, at the copy and product rates measured in this run"
-    )
-    save(figure, path)
+    began = 0.0
+    with chart(path, height=0.45 * len(rows) + 1.6) as (axis,):
+        for place, (category, seconds) in enumerate(rows.items()):
+            axis.barh(place, seconds * 1e3, left=began * 1e3, color=LIGHT["green"])
+            label = f" {seconds * 1e3:.2f} ms, {seconds / step:.1%}"
+            if bound := bounds.get(category):
+                at = (began + bound) * 1e3
+                axis.plot([at, at], [place - 0.45, place + 0.45], color=LIGHT["ink"])
+                label += f", at least {bound * 1e3:.2f} ms"
+            axis.text((began + seconds) * 1e3, place, label, va="center", fontsize=8)
+            began += seconds
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.6 * step * 1e3)
+        axis.set_title(
+            f"One training step of {found['config']}, {found['conditioning']} inputs: {step * 1e3:.1f} ms\n"
+            f"{found['devices']} x {where}, micro-batch {found['micro_batch']} of {found['global_batch']}\n"
+            f"torch {found['versions']['torch']}{', --smoke' if found['smoke'] else ''}",
+            fontsize=9,
+        )
+        axis.set_xlabel(
+            f"ms; no roofline: {found['roofline_missing']}"
+            if found["roofline_seconds"] is None
+            else "ms; upright: the least it could take, at the copy and product rates measured in this run",
+            fontsize=8,
+        )
 
 
 def section(results: list[Result]) -> str:

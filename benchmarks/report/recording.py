@@ -67,9 +67,8 @@ def read_results(folder: Path = RESULTS) -> list[Result]:
     """The results of a folder, each with the names of its file and of its chart; oldest first."""
     results = []
     for path in sorted(folder.glob("*.json")):
-        charts = (path.with_suffix(ending) for ending in (".svg", ".png"))
-        chart = next((chart.name for chart in charts if chart.exists()), None)
-        names = {"file": path.name, "chart": chart}
+        chart = path.with_suffix(".svg")
+        names = {"file": path.name, "chart": chart.name if chart.exists() else None}
         results.append(json.loads(path.read_text()) | names)
     return sorted(results, key=lambda result: (result.get("time", ""), result["file"]))
 
@@ -93,6 +92,12 @@ def origin(result: Result) -> str:
         f"`{result['file']}`: {result['time'][:10]}, commit {commit}{changed}, torch {torch}, Triton "
         f"{triton}, `{result['command']}`"
     )
+
+
+def source(result: Result) -> str:
+    """Where a chart comes from: file, day and processor."""
+    where = gpu_of(result) if result.get("gpus") else f"{result['cpu']}, CPU"
+    return f"{result['file']}: {result['time'][:10]}, {where}"
 
 
 def _git(*arguments: str) -> str | None:

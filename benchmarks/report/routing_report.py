@@ -1,8 +1,10 @@
 """Routed steps beside dense ones and diffusers': table and section of the performance page."""
 
+from pathlib import Path
 from typing import Any
 
-from millrace.benchmarks.report.recording import Result, gpu_of, of, origin
+from millrace.benchmarks.report.charts import Bar, draw_bars
+from millrace.benchmarks.report.recording import CHARTS, Result, gpu_of, of, origin, source
 from millrace.benchmarks.report.tables import Table
 
 
@@ -52,6 +54,24 @@ def conditions(result: Result) -> str:
     )
 
 
+def draw(content: Result, path: Path) -> None:
+    """The share of the saved FLOPs that became saved time, ours beside the peer's, as a chart."""
+    names = {"ours": "Millrace", "peer": "diffusers, routed as PRX does"}
+    groups = {
+        variant.upper(): [
+            Bar(names[row["side"]], share, f"{share:.2f}", row["side"] == "ours")
+            for row in content["rows"]
+            if row["variant"] == variant and (share := row["saved_time_per_saved_flops"]) is not None
+        ]
+        for variant in ("tread", "sprint")
+    }
+    note = "Share of the dense time saved over share of its FLOPs saved.\nDashed, 1: all of it. " + source(
+        content
+    )
+    groups = {name: bars for name, bars in groups.items() if bars}
+    draw_bars(path, "What routing saves of what it could", groups, note, mark=1.0)
+
+
 def section(results: list[Result]) -> str:
     """Of the performance page: what routing saves, and our step beside diffusers', on each device."""
     text = ["## Routing"]
@@ -65,4 +85,6 @@ def section(results: list[Result]) -> str:
         text.append("On a GPU: not measured.")
     for (_, device), result in newest.items():
         text += [f"### {device}", origin(result), conditions(result), table(result["rows"]).markdown()]
+        if result["chart"]:
+            text.append(f"![Share of the saved FLOPs that became saved time]({CHARTS}/{result['chart']})")
     return "\n\n".join(text)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.benchmarks.models.scaling_model import MEMORY_BOUND, TIME_BOUND
-from millrace.benchmarks.report.charts import new_figure, save
+from millrace.benchmarks.report.charts import chart
 from millrace.benchmarks.report.recording import CHARTS, Result, of, origin
 from millrace.benchmarks.report.tables import Table
 from millrace.engine.planning.devices import ASSUMED
@@ -172,20 +172,19 @@ def _far(rows: list[Result]) -> Iterable[str]:
 def draw(content: Result, path: Path) -> None:
     """Write the chart of a result: prediction beside measurement, and what is modelled far away."""
     rows, far = content["rows"], content["modelled"]
-    figure, axes = new_figure(1, 3 if far else 2, width=15.0 if far else 10.0)
-    panels = (("seconds", 1.0, "step, s"), ("memory", 2**20, "peak memory, MiB"))
-    for axis, (name, unit, title) in zip(axes, panels, strict=False):
-        places = range(len(rows))
-        axis.bar([i - 0.2 for i in places], [row[name] / unit for row in rows], 0.4, label="measured")
-        predicted = [row[f"predicted_{name}"] / unit for row in rows]
-        axis.bar([i + 0.2 for i in places], predicted, 0.4, label="model")
-        labels = [f"ZeRO {row['stage']}\nx {row['processes']}" for row in rows]
-        axis.set_xticks(list(places), labels, fontsize=8)
-        axis.set_title(f"{title}, {_where(content)}", fontsize=10)
-        axis.legend()
-    if far:
-        _draw_far(axes[-1], far)
-    save(figure, path)
+    titles = (("seconds", 1.0, "step, s"), ("memory", 2**20, "peak memory, MiB"))
+    with chart(path, panels=3 if far else 2) as axes:
+        for axis, (name, unit, title) in zip(axes, titles, strict=False):
+            places = range(len(rows))
+            axis.bar([i - 0.2 for i in places], [row[name] / unit for row in rows], 0.4, label="measured")
+            predicted = [row[f"predicted_{name}"] / unit for row in rows]
+            axis.bar([i + 0.2 for i in places], predicted, 0.4, label="model")
+            labels = [f"ZeRO {row['stage']}\nx {row['processes']}" for row in rows]
+            axis.set_xticks(list(places), labels, fontsize=8)
+            axis.set_title(f"{title}, {_where(content)}")
+            axis.legend()
+        if far:
+            _draw_far(axes[-1], far)
 
 
 def _draw_far(axis: Any, rows: list[Result]) -> None:
@@ -203,5 +202,5 @@ def _draw_far(axis: Any, rows: list[Result]) -> None:
     axis.set_xticks(sorted({row["devices"] for row in rows}), sorted({row["devices"] for row in rows}))
     axis.set_ylim(bottom=0)
     axis.set_xlabel("GPUs")
-    axis.set_title(f"modelled, not measured: images/s a GPU, {rows[0]['device']}", fontsize=10)
+    axis.set_title(f"modelled, not measured: images/s a GPU, {rows[0]['device']}")
     axis.legend(loc="lower left")

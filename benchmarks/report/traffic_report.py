@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from millrace.benchmarks.models.ledger import Entry
-from millrace.benchmarks.report.recording import Result, of, origin
+from millrace.benchmarks.report.charts import Bar, draw_bars
+from millrace.benchmarks.report.recording import CHARTS, Result, of, origin, source
 from millrace.benchmarks.report.tables import Table
 
 GEMM_FLOPS = 790e12
@@ -164,6 +166,28 @@ def heaviest(entries: Sequence[Entry], group: str, top: int) -> Table:
     return Table([*names, "read GB", "written GB", "kernels", "share"], lines, left=len(names))
 
 
+def draw(content: Result, path: Path) -> None:
+    """The bytes of a micro-batch, ours beside the peer's, as a chart."""
+    names = {"ours": "Millrace", "peer": "diffusers' PRX, eager"}
+    rows = [row for row in content["rows"] if not row["overrides"]]
+    moved = [sum(part["bytes"] for part in row["totals"].values()) for row in rows]
+    largest = {row["config"]: 0 for row in rows}
+    for row, total in zip(rows, moved, strict=True):
+        largest[row["config"]] = max(largest[row["config"]], total)
+    groups: dict[str, list[Bar]] = defaultdict(list)
+    for row, total in zip(rows, moved, strict=True):
+        bar = Bar(
+            names[row["side"]], total / largest[row["config"]], f"{total / 1e9:.0f} GB", row["side"] == "ours"
+        )
+        groups[f"{row['config']}, {row['variant']}"].append(bar)
+    micro = ", ".join(dict.fromkeys(str(row["micro_batch"]) for row in rows))
+    note = (
+        f"Read and written by forward and backward of a micro-batch of {micro}; counted, not timed.\n"
+        f"Each configuration to its own scale. {source(content)}"
+    )
+    draw_bars(path, "Memory traffic of one micro-batch", groups, note)
+
+
 def section(results: list[Result]) -> str:
     """Of the performance page: the bytes of a step by our ledger, and the roofline that follows."""
     text = ["## Memory traffic, counted"]
@@ -178,4 +202,6 @@ def section(results: list[Result]) -> str:
         f"routing) in eager PyTorch. {assumptions(result['ceilings'])}",
         table(result["rows"]).markdown(),
     ]
+    if result["chart"]:
+        text.append(f"![Bytes that a micro-batch reads and writes]({CHARTS}/{result['chart']})")
     return "\n\n".join(text)

@@ -39,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from millrace.benchmarks.report import recording
 from millrace.benchmarks.report import routing_report as report
+from millrace.benchmarks.report.charts import draw_beside
 from millrace.benchmarks.step import training_steps as steps
 from millrace.engine.cli import command_parser, number, run_command
 from millrace.engine.config import Config
@@ -275,7 +276,7 @@ def main() -> int:
         output = recording.default_path("routing", device)
     if output is not None:
         recording.write(output, content)
-        print(f"written to {output}")
+        print(draw_beside(report.draw, content, output))
     return 0
 
 

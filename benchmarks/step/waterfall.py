@@ -166,7 +166,7 @@ def target(arguments: argparse.Namespace, output: Path | None, name: str) -> Pat
 
 
 def write(found: Row, path: Path) -> None:
-    """Write a profile as JSON and PNG and print it."""
+    """Write a profile as JSON and SVG and print it."""
     if process_group.rank() != 0:
         return
     content = recording.environment() | found

@@ -6,9 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import charts
-
 from millrace.benchmarks.report import kernels_report
+from millrace.benchmarks.report.recording import of, read_results
 from millrace.kernels import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +35,8 @@ def operations() -> dict[str, str]:
 
 def page() -> str:
     """The page as Markdown."""
-    results = charts.load()
-    traffic, resources = charts.newest(results, "traffic"), charts.newest(results, "resources")
+    results = read_results()
+    traffic, resources = ((of(results, name) or [None])[-1] for name in ("traffic", "resources"))
     modules: dict[str, list[str]] = defaultdict(list)
     for name, module in operations().items():
         modules[module].append(name)

@@ -2,8 +2,8 @@
 
 python docs/generator/stage.py    # build/docs/, anew; `make docs` runs it and then mkdocs
 
-From docs/ come the pages, with links that leave docs/ turned to pages of source code and drawings put into
-the page; from the repository the pages that are made: configurations, settings, operations, charts. What
+From docs/ come the pages, with links that leave docs/ turned to pages of source code; from the repository the
+pages that are made: configurations, settings, operations. What
 comes out is plain Markdown without any hook, so that another builder of such sites can take it too.
 """
 
@@ -12,11 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import charts
 import kernels_page
 import reference
 import source_pages
-import svg
 
 DOCS, ROOT = source_pages.DOCS, source_pages.ROOT
 STAGED = ROOT / "build" / "docs"
@@ -27,19 +25,16 @@ GENERATED = {
     "kernels.md": kernels_page.page,
 }
 
-_DRAWING = re.compile(r"^!\[([^\]]*)\]\((\S+\.svg)\)$", re.MULTILINE)
+_DRAWING = re.compile(r"^(!\[[^\]]*\]\((\S+\.svg)\))$", re.MULTILINE)
 _FIGURE = re.compile(r"(?<=\|) [\d.]+(?: ± |-| \([\d.]+-)[\d.]+\)? (?=\|)")
-_CHART = re.compile(r"^<!-- chart: (\w+) -->$", re.MULTILINE)
 
 
 def stage(folder: Path = STAGED) -> None:
     """Write the folder anew."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("generator", "*.md", "__pycache__"))
-    (folder / "assets" / "drawings.css").write_text(svg.style(site=True))
     pages = {path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")}
     pages |= {name: make() for name, make in GENERATED.items()}
-    pages["performance.md"] = charts.with_places(pages["performance.md"])
     linked = set().union(*(source_pages.targets(text) for text in pages.values()))
     for name, text in pages.items():
         _write(folder / name, with_whole_figures(with_drawings(source_pages.rewritten(text))))
@@ -53,17 +48,8 @@ def stage(folder: Path = STAGED) -> None:
 
 
 def with_drawings(markdown: str) -> str:
-    """A page with its SVG files and charts inside it, where they follow the page's light and dark."""
-
-    def drawing(found: re.Match[str]) -> str:
-        path = DOCS / found[2]
-        return svg.figure(path.read_text(), found[1]) if path.is_file() else found[0]
-
-    def chart(found: re.Match[str]) -> str:
-        made = charts.CHARTS[found[1]](charts.load())
-        return svg.figure(made) if made.startswith("<svg") else made
-
-    return _CHART.sub(chart, _DRAWING.sub(drawing, markdown))
+    """A page whose drawings link their files: on a telephone a reader opens one and enlarges it."""
+    return _DRAWING.sub(r"[\1](\2)", markdown)
 
 
 def with_whole_figures(markdown: str) -> str:

@@ -403,7 +403,7 @@ def test_a_quick_run_end_to_end(tmp_path, broken):
     assert by_name["latent_256"]["terms"] == ["flow"]
     changed = {row["name"]: row["changes"] for row in result["rows"]}
     assert changed["latent_256_x_prediction"] == {"objective.prediction": "sample"}
-    assert (tmp_path / "results-curves.png").exists()
+    assert (tmp_path / "results.svg").exists()
     assert (tmp_path / "results-samples.png").exists()
 
     again = start("latent_256", "latent_256_x_prediction")

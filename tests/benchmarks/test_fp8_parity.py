@@ -69,7 +69,7 @@ def result(runs=RUNS):
         "versions": {"torch": "2.13.0"},
         "torchao": None,
         "held_out_pictures": 4,
-        "chart": "fp8_parity.png",
+        "chart": "fp8_parity.svg",
     }
 
 
@@ -129,7 +129,7 @@ def test_a_quick_check(tmp_path, monkeypatch):
     base, own = content["table"]
     assert base["held_out_spread"] > 0
     assert 0 < max(map(abs, own["held_out_distances"])) < 0.01
-    assert output.with_suffix(".png").stat().st_size > 1000
+    assert output.with_suffix(".svg").stat().st_size > 1000
     assert str(tmp_path) not in json.dumps(content["config"])
     monkeypatch.setattr(parity, "train", lambda *_: None)
     assert parity.main() == 0

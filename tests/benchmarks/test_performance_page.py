@@ -201,7 +201,7 @@ def test_the_time_of_a_step():
     result = ORIGIN | {
         "benchmark": "profile",
         "file": "p.json",
-        "chart": "p.png",
+        "chart": "p.svg",
         "device": "cuda",
         "config": "latent_256",
         "conditioning": "cached",
@@ -212,7 +212,7 @@ def test_the_time_of_a_step():
     text = performance_page.page([result])
     assert "| GEMM | 75.00 | 75.0% | 60.00 |" in text
     assert "| communication | 0.00 | 0.0% | - |" in text
-    assert "(../benchmarks/results/p.png)" in text
+    assert "(../benchmarks/results/p.svg)" in text
     assert "Not measured: no result of `benchmarks/throughput.py --profile`" not in text
 
 

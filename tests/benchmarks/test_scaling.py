@@ -163,11 +163,11 @@ def test_section_says_what_is_measured_and_what_is_not(trial, monkeypatch):
     content = trial | {
         "smoke": False,
         "file": "scaling.json",
-        "chart": "scaling.png",
+        "chart": "scaling.svg",
         "modelled": model.modelled(),
     }
     text = page.section([content])
-    assert "![Measured and modelled steps](../benchmarks/results/scaling.png)" in text
+    assert "![Measured and modelled steps](../benchmarks/results/scaling.svg)" in text
     assert "| 0 | 1 | " in text
     assert "fitted" in text
     assert "no measurement: the model of `quickstart` on H200 SXM, 8 images on each device" in text

@@ -126,19 +126,10 @@ def test_a_broken_link_stops_the_build(tmp_path):
     assert built("text", others=("left_out",)) != 0
 
 
-def test_committed_pictures_are_what_the_results_say():
-    for path, drawn in load("pictures").pictures().items():
-        assert path.read_text() == drawn, f"{path} is out of date: run python docs/generator/pictures.py"
-
-
-def test_drawings_follow_the_page(site):
+def test_a_drawing_opens_its_file(site):
     page = site.page("concepts.html")
-    assert page.count('class="drawing"') == 5
-    assert (
-        "prefers-color-scheme: dark) { .drawing" not in page
-    )  # the file's own rules would follow the system
-    sheet = (site.folder / "assets" / "drawings.css").read_text()
-    assert 'data-md-color-scheme="slate"] .drawing' in sheet
+    for name in ("packed", "step", "routing", "data", "zero"):
+        assert re.search(rf'<a href="diagrams/{name}.svg"><img [^>]*src="diagrams/{name}.svg"', page), name
 
 
 def test_all_settings_and_configurations_are_listed(site):
@@ -169,12 +160,6 @@ def test_operations_are_beside_their_peers_once_a_gpu_was_measured():
     assert load("kernels_page")._on_a_gpu([result], ["add_noise"]) == "not measured"
 
 
-def test_charts_of_benchmarks_stay_pictures():
-    """Those that a GPU run leaves beside its results have colours of their own."""
-    line = "![Share of the ceiling](source/benchmarks/results/kernels-x.svg)"
-    assert load("stage").with_drawings(line) == line
-
-
 def test_all_operations_are_listed(site):
     page = site.page("kernels.html")
     for name in millrace.kernels.__all__:
@@ -183,16 +168,9 @@ def test_all_operations_are_listed(site):
     assert "traffic.json" in page
 
 
-def test_charts_say_what_was_not_measured():
-    charts = load("charts")
-    for name, chart in charts.CHARTS.items():
-        assert chart([]).startswith("Not "), name
-    with pytest.raises(ValueError, match="no heading '## Routing'"):
-        charts.with_places("# Performance\n\n## Memory traffic, counted\n\n## Loading pictures\n")
-
-
-def test_charts_name_the_file_they_are_drawn_from(site):
-    page = site.page("performance.html")
-    assert page.count('class="drawing"') == len(load("charts").CHARTS)
-    for name in ("routing", "traffic", "dataloader"):
-        assert re.search(rf">benchmarks/results/{name}\S*\.json: \d{{4}}-", page), name
+def test_search_opens_from_a_folder(site):
+    """A browser neither fetches a file from file:// nor starts a worker there."""
+    assert (site.folder / "search" / "search_index.js").read_text().startswith("var __index = {")
+    for page in site.pages:
+        scripts = [address for address in Addresses(page.read_text()).loaded if address.endswith(".js")]
+        assert any(address.endswith("assets/iframe-worker.js") for address in scripts), page
