@@ -25,7 +25,7 @@ LIGHT = {
     "red": "#b03a2e",
 }
 DARK = {
-    "paper": "#1e2129",
+    "paper": "#1e2329",
     "ink": "#e6edf3",
     "soft": "#a6b0ba",
     "line": "#7d8894",
@@ -126,15 +126,16 @@ def draw_bars(
         for place, line in enumerate(lines):
             if isinstance(line, Bar):
                 axis.barh(place, line.value, color=LIGHT["green" if line.ours else "grey"])
-                axis.text(line.value, place, f" {line.shown}", va="center", fontsize=8.5)
+                label = axis.annotate(line.shown, (line.value, place), (4, 0), textcoords="offset points")
+                label.set(va="center", fontsize=8.5, bbox={"fc": LIGHT["paper"], "ec": "none", "pad": 1})
         axis.set_yticks(range(len(lines)), [line.name if isinstance(line, Bar) else line for line in lines])
         for line, label in zip(lines, axis.get_yticklabels(), strict=True):
             if isinstance(line, str):
                 label.set(fontweight="bold", color=LIGHT["ink"])
         if mark is not None:
             axis.axvline(mark, color=LIGHT["red"], linestyle="--", linewidth=1)
-        axis.invert_yaxis()
-        axis.margins(x=0.12, y=0.02)
+        axis.set_ylim(len(lines) - 0.5, -0.7)
+        axis.margins(x=0.12)
         axis.tick_params(left=False, bottom=False, labelbottom=False)
         axis.spines["bottom"].set_visible(False)
         axis.set_title(title)

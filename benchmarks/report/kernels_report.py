@@ -219,7 +219,9 @@ def draw(content: Result, path: Path) -> None:
         axis.barh(places, shares, color=[LIGHT["green" if is_ours(row) else "grey"] for _, row in bars])
         axis.set_yticks(places, names, fontsize=7)
         for place, share in zip(places, shares, strict=True):
-            axis.text(share, place, f" {share:.0f} %", va="center", fontsize=7)
+            axis.annotate(
+                f"{share:.0f} %", (share, place), (4, 0), textcoords="offset points", va="center", fontsize=7
+            )
         axis.axvline(100, color=LIGHT["red"], linestyle="--")
         axis.invert_yaxis()
         axis.set_title(f"Share of the measured ceiling, {device}")

@@ -30,12 +30,13 @@ def draw(found: Result, path: Path) -> None:
     with chart(path, height=0.45 * len(rows) + 1.6) as (axis,):
         for place, (category, seconds) in enumerate(rows.items()):
             axis.barh(place, seconds * 1e3, left=began * 1e3, color=LIGHT["green"])
-            label = f" {seconds * 1e3:.2f} ms, {seconds / step:.1%}"
+            label = f"{seconds * 1e3:.2f} ms, {seconds / step:.1%}"
             if bound := bounds.get(category):
                 at = (began + bound) * 1e3
                 axis.plot([at, at], [place - 0.45, place + 0.45], color=LIGHT["ink"])
                 label += f", at least {bound * 1e3:.2f} ms"
-            axis.text((began + seconds) * 1e3, place, label, va="center", fontsize=8)
+            end = (began + seconds) * 1e3
+            axis.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
             began += seconds
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()

@@ -182,7 +182,8 @@ def draw(content: Result, path: Path) -> None:
             labels = [f"ZeRO {row['stage']}\nx {row['processes']}" for row in rows]
             axis.set_xticks(list(places), labels, fontsize=8)
             axis.set_title(f"{title}, {_where(content)}")
-            axis.legend()
+            axis.margins(y=0.25)
+            axis.legend(loc="upper left", ncols=2)
         if far:
             _draw_far(axes[-1], far)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from millrace.benchmarks.models.ledger import Entry
 from millrace.benchmarks.report.charts import Bar, draw_bars
-from millrace.benchmarks.report.recording import CHARTS, Result, of, origin, source
+from millrace.benchmarks.report.recording import CHARTS, Result, of, origin
 from millrace.benchmarks.report.tables import Table
 
 GEMM_FLOPS = 790e12
@@ -183,7 +183,7 @@ def draw(content: Result, path: Path) -> None:
     micro = ", ".join(dict.fromkeys(str(row["micro_batch"]) for row in rows))
     note = (
         f"Read and written by forward and backward of a micro-batch of {micro}; counted, not timed.\n"
-        f"Each configuration to its own scale. {source(content)}"
+        f"Each configuration to its own scale. {content['file']}: {content['time'][:10]}"
     )
     draw_bars(path, "Memory traffic of one micro-batch", groups, note)
 

@@ -18,7 +18,9 @@ PAPER = {"light": LIGHT["paper"], "dark": DARK["paper"]}
 ILLUSTRATED = ("concepts.html", "index.html", "logbook.html", "performance.html", "precision.html")
 
 OVERFLOWING = """() => {
-  const column = document.querySelector(".md-content__inner").getBoundingClientRect();
+  const screen = {left: 0, right: window.innerWidth};  // on a telephone code reaches from edge to edge
+  const content = document.querySelector(".md-content__inner").getBoundingClientRect();
+  const column = screen.right < 720 ? screen : content;
   const scrolls = element => ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
   const found = [];
   if (document.documentElement.scrollWidth > window.innerWidth) found.push("the page");
