@@ -29,11 +29,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PIP) --no-build-isolation --editable ".[dev,docs]"
 	touch $@
 
-# What the tests need besides: torchao, DALI, and other people's formats and loaders (a gigabyte, so not for `train`).
+# What the tests need besides: torchao, DALI, other people's formats and loaders, and what drives a browser (a gigabyte,
+# so not for `train`).
 # --no-deps: the list of mosaicml-streaming caps numpy below 2.2 and transformers below 5 and asks for torchvision
 # and five cloud SDKs; the extra `mds` has what it imports.
 $(VENV)/.installed-tests: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[dev,docs,data,mds,peers,fp8]"
+	$(PIP) --no-build-isolation --editable ".[dev,docs,data,mds,peers,fp8,browser]"
 	$(PIP) --no-deps mosaicml-streaming
 	touch $@
 
