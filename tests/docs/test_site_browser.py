@@ -86,12 +86,12 @@ def test_nothing_overflows_and_no_picture_is_broken(site, tab):
 def test_what_overflows_or_is_broken_is_seen(site, tab):
     tab.goto((site.folder / "index.html").as_uri())
     assert not tab.evaluate(OVERFLOWING)
-    wide = '<table style="width: 3000px; display: table"><tr><td>wide</td></tr></table><img src="none.png">'
+    wide = '<p style="width: 3000px">wide</p><img src="none.png">'
     tab.evaluate(
         "html => document.querySelector('.md-content__inner').insertAdjacentHTML('beforeend', html)", wide
     )
     tab.wait_for_function("document.images[document.images.length - 1].complete")
-    assert any(found.startswith("TABLE: wide") for found in tab.evaluate(OVERFLOWING))
+    assert any(found.startswith("P: wide") for found in tab.evaluate(OVERFLOWING))
     assert [address.rsplit("/", 1)[1] for address in tab.evaluate(BROKEN)] == ["none.png"]
 
 
