@@ -75,9 +75,10 @@ def test_nothing_overflows_and_no_picture_is_broken(site, tab):
     assert len(pages) > 30
     problems = []
     for page in pages:
-        tab.goto(page.as_uri())
         for name, width in WIDTHS.items():
             tab.set_viewport_size({"width": width, "height": 900})
+            if name == "desktop":  # made narrower afterwards: the menu slides away while a page grows
+                tab.goto(page.as_uri())
             problems += [f"{page.name}, {name}: {found}" for found in tab.evaluate(OVERFLOWING)]
         problems += [f"{page.name}: broken picture {address}" for address in tab.evaluate(BROKEN)]
     assert not problems, "\n".join(problems)
