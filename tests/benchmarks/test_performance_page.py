@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 ORIGIN = {
+    "chart": None,
     "time": "2026-01-02T03:04:05+00:00",
     "command": "python benchmarks/x.py",
     "commit": "0123456789abcdef",
