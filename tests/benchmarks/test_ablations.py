@@ -49,6 +49,7 @@ def results(*runs, names=("latent_256", "latent_256_muon", "bf16_master", "laten
     return {
         "benchmark": "ablations",
         "file": "ablations.json",
+        "chart": None,
         "quick": False,
         "time": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789abcdef",
