@@ -17,8 +17,7 @@ NOT_MEASURED = "Not measured: no result of `benchmarks/throughput.py --suite pos
 MEANINGS = (
     "post, pictures, cached, live: speed relative to the row named under `against`, with the same inputs; "
     "the post's is of its whole job, fed as `pictures` is, on GPUs whose model and count it does not say",
-    "rows that differ from their baseline by the autoencoder have no figure on cached inputs, where none "
-    "runs",
+    "cached: no figure for rows that differ from their baseline by the autoencoder, which does not run there",
     "ideal: that speed if time followed the FLOPs of all that runs, or of the denoiser alone",
     "saved: share of the baseline's time saved over share of its FLOPs saved",
 )
@@ -275,7 +274,7 @@ def section(results: list[Result]) -> str:
     newest = {gpu_of(result): result for result in of(results, "suite") if result["device"] == "cuda"}
     if not newest:
         text += [NOT_MEASURED, relative_table(derive([])).markdown()]
-        text.append(" ".join(f"{line}." for line in MEANINGS))
+        text.append("\n".join(f"- {line}" for line in MEANINGS))
     for gpu, result in newest.items():
         shown = result | {"table": derive(result["cases"])}
         text += [f"### {gpu}", origin(result)]
