@@ -33,7 +33,7 @@ the same under FSDP2, and the dense baselines once more with FP8 products (`prec
 that is installed. The most telling cases come first; --seconds bounds the time; a case that fails is
 recorded with its error, and the others go on. The JSON is written after every case.
 
---profile also writes where one step's time went, as JSON and PNG; of a suite, for the baselines.
+--profile also writes where one step's time went, as JSON and SVG; of a suite, for the baselines.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def parse() -> argparse.Namespace:
         nargs="?",
         const=".",
         metavar="FOLDER",
-        help="write where one step's time went, as JSON and PNG: beside --output, else in runs/profiles",
+        help="write where one step's time went, as JSON and SVG: beside --output, else in runs/profiles",
     )
     add(
         "--seconds",
