@@ -2,9 +2,9 @@
 
 python docs/generator/stage.py    # build/docs/, anew; `make docs` runs it and then mkdocs
 
-From docs/ come the pages, with links that leave docs/ turned to pages of source code. From the repository come
-the pages that are made: configurations, settings, operations. The result is plain Markdown without any hook, so
-that another builder of such sites can take it too.
+From docs/ come the pages, with links that leave docs/ turned to pages of source code. From the repository
+come the pages that are made: configurations, settings, operations. The result is plain Markdown without any
+hook, so that another builder of such sites can take it too.
 """
 
 import re
