@@ -126,6 +126,11 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> str:
 
         line = export_adapter(reader, arguments)
         print(line)
+        kind = "PRXPixelPipeline" if config.conditioning.autoencoder.kind == "pixels" else "PRXPipeline"
+        use = model_card.adapter_use(arguments.push or arguments.output, str(config.run.init_from), kind)
+        name = arguments.push or Path(arguments.output).name
+        origin = line.partition(": ")[2]
+        model_card.write_card(Path(arguments.output), name, config, reader, origin, use, arguments.license)
         return line
     if arguments.autoencoder:
         from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder

@@ -99,6 +99,16 @@ def transformer_use(name: str) -> str:
     return f'import diffusers\n\ntransformer = diffusers.PRXTransformer2DModel.from_pretrained("{name}")'
 
 
+def adapter_use(name: str, base: str, kind: str) -> str:
+    """Python that puts an adapter from `name` on the model that it was trained over; `kind` is the class of
+    the pipeline, where `base` is one."""
+    whole = (Path(base) / "transformer").is_dir()
+    lines = ["import diffusers", "import peft", ""]
+    lines.append(f'base = diffusers.{kind if whole else "PRXTransformer2DModel"}.from_pretrained("{base}")')
+    model = "base.transformer" if whole else "base"
+    return "\n".join([*lines, f'peft.PeftModel.from_pretrained({model}, "{name}")  # changes it in place'])
+
+
 def _front_matter(config: Config, licence: str | None) -> str:
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image"]
     lines.append(f"license: {licence or 'unknown'}")
@@ -219,5 +229,6 @@ def licence_of(source: str) -> str:
         own = []
     if own:
         return own[0]
-    where = f"see https://huggingface.co/{source}" if is_hub_name(source) else "not known here"
+    hub = is_hub_name(source) and not Path(source).exists()
+    where = f"see https://huggingface.co/{source}" if hub else "not known here"
     return _LICENCES.get(source, where)
