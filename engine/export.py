@@ -126,6 +126,12 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> str:
 
         line = export_adapter(reader, arguments)
         print(line)
+        kind = "PRXPixelPipeline" if config.conditioning.autoencoder.kind == "pixels" else "PRXPipeline"
+        where, base = arguments.push or arguments.output, str(config.run.init_from)
+        use = model_card.adapter_use(where, base, kind, arguments.dtype)
+        name = arguments.push or Path(arguments.output).name
+        origin = line.partition(": ")[2]
+        model_card.write_card(Path(arguments.output), name, config, reader, origin, use, arguments.license)
         return line
     if arguments.autoencoder:
         from millrace.engine.repa_e.tuned_autoencoder import save_autoencoder
@@ -144,7 +150,8 @@ def _export(arguments: argparse.Namespace, reader: "CheckpointReader") -> str:
         copied = arguments.components == "copy"
         frozen = save_pipeline(state, config, folder, reader.folder, arguments.components, dtype, metadata)
         kind = pipeline_class(config)
-        use = model_card.pipeline_use(arguments.push or str(folder), kind, config, [] if copied else frozen)
+        where, apart = arguments.push or str(folder), [] if copied else frozen
+        use = model_card.pipeline_use(where, kind, config, apart, arguments.dtype)
         print(f"{folder}: {origin}, in {arguments.dtype}, for diffusers.{kind}")
         if config.objective.noise_scale == "resolution":
             scale, edge = noise_scale(config), config.data.resolution

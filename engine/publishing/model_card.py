@@ -70,9 +70,9 @@ def write_card(
         raise UserError(f"{folder / CARD}: cannot be written: {error}") from None
 
 
-def pipeline_use(name: str, kind: str, config: Config, frozen: Sequence[Component]) -> str:
-    """Python that loads a pipeline of class `kind` from `name` and makes a picture; `frozen` are the networks
-    that are not in it."""
+def pipeline_use(name: str, kind: str, config: Config, frozen: Sequence[Component], dtype: str) -> str:
+    """Python that loads a pipeline of class `kind` from `name` and makes a picture, all of it in `dtype`: the
+    networks are stored as the run computed them, which may differ. `frozen` are those that are not in it."""
     sampling, edge = config.sampling, config.data.resolution
     imports = {"diffusers", "torch", *(each.loading.partition(".")[0] for each in frozen)}
     given = "".join(f"\n    {each.name}={each.loading}," for each in frozen)
@@ -88,7 +88,9 @@ def pipeline_use(name: str, kind: str, config: Config, frozen: Sequence[Componen
     if kind == "PRXPipeline" and config.conditioning.text.kind != "t5gemma":
         call.append("skip_text_cleaning=True")
     lines = [f"import {module}" for module in sorted(imports)]
-    lines += ["", f"pipeline = diffusers.{kind}.from_pretrained(", f'    "{name}",{given}', ")"]
+    lines += ["", f"pipeline = diffusers.{kind}.from_pretrained(", f'    "{name}",{given}']
+    # Modules that are handed over stay as they are, so they are cast afterwards.
+    lines += [f"    torch_dtype=torch.{dtype},", f").to(torch.{dtype})" if frozen else ")"]
     lines += ["picture = pipeline(", *(f"    {argument}," for argument in call), ").images[0]"]
     lines += ['picture.save("fox.png")']
     return "\n".join(lines)
@@ -97,6 +99,18 @@ def pipeline_use(name: str, kind: str, config: Config, frozen: Sequence[Componen
 def transformer_use(name: str) -> str:
     """Python that loads a transformer folder."""
     return f'import diffusers\n\ntransformer = diffusers.PRXTransformer2DModel.from_pretrained("{name}")'
+
+
+def adapter_use(name: str, base: str, kind: str, dtype: str) -> str:
+    """Python that puts an adapter from `name` on the model that it was trained over, in `dtype`.
+
+    `kind` is the class of the pipeline, where `base` is the folder of one.
+    """
+    whole = (Path(base) / "transformer").is_dir()
+    model, kind = ("base.transformer", kind) if whole else ("base", "PRXTransformer2DModel")
+    lines = ["import diffusers", "import peft", "import torch", ""]
+    lines.append(f'base = diffusers.{kind}.from_pretrained("{base}", torch_dtype=torch.{dtype})')
+    return "\n".join([*lines, f'peft.PeftModel.from_pretrained({model}, "{name}")  # changes it in place'])
 
 
 def _front_matter(config: Config, licence: str | None) -> str:
@@ -219,5 +233,6 @@ def licence_of(source: str) -> str:
         own = []
     if own:
         return own[0]
-    where = f"see https://huggingface.co/{source}" if is_hub_name(source) else "not known here"
+    hub = is_hub_name(source) and not Path(source).exists()
+    where = f"see https://huggingface.co/{source}" if hub else "not known here"
     return _LICENCES.get(source, where)

@@ -117,12 +117,17 @@ class Runs:
         return self._ended(ranks, 0, function, *arguments)[0].result()
 
     def script(
-        self, name: str | Path, *arguments: object, ranks: int = 1, cwd: Path = ROOT
+        self,
+        name: str | Path,
+        *arguments: object,
+        ranks: int = 1,
+        cwd: Path = ROOT,
+        function: Callable = run_script,
     ) -> subprocess.CompletedProcess:
-        """Run engine/<name>.py, or the script of a path, in a fork on each rank."""
+        """Run engine/<name>.py, or the script of a path, in a fork on each rank; `function` runs it there."""
         path = name if isinstance(name, Path) else ROOT / "engine" / f"{name}.py"
         words = [str(word) for word in arguments]
-        children = self._start(ranks, run_script, path, words, cwd=cwd)
+        children = self._start(ranks, function, path, words, cwd=cwd)
         codes = wait_for(children)
         out, err = ("".join(child.text(stream) for child in children) for stream in ("out", "err"))
         return subprocess.CompletedProcess([str(path), *words], max(codes, key=abs), out, err)

@@ -150,3 +150,19 @@ def run_script(path: Path, arguments: list[str]) -> None:
     sys.argv = [str(path), *arguments]
     sys.path[0] = str(path.parent)
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_train_until(step: int, number: int, path: Path, arguments: list[str]) -> None:
+    """`run_script` of train.py, in a process that receives a signal when this step is logged: from outside,
+    but at a moment that does not depend on the machine's speed."""
+    from millrace.engine.trainer import Trainer
+
+    record = Trainer._record
+
+    def watched(trainer: Trainer, *numbers: Any) -> None:
+        record(trainer, *numbers)
+        if trainer.step == step:
+            os.kill(os.getpid(), number)
+
+    Trainer._record = watched
+    run_script(path, arguments)

@@ -1,6 +1,7 @@
 """Adapter files: what peft makes of them over diffusers' model is what the run computed, merged or not."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -125,9 +126,13 @@ def test_peft_over_diffusers_computes_the_same(adapted, tmp_path, kind, model):
         found = loaded(images, t, text).sample
         merged = PRXTransformer2DModel.from_pretrained(tmp_path / "merged")(images, t, text).sample
         unloaded = loaded.merge_and_unload()(images, t, text).sample
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        names = {}
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+        in_place = names["base"](images, t, text).sample
     close = {"rtol": 1e-4, "atol": 1e-4 * wanted.abs().max().item()}
     assert not torch.allclose(plain, wanted, rtol=0.01, atol=0.01)
-    for result in (found, merged, unloaded):
+    for result in (found, merged, unloaded, in_place):
         torch.testing.assert_close(result, wanted, **close)
     stored = load_file(tmp_path / "adapter" / TENSORS)
     ours = sum(p.numel() for name, p in denoiser.named_parameters() if name.endswith("lora_B"))

@@ -177,6 +177,15 @@ def test_by_reference(trained, capsys, tmp_path, monkeypatch):
     assert abs(levels[0] - levels[1]).max() <= 1
 
 
+def test_the_card_s_code_runs_where_networks_and_transformer_differ_in_dtype(runs, tmp_path, monkeypatch):
+    """As after training in BF16: the masters are exported in FP32 beside a text encoder in BF16."""
+    low = {"precision": {"compute": "bfloat16"}, "run": {"steps": 1}}
+    assert runs.here(tmp_path / "run", changes("flux1", "t5gemma", tmp_path), low).error is None
+    assert export.main(["--checkpoint", str(tmp_path / "run"), "--pipeline", str(tmp_path / "out")]) == 0
+    pipeline = run_card(tmp_path / "out", monkeypatch)["pipeline"]
+    assert pipeline.text_encoder.dtype == pipeline.transformer.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
