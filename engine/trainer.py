@@ -309,7 +309,9 @@ class Trainer:
                 train_state.load_ema(self.shards, self.ema, reader)
         if self.working_weights is not None:
             self.working_weights.refresh()
-        require_masters(self.model, self.shards, self.optimizer.state, config.precision)
+        require_masters(
+            self.model, self.shards, self.optimizer.state, config.precision, self.optimizer.quantized
+        )
         return messages
 
     def _build_loss(self, factor: int) -> None:

@@ -41,9 +41,9 @@ class Muon(Section):
 class Optimizer(Section):
     """The update of the weights."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """`adamw`, fused on CUDA, for everything; or `muon` for the matrices of the blocks and AdamW for the rest
-    (docs/optimizers.md)."""
+    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """`adamw`, fused on CUDA, for everything; `adamw_8bit`: its moments in one byte an element, by torchao;
+    `muon` for the matrices of the blocks and AdamW for the rest (docs/optimizers.md)."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -94,6 +94,15 @@ class Ema(Section):
                 "second_decay is set, but enabled is false; enable it, or leave second_decay out"
             )
         return self
+
+
+def check_quantized(optimizer: Optimizer, master: str) -> None:
+    """Raise ValueError if moments in 8 bits would belong to weights that are not FP32."""
+    if optimizer.kind == "adamw_8bit" and master != "float32":
+        raise ValueError(
+            f"optimizer.kind adamw_8bit rounds moments, not weights, but precision.master is {master}; take "
+            "float32, or the optimizer adamw"
+        )
 
 
 def check_sampled_average(weights: str, ema: Ema) -> None:

@@ -1,7 +1,7 @@
 """Precision audit: what is stored in which dtype, shown at start, refused where masters are not FP32."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +52,15 @@ def audit(
 
 
 def require_masters(
-    module: nn.Module, shards: list[Shard], state: dict[Tensor, dict], precision: Precision
+    module: nn.Module,
+    shards: list[Shard],
+    state: dict[Tensor, dict],
+    precision: Precision,
+    quantized: Collection[str] = (),
 ) -> None:
     """Raise UserError if a weight, master or moment is not FP32 and the configuration did not say so.
 
+    `quantized` names the state that the configured optimizer stores in 8 bits, each with FP32 scales.
     The module's weights count too: of a BF16 module ZeRO 1 to 3 make FP32 masters, but compute in BF16.
     Frozen ones may have any dtype: no update is rounded away where there is none.
     """
@@ -68,7 +73,8 @@ def require_masters(
         if shard.master.dtype != torch.float32:
             raise UserError(_refusal(f"the master of {shard.name} is {_name(shard.master)}"))
         for key, value in state.get(shard.master, {}).items():
-            if _is_moment(value) and value.dtype != torch.float32:
+            wanted = torch.uint8 if key in quantized else torch.float32
+            if _is_moment(value) and value.dtype != wanted:
                 raise UserError(_refusal(f"{key} of {shard.name} is {_name(value)}"))
 
 

@@ -50,8 +50,8 @@ class Shape:
     largest: int
     """Of the largest single tensor of those."""
     tensors: int
-    state: Mapping[str, int] = field(default_factory=dict)
-    """Of the optimizer, by purpose."""
+    state: Mapping[str, float] = field(default_factory=dict)
+    """Bytes of the optimizer's, by purpose."""
     exchange: Exchange = NO_EXCHANGE
     """What the optimizer sends and computes besides its element-wise update."""
     frozen: int = 0
@@ -60,6 +60,11 @@ class Shape:
     """Of those, as they are stored."""
     factors: int = 0
     """Of what is trained, an adapter's, which has no working copies."""
+
+
+def element_bytes(config: Config) -> int:
+    """Of a weight, a gradient and an average, as `precision.master` stores them."""
+    return 4 if config.precision.master == "float32" else 2
 
 
 def shape_of(config: Config) -> Shape:
@@ -72,7 +77,8 @@ def shape_of(config: Config) -> Shape:
     sizes = [p.numel() for _, p in named]
     still = [p for _, p in every if not p.requires_grad]
     entry, settings = optimizer_entry(config.optimizer.kind), (config.optimizer, config.model)
-    state, exchange = entry.state_elements(named, *settings), entry.exchange(named, *settings)
+    state = entry.state_bytes(named, *settings, element_bytes(config))
+    exchange = entry.exchange(named, *settings)
     return Shape(
         sum(sizes),
         max(sizes),
@@ -149,7 +155,7 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     Stage 3 has masters of its own: DeepSpeed 0.19 would share them with FP32 weights, but compares a
     torch.device with a string first.
     """
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     share = ranks if stage > 0 else 1
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
     found = {
@@ -159,7 +165,7 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
         * (shape.parameters - shape.factors)
         * has_working_weights(config.precision, stage),
         "master weights": 4 * shape.parameters / share if stage else 0.0,
-        **{name: stored * elements / share for name, elements in shape.state.items()},
+        **{name: size / share for name, size in shape.state.items()},
         "EMA": averages * stored * shape.parameters / share,
     }
     return {name: float(size) for name, size in found.items() if size}
@@ -168,9 +174,9 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
 def saved_bytes(config: Config, ranks: int, shape: Shape) -> float:
     """Bytes of the training state that each of `ranks` processes writes to a checkpoint, the same at every
     stage; unless `checkpoint.blocking` is set, it holds a copy of them in host memory."""
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
-    trained = stored * ((1 + averages) * shape.parameters + sum(shape.state.values()))
+    trained = stored * (1 + averages) * shape.parameters + sum(shape.state.values())
     return (trained + shape.frozen_bytes) / ranks
 
 
@@ -193,7 +199,7 @@ def memory_of(
     parts = held_bytes(config, stage, ranks, shape)
     if frozen:
         parts["frozen networks"] = frozen
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     whole = stored * shape.parameters
     share = whole / ranks
     zero = zero_section(config, stage, ranks, shape.parameters)
