@@ -268,7 +268,7 @@ def _fill_optimizer(
         if not kinds & stored:
             continue  # the optimizer begins it at its first step
         updates = max(_read_updates(reader, shard.name, names, steps) for shard in held)
-        optimizer.begin(master, held, updates)
+        optimizer.begin(master, held[0].name, updates)
         for shard in held:
             for kind, _, start, data in optimizer.stored(shard, written=False):
                 key = f"{kind}/{shard.name}"

@@ -24,7 +24,7 @@ from millrace.engine.config.optimizer import (
     Muon,
     Optimizer,
     Schedule,
-    check_quantized,
+    check_masters,
     check_sampled_average,
 )
 from millrace.engine.config.precision import Fp8, Precision, check_fp8
@@ -134,7 +134,7 @@ class Config(Section):
         check_adapter(self.adapter, self.optimizer, self.precision, autoencoder.tuning.enabled)
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
-        check_quantized(self.optimizer, self.precision.master)
+        check_masters(self.optimizer, self.precision.master)
         check_fp8(self.precision.fp8, self.precision.compute, model)
         return self
 

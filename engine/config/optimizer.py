@@ -41,9 +41,10 @@ class Muon(Section):
 class Optimizer(Section):
     """The update of the weights."""
 
-    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    kind: Literal["adamw", "adamw_8bit", "adamw_offload", "muon"] = "adamw"
     """`adamw`, fused on CUDA, for everything; `adamw_8bit`: its moments in one byte an element, by torchao;
-    `muon` for the matrices of the blocks and AdamW for the rest (docs/optimizers.md)."""
+    `adamw_offload`: its moments and its update on the host; `muon` for the matrices of the blocks and AdamW
+    for the rest (docs/optimizers.md)."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -96,12 +97,12 @@ class Ema(Section):
         return self
 
 
-def check_quantized(optimizer: Optimizer, master: str) -> None:
-    """Raise ValueError if moments in 8 bits would belong to weights that are not FP32."""
-    if optimizer.kind == "adamw_8bit" and master != "float32":
+def check_masters(optimizer: Optimizer, master: str) -> None:
+    """Raise ValueError if the optimizer is made for FP32 weights and those are not."""
+    if optimizer.kind in ("adamw_8bit", "adamw_offload") and master != "float32":
         raise ValueError(
-            f"optimizer.kind adamw_8bit rounds moments, not weights, but precision.master is {master}; take "
-            "float32, or the optimizer adamw"
+            f"optimizer.kind {optimizer.kind} updates FP32 weights, but precision.master is {master}; set it "
+            "to float32, or take adamw"
         )
 
 

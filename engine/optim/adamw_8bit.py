@@ -148,7 +148,7 @@ class AdamW8bit(TrainingOptimizer):
                 shared = sorted({cut // BLOCK for cut in cuts if cut % BLOCK})
                 self._layouts[id(shard.master)].shared += [(shard.name, block) for block in shared]
 
-    def begin(self, master: Tensor, _held: list[Shard], updates: int = 0) -> None:
+    def begin(self, master: Tensor, _name: str, updates: int = 0) -> None:
         layout, device = self._layouts[id(master)], master.device
         state = {"step": torch.tensor(float(updates))}
         state |= {kind: torch.zeros(layout.codes, dtype=torch.uint8, device=device) for kind in CODES}
@@ -194,7 +194,7 @@ class AdamW8bit(TrainingOptimizer):
         if id(master) not in self._layouts:
             raise RuntimeError("AdamW8bit.attach(shards, stage) has to be called before the first step")
         if not self.state[master]:
-            self.begin(master, [])
+            self.begin(master, "")
         layout, state = self._layouts[id(master)], self.state[master]
         state["step"] += 1
         (beta1, beta2), decay, eps = group["betas"], group["weight_decay"], group["eps"]

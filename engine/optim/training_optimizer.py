@@ -59,9 +59,8 @@ class TrainingOptimizer(torch.optim.Optimizer, ABC):
     def attach(self, shards: list[Shard], stage: int) -> None:
         """Learn where the shards of this rank are; what is element-wise need not know. Collective."""
 
-    def begin(self, master: Tensor, held: list[Shard], updates: int = 0) -> None:
-        """Give a master the state of zeros that it has after so many updates; `held` lie in it."""
-        name = held[0].name
+    def begin(self, master: Tensor, name: str, updates: int = 0) -> None:
+        """Give a master, where the parameter of that name lies, a state of zeros after so many updates."""
         state = {kind: self.zeros_like(master) for kind in self.state_names(name)}
         if self.counts_updates(name):
             where = master.device if self.defaults.get("fused") else "cpu"
@@ -134,6 +133,10 @@ class Exchange(NamedTuple):
 NO_EXCHANGE = Exchange(0.0, 0.0)
 
 
+def _no_bytes(_named: Named) -> float:
+    return 0.0
+
+
 def _nothing(_named: Named, _config: Optimizer, _model: Model) -> Exchange:
     return NO_EXCHANGE
 
@@ -151,13 +154,15 @@ class OptimizerEntry:
     """All that it stores of some parameter, as checkpoints name it."""
     state_bytes: Callable[[Named, Optimizer, Model, int], dict[str, float]]
     """Bytes of that state for some parameters, by purpose, for people and the planner; the last argument is
-    bytes of an element of the masters."""
+    bytes of an element of the masters. On the device."""
     passes: int
     """Passes over memory of an update, reads and writes, as a loop over operations."""
     fused_passes: int | None = None
     """The same in one kernel on CUDA; None where there is none."""
     temporaries: int = 0
     """Temporaries of the loop, in units of the largest tensor that it updates at once."""
+    host_bytes: Callable[[Named], float] = _no_bytes
+    """Bytes of state in the host's memory; weights and gradients go there, and weights come back."""
     exchange: Callable[[Named, Optimizer, Model], Exchange] = _nothing
     """What is sent and computed besides the element-wise update."""
 

@@ -52,6 +52,8 @@ class Shape:
     tensors: int
     state: Mapping[str, float] = field(default_factory=dict)
     """Bytes of the optimizer's, by purpose."""
+    host_state: float = 0.0
+    """Bytes of the optimizer's in the memory of the host."""
     exchange: Exchange = NO_EXCHANGE
     """What the optimizer sends and computes besides its element-wise update."""
     frozen: int = 0
@@ -84,6 +86,7 @@ def shape_of(config: Config) -> Shape:
         max(sizes),
         len(sizes),
         state,
+        entry.host_bytes(named),
         exchange,
         frozen=sum(p.numel() for p in still),
         frozen_bytes=float(sum(p.numel() * p.element_size() for p in still)),
@@ -176,7 +179,7 @@ def saved_bytes(config: Config, ranks: int, shape: Shape) -> float:
     stage; unless `checkpoint.blocking` is set, it holds a copy of them in host memory."""
     stored = element_bytes(config)
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
-    trained = stored * (1 + averages) * shape.parameters + sum(shape.state.values())
+    trained = stored * (1 + averages) * shape.parameters + sum(shape.state.values()) + shape.host_state
     return (trained + shape.frozen_bytes) / ranks
 
 

@@ -163,7 +163,7 @@ CUTS = [
 
 
 def sharded(ranks, module, cuts, load=None):
-    """(master, shards, optimizer) of each rank; with `load`, a checkpoint, its state."""
+    """(master, shards, optimizer) of each rank; with `load`, the folder of a checkpoint, its state."""
     parts = cut(module, cuts)
 
     def build(rank):
@@ -171,7 +171,7 @@ def sharded(ranks, module, cuts, load=None):
         optimizer = build_optimizer([("all", master)], SETTINGS, CPU)
         optimizer.attach(shards, 1)
         if load is not None:
-            assert train_state.load_optimizer(shards, optimizer, load, 3) == []
+            assert train_state.load_optimizer(shards, optimizer, CheckpointReader(load), 3) == []
         return master, shards, optimizer
 
     return ranks.run(build)
@@ -230,7 +230,7 @@ def test_shards_have_the_state_of_the_whole(tmp_path, monkeypatch, cuts):
     assert torch.equal(torch.cat([master.detach() for master, *_ in parts]), weights)
     assert_written(parts, reader)
 
-    resumed = sharded(ranks, module, cuts, load=reader)
+    resumed = sharded(ranks, module, cuts, load=reader.folder)
     assert_written(resumed, reader)
     update_shards(ranks, resumed, 2, cuts, seed=2)
     train(module, optimizer, 2, seed=2)
@@ -299,5 +299,5 @@ def test_what_is_missing_is_said(monkeypatch):
         "optimizer": {"kind": "adamw_8bit"},
         "precision": {"master": "bfloat16", "compute": "bfloat16"},
     }
-    with pytest.raises(UserError, match="adamw_8bit rounds moments, not weights"):
+    with pytest.raises(UserError, match="adamw_8bit updates FP32 weights, but precision"):
         parse_config(values, "test")
