@@ -13,11 +13,11 @@ sets it:
 
 Frozen parameters are held besides, as they are stored. At stages 0 to 2 a run in BF16 also holds working
 copies of Psi/2, not of an adapter's factors. At stage 3 weights, their masters and the gradients are Psi/N
-each. The peak is that of the worst phase.
-`state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
-several processes at once; alone it needs none, nor do stages 1 and 2 without `reduce_scatter`. Where a run
-draws samples, that is a phase between two steps, with one whole FP32 copy of the weights, gathered and
-sampled from: Psi; at stage 0 the weights or averages themselves are sampled from, where they are FP32.
+each. The peak is that of the worst phase. `state` is the optimizer's, unless the host has it, and the EMA's.
+The flat bucket is a copy that DeepSpeed makes to reduce pieces of several processes at once; alone it needs
+none, nor do stages 1 and 2 without `reduce_scatter`. Where a run draws samples, that is a phase between two
+steps, with one whole FP32 copy of the weights, gathered and sampled from: Psi; at stage 0 the weights or
+averages themselves are sampled from, where they are FP32.
 """
 
 from collections.abc import Mapping

@@ -301,3 +301,18 @@ def test_what_is_missing_is_said(monkeypatch):
     }
     with pytest.raises(UserError, match="adamw_8bit updates FP32 weights, but precision"):
         parse_config(values, "test")
+
+
+def test_damage_is_found_in_scales():
+    """A code has no bad value; what is not finite shows in the scale of its block."""
+    module = module_of()
+    optimizer, shards = whole(module)
+    train(module, optimizer, 1)
+    assert train_state.bad_state(shards, optimizer, None) == {}
+    optimizer.state[module["matrix"]]["exp_avg_sq_scale"][3] = float("nan")
+    optimizer.state[module["norm"]]["exp_avg_sq"][0] = -1.0
+    found = train_state.bad_state(shards, optimizer, None)
+    assert {name: str(bad) for name, bad in found.items()} == {
+        "exp_avg_sq/norm": "1 element negative",
+        "exp_avg_sq_scale/matrix": "1 element not finite",
+    }
