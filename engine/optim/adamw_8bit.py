@@ -310,10 +310,14 @@ def _torchao() -> SimpleNamespace:
     def qmap(signed: bool, device: torch.device) -> Tensor:
         return torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), device=device)
 
+    @functools.cache
+    def fused() -> Callable:
+        return torch.compile(single_param_adam, fullgraph=True, dynamic=False)
+
     def compiled(*arguments: object) -> None:
         # As torchao does: one graph for each length that occurs, of which there are few.
         with torch._dynamo.utils.disable_cache_limit():
-            torch.compile(single_param_adam, fullgraph=True, dynamic=False)(*arguments)
+            fused()(*arguments)
 
     return SimpleNamespace(
         update=single_param_adam,
