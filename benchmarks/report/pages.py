@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from millrace.benchmarks.report import (
+    fine_tuning_section,
     fp8_section,
     logbook_page,
     performance_page,
@@ -25,6 +26,7 @@ PAGES: dict[str, Callable[[list[Result], str], str]] = {
     "precision.md": fp8_section.page,
     "comparing.md": seed_pairs_section.page,
     "planning.md": settings_section.page,
+    "fine_tuning.md": fine_tuning_section.page,
 }
 """By name: the text of the page, from all results and the text that is there."""
 

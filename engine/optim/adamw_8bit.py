@@ -115,6 +115,7 @@ class AdamW8bit(TrainingOptimizer):
     """
 
     title = "AdamW, 8-bit moments"
+    storage = "uint8 and a float32 scale for 256 elements, float32 of small parameters"
     quantized = CODES
 
     def __init__(self, groups: list[dict[str, Any]], **settings: object) -> None:

@@ -81,6 +81,7 @@ class OffloadedAdamW(TrainingOptimizer):
     """AdamW (arXiv 1711.05101) whose moments and update are the host's; `fused` as torch's AdamW has it."""
 
     title = "AdamW on the host"
+    storage = "as the masters, in the memory of the host"
 
     def __init__(self, groups: list[dict[str, Any]], fused: bool, **settings: object) -> None:
         super().__init__(groups, settings)

@@ -39,6 +39,8 @@ class TrainingOptimizer(torch.optim.Optimizer, ABC):
     """`step` changes nothing while this is set: at stage 0 DeepSpeed applies gradients that are infinite."""
     gradient_scale = 1.0
     """What `step` multiplies gradients by, to clip them."""
+    storage = "as the masters"
+    """How its state is stored, for people."""
     quantized: tuple[str, ...] = ()
     """What of its state has 8 bits by design, as checkpoints name it."""
     rest = "everything"
