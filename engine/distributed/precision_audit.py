@@ -82,8 +82,8 @@ def require_masters(
 
 def _refusal(what: str, wanted: torch.dtype = torch.float32) -> str:
     return (
-        f"precision audit: {what}, not {_name(wanted)}: small updates would be rounded away. Keep the weights "
-        'in float32, or ask for the experiment with "precision": {"master": "bfloat16"}'
+        f"precision audit: {what}, not {_name(wanted)}: small updates would be rounded away. Keep the "
+        'weights in float32, or ask for the experiment with "precision": {"master": "bfloat16"}'
     )
 
 
