@@ -108,6 +108,20 @@ def test_two_processes_equal_one(runs, trained, kind, stage):
     assert furthest(two, one) < (1e-5 if kind == "adamw_offload" else 5e-3)
 
 
+@pytest.mark.parametrize("kind", STATES[1:])
+def test_zero_3_equals_zero_0(runs, tmp_path, kind):
+    """Where a master is a sub-group of shards, and each is updated by a step of its own."""
+    sharded = {"stage3_param_persistence_threshold": 100, "sub_group_size": 10_000}
+    section = {"deepspeed": {"zero_optimization": sharded}, "run": {"steps": 6}}
+    assert runs.here(tmp_path / "one", *changes(kind, 0, {"run": {"steps": 6}})).error is None
+    (results,) = runs.forked([runs.job(tmp_path / "two", *changes(kind, 3, section))], ranks=2).values()
+    assert [result.error for result in results] == [None, None]
+    one, two = ([record["loss"] for record in runs.log(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5 if kind == "adamw_offload" else 1e-3)
+    one, two = (tensors(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+
+
 @pytest.mark.parametrize(("ranks", "stage"), LAYOUTS)
 def test_a_stopped_run_resumes_bit_for_bit(runs, trained, tmp_path, ranks, stage):
     jobs = []
