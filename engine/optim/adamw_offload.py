@@ -44,7 +44,7 @@ class _Buffers:
     """Host memory through which a part passes, and when it is free or filled."""
 
     def __init__(self, elements: int, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+        self.elements, self.on_gpu = elements, device.type == "cuda"
         self._memory = torch.empty(2, elements, pin_memory=self.on_gpu)
         if self.on_gpu:
             self._filled, self._emptied = torch.cuda.Event(), torch.cuda.Event()
@@ -108,9 +108,9 @@ class OffloadedAdamW(TrainingOptimizer):
             return
         device = parts[0].weight.device
         there, back = self._ways(device)
-        if not self._buffers:
-            longest = max(master.numel() for group in self.param_groups for master in group["params"])
-            self._buffers = [_Buffers(min(longest, PART), device) for _ in range(2)]
+        longest = max(part.weight.numel() for part in parts)
+        if not self._buffers or self._buffers[0].elements < longest:  # DeepSpeed steps a group at a time
+            self._buffers = [_Buffers(longest, device) for _ in range(2)]
         if there is not None:
             there.wait_stream(torch.cuda.current_stream())
         self._buffers[0].fill(parts[0], there)

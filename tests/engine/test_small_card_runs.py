@@ -19,15 +19,16 @@ from millrace.engine.trainer import Trainer
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.slow
 
-STEPS, HALF = 60, 30
+STEPS, LATE = 60, 50
+"""Of a run, and those that are done when it is stopped."""
 LONG = {
     "run": {"steps": STEPS},
     "model": {"width": 64},
     "data": {"micro_batch": 4},
-    "checkpoint": {"every_steps": HALF, "keep": 20},
+    "checkpoint": {"every_steps": LATE, "keep": 20},
 }
 STATES = ("adamw", "adamw_8bit", "adamw_offload")
-LAYOUTS = ((1, 0), (2, 1), (2, 2))
+LAYOUTS = ((1, 0), (2, 2))
 """Processes, and the ZeRO stage."""
 
 
@@ -89,31 +90,29 @@ def trained(runs, tmp_path_factory):
 
 @pytest.mark.parametrize(("ranks", "stage"), LAYOUTS)
 def test_losses_are_those_of_float32_state(runs, trained, ranks, stage):
-    """On the host they are the same bits; of 8 bits a step's loss is off by what the rounding of a moment,
-    at most 1/18 of it, comes to in a mean over all weights."""
+    """On the host they are the same bits. Rounding the moments moved a step's loss by 0.22 % at most and the
+    mean of the last ten by 0.04 %; the bounds are five times that."""
     wanted, quantized, host = (losses(runs, trained / f"{ranks}-{stage}-{kind}") for kind in STATES)
-    print(ranks, stage, wanted[0], wanted[-10:].mean(), quantized[-10:].mean(), furthest(quantized, wanted))
     assert torch.equal(host, wanted)
     assert_equal_states(trained / f"{ranks}-{stage}-adamw_offload", trained / f"{ranks}-{stage}-adamw")
-    assert wanted[-10:].mean() < 0.8 * wanted[0]  # there is something to learn
-    assert 0 < furthest(quantized, wanted) < 0.02
-    assert float((quantized[-10:].mean() / wanted[-10:].mean() - 1).abs()) < 0.01
+    assert wanted[-10:].mean() < 0.8 * wanted[:10].mean()  # there is something to learn
+    assert 0 < furthest(quantized, wanted) < 0.01
+    assert quantized[-10:].mean() == pytest.approx(wanted[-10:].mean(), rel=2e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("kind", STATES[1:])
-def test_two_processes_equal_one(runs, trained, kind, stage):
-    one, two = (losses(runs, trained / f"{name}-{kind}") for name in ("1-0", f"2-{stage}"))
-    print(kind, stage, furthest(two, one))
-    assert furthest(two, one) < (1e-5 if kind == "adamw_offload" else 5e-3)
+def test_two_processes_equal_one(runs, trained, kind):
+    """To the rounding of sums over processes, which 8 bits show where a moment rounds the other way."""
+    one, two = (losses(runs, trained / f"{name}-{kind}") for name in ("1-0", "2-2"))
+    assert furthest(two, one) < (1e-5 if kind == "adamw_offload" else 1e-3)
 
 
 @pytest.mark.parametrize("kind", STATES[1:])
 def test_zero_3_equals_zero_0(runs, tmp_path, kind):
     """Where a master is a sub-group of shards, and each is updated by a step of its own."""
     sharded = {"stage3_param_persistence_threshold": 100, "sub_group_size": 10_000}
-    section = {"deepspeed": {"zero_optimization": sharded}, "run": {"steps": 6}}
-    assert runs.here(tmp_path / "one", *changes(kind, 0, {"run": {"steps": 6}})).error is None
+    section = {"deepspeed": {"zero_optimization": sharded}, "run": {"steps": 3}}
+    assert runs.here(tmp_path / "one", *changes(kind, 0, {"run": {"steps": 3}})).error is None
     (results,) = runs.forked([runs.job(tmp_path / "two", *changes(kind, 3, section))], ranks=2).values()
     assert [result.error for result in results] == [None, None]
     one, two = ([record["loss"] for record in runs.log(tmp_path / name)] for name in ("one", "two"))
@@ -126,7 +125,7 @@ def test_zero_3_equals_zero_0(runs, tmp_path, kind):
 def test_a_stopped_run_resumes_bit_for_bit(runs, trained, tmp_path, ranks, stage):
     jobs = []
     for kind in STATES[1:]:
-        run = copy_until(trained / f"{ranks}-{stage}-{kind}", HALF, tmp_path / kind)
+        run = copy_until(trained / f"{ranks}-{stage}-{kind}", LATE, tmp_path / kind)
         jobs.append(runs.job(run, *changes(kind, stage), resume="auto"))
     results = runs.forked(jobs, ranks=ranks)
     assert {result.error for each in results.values() for result in each} == {None}
@@ -136,21 +135,21 @@ def test_a_stopped_run_resumes_bit_for_bit(runs, trained, tmp_path, ranks, stage
 
 @pytest.mark.parametrize("kind", STATES[1:])
 def test_what_two_processes_wrote_one_goes_on_with(runs, trained, tmp_path, kind):
-    run = copy_until(trained / f"2-2-{kind}", HALF, tmp_path / "run")
+    run = copy_until(trained / f"2-2-{kind}", LATE, tmp_path / "run")
     assert runs.here(run, *changes(kind), resume="auto").error is None
-    print(kind, furthest(losses(runs, run), losses(runs, trained / f"2-2-{kind}")))
-    assert furthest(losses(runs, run), losses(runs, trained / f"2-2-{kind}")) < 5e-3
+    bound = 1e-5 if kind == "adamw_offload" else 1e-3
+    assert furthest(losses(runs, run), losses(runs, trained / f"2-2-{kind}")) < bound
 
 
 def test_the_host_takes_over_within_a_run(runs, trained, tmp_path):
     """AdamW's state is the same wherever it lies, so nothing is lost."""
-    run = copy_until(trained / "1-0-adamw", HALF, tmp_path / "run")
+    run = copy_until(trained / "1-0-adamw", LATE, tmp_path / "run")
     assert runs.here(run, *changes("adamw_offload"), resume="auto").error is None
     assert_equal_states(run, trained / "1-0-adamw")
 
 
 def test_moments_change_to_8_bits_between_stages_alone(runs, trained, tmp_path, capfd):
-    run = copy_until(trained / "1-0-adamw", HALF, tmp_path / "refused")
+    run = copy_until(trained / "1-0-adamw", LATE, tmp_path / "refused")
     error = runs.here(run, *changes("adamw_8bit"), resume="auto").error
     assert "not the optimizer state of this configuration" in error
     short = {"run": {"steps": 4}, "stages": [{"at": 2, "optimizer": {"kind": "adamw_8bit"}}]}

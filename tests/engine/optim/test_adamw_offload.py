@@ -72,6 +72,22 @@ def test_bits_and_checkpoints_are_adamws(tmp_path):
     assert torch.equal(four.bias, one.bias)
 
 
+def test_groups_may_be_updated_one_by_one():
+    """As DeepSpeed does, which changes the groups for it; the smaller comes first."""
+    (one, adamw, _), (two, host, _) = parts("adamw"), parts("adamw_offload")
+    whole = host.param_groups[0]
+    for step in range(2):
+        for module in (one, two):
+            for p in module.parameters():
+                p.grad = torch.full_like(p, 0.5 + step)
+        adamw.step()
+        for p in (two.bias, two.weight):
+            host.param_groups = [whole | {"params": [p]}]
+            host.step()
+    assert torch.equal(one.weight, two.weight)
+    assert torch.equal(one.bias, two.bias)
+
+
 def test_the_kernel_of_the_host_computes_the_same():
     """That which a GPU's run takes, torch's fused one."""
     (one, adamw, _), (two, host, _) = parts("adamw"), parts("adamw_offload")
