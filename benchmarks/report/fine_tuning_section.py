@@ -28,12 +28,13 @@ def section(result: Result) -> str:
     ]
     where = "a CPU" if not result["gpus"] else result["gpus"][0]["name"]
     changed = " with uncommitted changes" if result["dirty"] else ""
+    trained = result["digits"] - result["held_out_pictures"]
     return "\n".join(
         [
-            f"Width {base['model']['width']}, {base['model']['depth']} blocks; "
-            f"{base['run']['steps']} steps on the digits zero to four, then {tuned['run']['steps']} steps on "
-            f"{result['pictures']} pictures of five to nine; {result['held_out_pictures']} held-out pictures "
-            f"of those; batches of {base['data']['global_batch']}; on {where}. Commit "
+            f"Width {base['model']['width']}, {base['model']['depth']} blocks, batches of "
+            f"{base['data']['global_batch']}; {base['run']['steps']} steps on the digits zero to four, then "
+            f"{tuned['run']['steps']} steps on {trained} pictures of five to nine; "
+            f"{result['held_out_pictures']} others of those are held out; on {where}. Commit "
             f"{(result['commit'] or 'unknown')[:12]}{changed}, torch {result['versions']['torch']}.",
             "",
             Table(head, lines).markdown(),

@@ -14,12 +14,9 @@ RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "fine_
 
 
 def test_the_base_never_sees_what_is_fine_tuned_on():
-    base, tuned = (set(fine_tuning.digits("train", of_base=flag)) for flag in (True, False))
-    unseen = set(fine_tuning.digits("test", of_base=False))
-    assert not base & tuned
-    assert not unseen & (base | tuned)
-    assert len(base | tuned) == 1438
-    assert len(tuned) > fine_tuning.PICTURES
+    base, others = (set(fine_tuning.digits(of_base=flag)) for flag in (True, False))
+    assert not base & others
+    assert len(base | others) == 1438
 
 
 def test_a_gain_is_a_share_of_that_of_all_weights():
@@ -61,6 +58,6 @@ def test_a_quick_check(tmp_path, monkeypatch):
     assert fine_tuning.main() == 0
     (run,) = json.loads(output.read_text())["runs"]
     losses = run["held_out_loss"]
-    assert list(losses) == ["nothing", *fine_tuning.ARMS]
+    assert list(losses) == list(fine_tuning.ARMS)
     assert losses["all weights, adamw_offload"] == losses["all weights"] != losses["nothing"]
     assert losses["LoRA, rank 8"] != losses["nothing"]
