@@ -268,6 +268,23 @@ def test_a_checkpoint_is_exact(tmp_path):
     assert all(torch.equal(module[name], other[name]) for name in SHAPES)
 
 
+@pytest.mark.parametrize("at", [0, 255, 256, 1000, 5119])
+def test_processes_that_hold_all_write_a_part_each(at):
+    """As at stage 0: two parts of a parameter, cut anywhere, are the whole, codes and scales alike."""
+    module = module_of()
+    optimizer, shards = whole(module)
+    train(module, optimizer, 2)
+    for shard in shards:
+        stop = min(at, shard.count)
+        halves = [shard.part(range(stop)), shard.part(range(stop, shard.count))]
+        found = [list(optimizer.stored(half)) for half in halves]
+        for (kind, shape, start, data), low, high in zip(optimizer.stored(shard), *found, strict=True):
+            assert (low.kind, high.kind, low.shape, high.shape) == (kind, kind, shape, shape)
+            assert (low.start, high.start) == (start, start + len(low.data))
+            assert torch.equal(torch.cat([low.data, high.data]), data)
+        assert sum(map(optimizer.stored_bytes, halves)) == optimizer.stored_bytes(shard)
+
+
 def test_moments_of_another_kind_are_refused_or_begin_anew(tmp_path):
     module = module_of()
     adamw = SETTINGS.model_copy(update={"kind": "adamw"})
