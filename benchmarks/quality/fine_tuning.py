@@ -80,12 +80,13 @@ def config_of(work: Path, name: str, seed: int, keys: list[str], *changes: Resul
 def run_seed(work: Path, seed: int, quick: bool) -> dict[str, dict[str, Any]]:
     """The last record of the held-out loss of each way to go on from one base."""
     short = ({"run": {"steps": 3}, "schedule": {"warmup": 1}},) if quick else ()
+    look = ({"validation": {"samples": 16, "times": 1}},) if quick else ()
     base = config_of(work, "base", seed, digits(of_base=True), *short)
     train(base, "auto")
     found = {}
     for arm, changes in ARMS.items():
         begin = {"run": {"init_from": base.run.output_dir}}
-        few = short if arm != NOTHING else ()
+        few = look + (short if arm != NOTHING else ())
         name = arm.replace(", ", "-").replace(" ", "_")
         config = config_of(work, name, seed, digits(of_base=False), TUNED, changes, begin, *few)
         train(config, "auto")

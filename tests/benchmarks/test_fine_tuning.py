@@ -44,9 +44,11 @@ def test_the_result_is_what_its_runs_give_and_the_page_says():
     assert "Not measured" in fine_tuning_section.page([stored | {"quick": True}], page)
     with pytest.raises(UserError, match=r"fine_tuning.md has no line <!-- written"):
         fine_tuning_section.page([stored], "nothing")
-    # The docs call an adapter and 8-bit moments useful: each takes most of the way that all weights take.
-    for row in stored["table"][1:]:
-        assert min(row["share_of_gain"]) > 0.5, row["arm"]
+    # An adapter gains with every seed, and moments of 8 bits what those of 32 do.
+    shares = {row["arm"]: row["share_of_gain"] for row in stored["table"]}
+    assert all(min(shares[arm]) > 0.3 for arm in ("LoRA, rank 8", "DoRA, rank 8"))
+    assert shares["all weights, adamw_8bit"] == pytest.approx([1, 1, 1], abs=0.05)
+    assert shares["all weights, adamw_offload"] == [1, 1, 1]
 
 
 @pytest.mark.slow
