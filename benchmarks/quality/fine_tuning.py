@@ -79,7 +79,7 @@ def config_of(work: Path, name: str, seed: int, keys: list[str], *changes: Resul
 
 def run_seed(work: Path, seed: int, quick: bool) -> dict[str, dict[str, Any]]:
     """The last record of the held-out loss of each way to go on from one base."""
-    short = ({"run": {"steps": 3}, "schedule": {"warmup": 1}},) if quick else ()
+    short = ({"run": {"steps": 6}, "schedule": {"warmup": 1}},) if quick else ()
     look = ({"validation": {"samples": 16, "times": 1}},) if quick else ()
     base = config_of(work, "base", seed, digits(of_base=True), *short)
     train(base, "auto")
@@ -115,7 +115,7 @@ def parse() -> argparse.Namespace:
     """Arguments of the command."""
     parser = command_parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="try everything: three steps each")
+    parser.add_argument("--quick", action="store_true", help="try everything: six steps each")
     parser.add_argument("--work", type=Path, default=Path("runs/fine_tuning"), help="folder of the runs")
     parser.add_argument("--output", type=Path, default=recording.RESULTS / "fine_tuning.json")
     return parser.parse_args()
