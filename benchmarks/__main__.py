@@ -23,6 +23,7 @@ PROGRAMS = {
     "ablations": "quality.ablations",
     "guidance": "quality.guidance",
     "fp8_parity": "quality.fp8_parity",
+    "fine_tuning": "quality.fine_tuning",
     "seed_pairs": "quality.seed_pairs",
     "pages": "report.pages",
 }

@@ -309,7 +309,9 @@ class Trainer:
                 train_state.load_ema(self.shards, self.ema, reader)
         if self.working_weights is not None:
             self.working_weights.refresh()
-        require_masters(self.model, self.shards, self.optimizer.state, config.precision)
+        require_masters(
+            self.model, self.shards, self.optimizer.state, config.precision, self.optimizer.quantized
+        )
         return messages
 
     def _build_loss(self, factor: int) -> None:
@@ -392,7 +394,15 @@ class Trainer:
         """Lines about what was built."""
         averages = [] if self.ema is None else self.ema.tensors
         copies = [] if self.working_weights is None else self.working_weights.copies
-        rows = audit(self.model, self.shards, self.optimizer.state, averages, self.config.precision, copies)
+        rows = audit(
+            self.model,
+            self.shards,
+            self.optimizer.state,
+            averages,
+            self.config.precision,
+            copies,
+            self.optimizer.storage,
+        )
         lines = introduction(
             self.stages, self.stage, self.named_shapes, self.source, self.batch_encoder, rows
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from millrace.benchmarks.quality import ablations_table
 from millrace.benchmarks.report import (
     dataloader_report,
+    fine_tuning_section,
     fp8_section,
     kernels_report,
     logbook_page,
@@ -34,6 +35,7 @@ PAGES: dict[str, Callable[[list[Result], str], str]] = {
     "precision.md": fp8_section.page,
     "comparing.md": seed_pairs_section.page,
     "planning.md": settings_section.page,
+    "fine_tuning.md": fine_tuning_section.page,
 }
 """By name: the text of the page, from all results and the text that is there."""
 

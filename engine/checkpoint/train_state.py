@@ -1,7 +1,7 @@
 """Training state (masters, optimizer, EMA) as named tensors: from ZeRO's shards to a checkpoint and back.
 
     master/<parameter>     FP32 weights, frozen ones as they are stored
-    exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments
+    exp_avg/<parameter>, exp_avg_sq/<parameter>   Adam's moments; in 8 bits exp_avg_8bit/ and exp_avg_scale/
     ema/, ema2/<parameter> FP32 averages       momentum/<parameter>   Muon's
     buffer/<buffer>        fixed (SPRINT's frozen mask token)
     updates/<parameter>    how many Adam made, of a parameter for which that is less than for others
@@ -67,10 +67,8 @@ def state_pieces(
 def _pieces(shard: Shard, optimizer: TrainingOptimizer, ema: EmaWeights | None) -> Iterator[Piece]:
     """Weights, optimizer state and averages of a shard."""
     yield _piece("master", shard, shard.master)
-    state = optimizer.state.get(shard.master, {})
-    for kind in optimizer.state_names(shard.name):
-        if kind in state:
-            yield _piece(kind, shard, state[kind])
+    for kind, shape, start, data in optimizer.stored(shard):
+        yield Piece(f"{kind}/{shard.name}", shape, start, data)
     for name in ema.names if ema is not None else ():
         yield _piece(name, shard, ema.of(shard.master, name))
 
@@ -82,7 +80,7 @@ def written_bytes(
     averages = len(ema.names) if ema is not None else 0
     kept = sum(shard.count * shard.master.element_size() for shard in (held.to_write for held in frozen))
     return kept + sum(
-        shard.count * shard.master.element_size() * (1 + len(optimizer.state_names(shard.name)) + averages)
+        shard.count * shard.master.element_size() * (1 + averages) + optimizer.stored_bytes(shard)
         for shard in (held.to_write for held in shards)
     )
 
@@ -232,15 +230,14 @@ def load_optimizer(
     stored = {name for name in names if name.partition("/")[0] in kinds_of_state}
     if steps == 0 and not stored:
         return []  # no update yet
-    # A head of another shape begins anew, and its state with it.
-    stored -= {
-        f"{kind}/{shard.name}"
-        for shard in shards
-        for kind in optimizer.state_names(shard.name)
-        if f"{kind}/{shard.name}" in stored
-        and _is_head(f"{kind}/{shard.name}")
-        and tuple(reader.shape(f"{kind}/{shard.name}")) != tuple(shard.shape)
-    }
+    for shard in shards:  # a head of another shape begins anew, and its state with it
+        keys = {f"{kind}/{shard.name}": kind for kind in optimizer.state_names(shard.name)}
+        if shard.name.startswith(HEADS) and any(
+            tuple(reader.shape(key)) != tuple(optimizer.state_shape(kind, shard))
+            for key, kind in keys.items()
+            if key in stored
+        ):
+            stored -= keys.keys()
     missing, extra = [key for key in wanted if key not in stored], sorted(stored - set(wanted))
     wrong, unknown = ([key for key in keys if not _is_head(key)] for keys in (missing, extra))
     if (wrong or unknown) and not allow_changes:
@@ -265,21 +262,18 @@ def _fill_optimizer(
 ) -> None:
     """The state that is `stored` of this rank's masters; what is not starts at zero."""
     names = set(reader.names())
-    fused = bool(optimizer.defaults.get("fused"))
     for master in masters(shards):
         held = [shard for shard in shards if shard.master is master]
-        kinds = optimizer.state_names(held[0].name)
-        if not any(f"{kind}/{shard.name}" in stored for shard in held for kind in kinds):
+        kinds = {f"{kind}/{shard.name}" for shard in held for kind in optimizer.state_names(shard.name)}
+        if not kinds & stored:
             continue  # the optimizer begins it at its first step
-        state = {kind: torch.zeros_like(master) for kind in kinds}
-        if optimizer.counts_updates(held[0].name):
-            counts = [_read_updates(reader, shard.name, names, steps) for shard in held]
-            state["step"] = torch.tensor(float(max(counts)), device=master.device if fused else "cpu")
-        optimizer.state[master] = state
+        updates = max(_read_updates(reader, shard.name, names, steps) for shard in held)
+        optimizer.begin(master, held[0].name, updates)
         for shard in held:
-            for kind in kinds:
-                if f"{kind}/{shard.name}" in stored:
-                    _fill(shard, state[kind], reader, kind)
+            for kind, _, start, data in optimizer.stored(shard, written=False):
+                key = f"{kind}/{shard.name}"
+                if key in stored and data.numel():
+                    data.copy_(reader.read(key, start, data.numel()))
 
 
 def _read_updates(reader: CheckpointReader, name: str, names: Set[str], steps: int) -> int:

@@ -19,7 +19,14 @@ from millrace.engine.config.data import Data
 from millrace.engine.config.evaluation import Evaluation, FeaturePaths
 from millrace.engine.config.model import AttentionBackend, GegluBackend, Model, Routing
 from millrace.engine.config.objective import Lpips, Objective, PerceptualDino, check_perceptual
-from millrace.engine.config.optimizer import Ema, Muon, Optimizer, Schedule, check_sampled_average
+from millrace.engine.config.optimizer import (
+    Ema,
+    Muon,
+    Optimizer,
+    Schedule,
+    check_masters,
+    check_sampled_average,
+)
 from millrace.engine.config.precision import Fp8, Precision, check_fp8
 from millrace.engine.config.run import ActivationCheckpointing, Checkpoint, Logging, Run
 from millrace.engine.config.sampling import Sampling, check_guidance, guidance_warnings, weak_drop
@@ -127,6 +134,7 @@ class Config(Section):
         check_adapter(self.adapter, self.optimizer, self.precision, autoencoder.tuning.enabled)
         if self.precision.master == "bfloat16" and self.precision.compute != "bfloat16":
             raise ValueError("precision.master bfloat16 needs precision.compute bfloat16")
+        check_masters(self.optimizer, self.precision.master)
         check_fp8(self.precision.fp8, self.precision.compute, model)
         return self
 

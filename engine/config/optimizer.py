@@ -41,9 +41,10 @@ class Muon(Section):
 class Optimizer(Section):
     """The update of the weights."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """`adamw`, fused on CUDA, for everything; or `muon` for the matrices of the blocks and AdamW for the rest
-    (docs/optimizers.md)."""
+    kind: Literal["adamw", "adamw_8bit", "adamw_offload", "muon"] = "adamw"
+    """`adamw`, fused on CUDA, for everything; `adamw_8bit`: its moments in one byte an element, by torchao;
+    `adamw_offload`: its moments and its update on the host; `muon` for the matrices of the blocks and AdamW
+    for the rest (docs/optimizers.md)."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -94,6 +95,15 @@ class Ema(Section):
                 "second_decay is set, but enabled is false; enable it, or leave second_decay out"
             )
         return self
+
+
+def check_masters(optimizer: Optimizer, master: str) -> None:
+    """Raise ValueError if the optimizer is made for FP32 weights and those are not."""
+    if optimizer.kind in ("adamw_8bit", "adamw_offload") and master != "float32":
+        raise ValueError(
+            f"optimizer.kind {optimizer.kind} updates FP32 weights, but precision.master is {master}; set it "
+            "to float32, or take adamw"
+        )
 
 
 def check_sampled_average(weights: str, ema: Ema) -> None:

@@ -111,9 +111,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             f"precision.fp8.backend {backend} keeps whole weights from forward to backward, which ZeRO stage "
             "3 frees; take torch, or stage 2"
         )
-    for key in ("offload_optimizer", "offload_param"):
+    for key, instead in (
+        ("offload_optimizer", "remove it and set optimizer.kind to adamw_offload"),
+        ("offload_param", "remove it"),
+    ):
         if key in config.deepspeed.get("zero_optimization", {}):
-            raise UserError(f"deepspeed.zero_optimization.{key} is not supported by this engine; remove it")
+            raise UserError(f"deepspeed.zero_optimization.{key} is not supported by this engine; {instead}")
     if precision.reduce == "bfloat16" and precision.compute != "bfloat16":
         raise UserError("precision.reduce bfloat16 needs precision.compute bfloat16")
     values: dict[str, Any] = {

@@ -63,14 +63,14 @@ def _build(named: Named, config: Optimizer, device: torch.device, _model: Model 
     return SkippableAdamW(elementwise_groups(named, config), **adamw_settings(config, device))
 
 
-def _state_elements(named: Named, _config: Optimizer, _model: Model) -> dict[str, int]:
-    return {"Adam moments": 2 * sum(p.numel() for _, p in named)}
+def _state_bytes(named: Named, _config: Optimizer, _model: Model, stored: int) -> dict[str, float]:
+    return {"Adam moments": 2.0 * stored * sum(p.numel() for _, p in named)}
 
 
 ENTRY = OptimizerEntry(
     build=_build,
     state=ADAM_STATE,
-    state_elements=_state_elements,
+    state_bytes=_state_bytes,
     passes=PASSES,
     fused_passes=FUSED_PASSES,
     temporaries=TEMPORARIES,

@@ -279,10 +279,11 @@ def _build(named: Named, config: Optimizer, device: torch.device, model: Model |
     return Muon(groups, stacks, muon, **adamw_settings(config, device))
 
 
-def _state_elements(named: Named, config: Optimizer, model: Model) -> dict[str, int]:
+def _state_bytes(named: Named, config: Optimizer, model: Model, stored: int) -> dict[str, float]:
     sizes = {name: p.numel() for name, p in named}
     matrices = sum(sizes[name] for name in muon_stacks(named, config, model))
-    return {"Adam moments": 2 * (sum(sizes.values()) - matrices), "Muon momentum": matrices}
+    rest = sum(sizes.values()) - matrices
+    return {"Adam moments": 2.0 * stored * rest, "Muon momentum": 1.0 * stored * matrices}
 
 
 def _exchange(named: Named, config: Optimizer, model: Model) -> Exchange:
@@ -295,7 +296,7 @@ def _exchange(named: Named, config: Optimizer, model: Model) -> Exchange:
 ENTRY = OptimizerEntry(
     build=_build,
     state=(*ADAM_STATE, "momentum"),
-    state_elements=_state_elements,
+    state_bytes=_state_bytes,
     passes=PASSES,  # as AdamW's, the products apart
     fused_passes=FUSED_PASSES,
     temporaries=TEMPORARIES,

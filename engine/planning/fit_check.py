@@ -33,13 +33,20 @@ def check_fits(config: Config, stage: int, ranks: int, factor: int, device: torc
     later = frozen_networks(config, edge**2, text).of("teacher", "perceptual")
     traced = trace(config, data.micro_batch, edge, text, stage)
     fused = device.type == "cuda"
-    memory = memory_of(config, stage, ranks, traced, shape_of(config), later.bytes, fused)
+    shape = shape_of(config)
+    memory = memory_of(config, stage, ranks, traced, shape, later.bytes, fused)
+    host, free = shape.host_state / (ranks if stage else 1), psutil.virtual_memory().available / ranks_here()
+    if host > free:
+        raise UserError(
+            f"optimizer.kind {config.optimizer.kind} needs {gigabytes(host)} GB of the host's memory per "
+            f"process, {gigabytes(free)} GB are free; take adamw_8bit, or ZeRO 1 on more processes"
+        )
     if fused:
         # What the allocator keeps for the next tensors counts as free: the driver does not know of it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         have, where = torch.cuda.mem_get_info(device)[0] + kept, torch.cuda.get_device_name(device)
     else:
-        have, where = psutil.virtual_memory().available / ranks_here(), "this machine (per process)"
+        have, where = free - host, "this machine (per process)"
     if memory.peak <= have:
         return None
     line = (

@@ -14,7 +14,7 @@ from millrace.engine.planning.devices import ASSUMED, GPUS, Device
 from millrace.engine.planning.frozen_sizes import Loaded
 from millrace.engine.planning.search import TIE, Option, Planner
 from millrace.engine.planning.step_memory import Shape, gigabytes, saved_bytes
-from millrace.engine.planning.step_time import Step
+from millrace.engine.planning.step_time import HOST_BANDWIDTH, HOST_LINK, Step
 from millrace.engine.util.errors import UserError
 
 DEFAULT_DEVICE = "h200"
@@ -77,6 +77,7 @@ def describe(
         f"memory: {gigabytes(memory.peak)} GB of {gigabytes(capacity)} GB usable "
         f"({memory.peak / capacity:.0%}) on each device, highest in {memory.worst}; always held "
         f"{gigabytes(memory.held)} GB; at the peak {memory.table()}",
+        *_host_state(planner, best),
         *_host_memory(planner),
         f"step: {step.seconds:.3g} s: {_terms(step)}, communication {step.exposed:.2g} that nothing hides "
         f"({step.exposed / step.seconds:.1%} of the step; {step.communication:.2g} in all)"
@@ -120,6 +121,16 @@ def _configured(planner: Planner, best: Option) -> list[str]:
     return [
         f"as configured: ZeRO {option.stage}, micro-batch {option.micro_batch}, checkpointing "
         f"{option.policy}: {gigabytes(option.memory.peak)} GB{fits}, {option.step.seconds:.3g} s a step"
+    ]
+
+
+def _host_state(planner: Planner, best: Option) -> list[str]:
+    if not planner.shape.host_state:
+        return []
+    size = planner.shape.host_state / (planner.ranks if best.stage else 1)
+    return [
+        f"optimizer on the host: {gigabytes(size)} GB of its memory for each process, assumed to reach "
+        f"{HOST_BANDWIDTH / 1e9:g} GB/s there and {HOST_LINK / 1e9:g} GB/s on the way"
     ]
 
 

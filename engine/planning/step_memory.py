@@ -13,11 +13,11 @@ sets it:
 
 Frozen parameters are held besides, as they are stored. At stages 0 to 2 a run in BF16 also holds working
 copies of Psi/2, not of an adapter's factors. At stage 3 weights, their masters and the gradients are Psi/N
-each. The peak is that of the worst phase.
-`state` is the optimizer's and the EMA's. The flat bucket is a copy that DeepSpeed makes to reduce pieces of
-several processes at once; alone it needs none, nor do stages 1 and 2 without `reduce_scatter`. Where a run
-draws samples, that is a phase between two steps, with one whole FP32 copy of the weights, gathered and
-sampled from: Psi; at stage 0 the weights or averages themselves are sampled from, where they are FP32.
+each. The peak is that of the worst phase. `state` is the optimizer's, unless the host has it, and the EMA's.
+The flat bucket is a copy that DeepSpeed makes to reduce pieces of several processes at once; alone it needs
+none, nor do stages 1 and 2 without `reduce_scatter`. Where a run draws samples, that is a phase between two
+steps, with one whole FP32 copy of the weights, gathered and sampled from: Psi; at stage 0 the weights or
+averages themselves are sampled from, where they are FP32.
 """
 
 from collections.abc import Mapping
@@ -50,8 +50,10 @@ class Shape:
     largest: int
     """Of the largest single tensor of those."""
     tensors: int
-    state: Mapping[str, int] = field(default_factory=dict)
-    """Of the optimizer, by purpose."""
+    state: Mapping[str, float] = field(default_factory=dict)
+    """Bytes of the optimizer's, by purpose."""
+    host_state: float = 0.0
+    """Bytes of the optimizer's in the memory of the host."""
     exchange: Exchange = NO_EXCHANGE
     """What the optimizer sends and computes besides its element-wise update."""
     frozen: int = 0
@@ -60,6 +62,11 @@ class Shape:
     """Of those, as they are stored."""
     factors: int = 0
     """Of what is trained, an adapter's, which has no working copies."""
+
+
+def element_bytes(config: Config) -> int:
+    """Of a weight, a gradient and an average, as `precision.master` stores them."""
+    return 4 if config.precision.master == "float32" else 2
 
 
 def shape_of(config: Config) -> Shape:
@@ -72,12 +79,14 @@ def shape_of(config: Config) -> Shape:
     sizes = [p.numel() for _, p in named]
     still = [p for _, p in every if not p.requires_grad]
     entry, settings = optimizer_entry(config.optimizer.kind), (config.optimizer, config.model)
-    state, exchange = entry.state_elements(named, *settings), entry.exchange(named, *settings)
+    state = entry.state_bytes(named, *settings, element_bytes(config))
+    exchange = entry.exchange(named, *settings)
     return Shape(
         sum(sizes),
         max(sizes),
         len(sizes),
         state,
+        entry.host_bytes(named),
         exchange,
         frozen=sum(p.numel() for p in still),
         frozen_bytes=float(sum(p.numel() * p.element_size() for p in still)),
@@ -149,7 +158,7 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
     Stage 3 has masters of its own: DeepSpeed 0.19 would share them with FP32 weights, but compares a
     torch.device with a string first.
     """
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     share = ranks if stage > 0 else 1
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
     found = {
@@ -159,7 +168,7 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
         * (shape.parameters - shape.factors)
         * has_working_weights(config.precision, stage),
         "master weights": 4 * shape.parameters / share if stage else 0.0,
-        **{name: stored * elements / share for name, elements in shape.state.items()},
+        **{name: size / share for name, size in shape.state.items()},
         "EMA": averages * stored * shape.parameters / share,
     }
     return {name: float(size) for name, size in found.items() if size}
@@ -168,9 +177,9 @@ def held_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> dict[str
 def saved_bytes(config: Config, ranks: int, shape: Shape) -> float:
     """Bytes of the training state that each of `ranks` processes writes to a checkpoint, the same at every
     stage; unless `checkpoint.blocking` is set, it holds a copy of them in host memory."""
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
-    trained = stored * ((1 + averages) * shape.parameters + sum(shape.state.values()))
+    trained = stored * (1 + averages) * shape.parameters + sum(shape.state.values()) + shape.host_state
     return (trained + shape.frozen_bytes) / ranks
 
 
@@ -193,7 +202,7 @@ def memory_of(
     parts = held_bytes(config, stage, ranks, shape)
     if frozen:
         parts["frozen networks"] = frozen
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     whole = stored * shape.parameters
     share = whole / ranks
     zero = zero_section(config, stage, ranks, shape.parameters)

@@ -30,12 +30,19 @@ from millrace.engine.model.working_weights import has_working_weights
 from millrace.engine.optim.training_optimizer import optimizer_entry
 from millrace.engine.planning.activations import Traced
 from millrace.engine.planning.devices import Device, Kind, sent_bytes
-from millrace.engine.planning.step_memory import LIVE, Shape, fetched
+from millrace.engine.planning.step_memory import LIVE, Shape, element_bytes, fetched
 
 REFRESH = 6
 """Bytes of a parameter whose working copy is made anew: reads FP32, writes BF16."""
 AVERAGE = 3
 """EMA: reads both, writes one."""
+HOST_LINK = 25e9
+"""Bytes/s from a device to its host, assumed: 80 % of 16 lanes of PCIe 4.0."""
+HOST_BANDWIDTH = 60e9
+"""Bytes/s that a process reads and writes in the memory of its host, assumed: 80 % of two channels of
+DDR5-4800."""
+HOST_UPDATE = 28
+"""Bytes of a parameter in torch's AdamW on the host: reads weight, gradient and two moments, writes three."""
 BACKWARD = 2 / 3
 """Of the products of forward and backward."""
 
@@ -56,7 +63,7 @@ def transfers(config: Config, stage: int, ranks: int, shape: Shape, micro_batche
     """What a step sends between `ranks` processes, gradients and weights alike."""
     if ranks == 1:
         return []
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     reduced = 2 if config.precision.reduce == "bfloat16" else stored
     whole = stored * shape.parameters
     zero = zero_section(config, stage, ranks, shape.parameters)
@@ -178,6 +185,12 @@ def optimizer_bytes(config: Config, stage: int, ranks: int, shape: Shape, fused:
     return passes * _owned_bytes(config, stage, ranks, shape)
 
 
+def host_seconds(config: Config, stage: int, ranks: int, shape: Shape) -> float:
+    """Of the update where it is the host's: weights and gradients go there while it is computed."""
+    owned = _owned_bytes(config, stage, ranks, shape)
+    return max(2 * owned / HOST_LINK, HOST_UPDATE / element_bytes(config) * owned / HOST_BANDWIDTH)
+
+
 def average_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> float:
     """Bytes that the EMA moves on each process in a step, in the mean over steps with and without it."""
     averages = config.ema.enabled * (1 if config.ema.second_decay is None else 2)
@@ -186,7 +199,7 @@ def average_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> float
 
 def _owned_bytes(config: Config, stage: int, ranks: int, shape: Shape) -> float:
     """Of the master weights that each process updates."""
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     return stored * shape.parameters / (ranks if stage else 1)
 
 
@@ -220,13 +233,16 @@ def step_of(
     if stage == 3:
         compute += device.gather_overhead * micro_batches * gathers(shape) * shape.tensors
     bandwidth = device.copy_bandwidth
-    stored = 4 if config.precision.master == "float32" else 2
+    stored = element_bytes(config)
     a_pass = stored * shape.parameters / bandwidth
     working = has_working_weights(config.precision, stage)
     casts = (micro_batches * traced.casts + working * REFRESH * shape.parameters) / bandwidth
     accumulation = (micro_batches - 1) * accumulation_passes(stage, ranks, working) * a_pass
     copies = copy_passes(stage, ranks) * a_pass
-    optimizer = optimizer_bytes(config, stage, ranks, shape, device.fused_optimizer) / bandwidth
+    if shape.host_state:
+        optimizer = host_seconds(config, stage, ranks, shape)
+    else:
+        optimizer = optimizer_bytes(config, stage, ranks, shape, device.fused_optimizer) / bandwidth
     optimizer += shape.exchange.flops / ranks / device.product_flops
     averages = average_bytes(config, stage, ranks, shape) / bandwidth
     communication, hidden, sent = 0.0, 0.0, 0.0

@@ -56,6 +56,7 @@ MAY_WAIT = {
     ("engine/losses/contrastive.py", "save"): "writes a file of the command that makes the mean target",
     ("engine/model/denoiser.py", "predict"): "the dense form that sampling uses",
     ("engine/encoders/latent_statistics.py", "save_statistics"): "with a checkpoint",
+    ("engine/optim/adamw_offload.py", "wait"): "the update is the host's, which needs the gradients",
     ("engine/repa_e/tuned_autoencoder.py", "save_autoencoder"): "with a checkpoint",
     ("engine/run_log/loss_buffer.py", "flush"): "every `logging.every_steps` steps",
     ("engine/trainer.py", "_report_bad"): "after a step that was skipped",

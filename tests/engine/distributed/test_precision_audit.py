@@ -89,6 +89,20 @@ def test_moments_are_audited_too(runs, tmp_path):
         require_masters(engine.module, shards, optimizer.state, config.precision)
 
 
+def test_moments_have_8_bits_only_where_the_optimizer_says_so(runs, tmp_path):
+    config, engine, _, shards = engine_of(runs, tmp_path, "float32")
+    codes = {"exp_avg_8bit": torch.zeros(1, dtype=torch.uint8), "exp_avg_scale": torch.zeros(1)}
+    state = {shards[0].master: codes}
+    require_masters(engine.module, shards, state, config.precision, quantized=("exp_avg_8bit",))
+    rows = dict(audit(engine.module, shards, state, [], config.precision))
+    assert rows["optimizer state (this rank)"] == "uint8 (1), float32 (1)"
+    with pytest.raises(UserError, match="exp_avg_8bit of weight is uint8, not float32"):
+        require_masters(engine.module, shards, state, config.precision)
+    codes["exp_avg_8bit"] = torch.zeros(1)
+    with pytest.raises(UserError, match="exp_avg_8bit of weight is float32, not uint8"):
+        require_masters(engine.module, shards, state, config.precision, quantized=("exp_avg_8bit",))
+
+
 def test_audit_counts_what_is_stored(runs, tmp_path):
     config, engine, optimizer, shards = engine_of(runs, tmp_path, "float32", torch.nn.Linear(3, 5))
     ema = EmaWeights(config.ema, shards)

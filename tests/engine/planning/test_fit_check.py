@@ -1,5 +1,7 @@
 """Memory check at the start, and what is held against bytes that PyTorch and the optimizer hold."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -144,3 +146,20 @@ def test_an_autoencoder_shrinks_the_activations_only(runs, tmp_path, monkeypatch
     for factor in (1, 8):
         check_fits(small(runs, tmp_path, {"data": {"resolution": 64}}), 0, 1, factor, CPU)
     assert traced[0] == 8 * traced[1] > 8
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 2)])
+def test_the_host_has_room_for_its_moments(runs, tmp_path, monkeypatch, stage, ranks):
+    """In its memory, not the device's; shared at stages 1 to 3."""
+    config = small(runs, tmp_path, {"optimizer": {"kind": "adamw_offload"}})
+    assert set(held(config, stage, ranks)) == set(held(small(runs, tmp_path), stage, ranks)) - {
+        "Adam moments"
+    }
+    need = 8 * sum(p.numel() for p in Denoiser(config.model).parameters()) / (ranks if stage else 1)
+    assert shape_of(config).host_state / (ranks if stage else 1) == need
+    memory = SimpleNamespace(available=need - 1)
+    monkeypatch.setattr(fit_check.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(UserError, match=r"adamw_offload needs \S+ GB of the host's memory per process"):
+        check_fits(config, stage, ranks, 1, CPU)
+    memory.available = need + 1e9
+    assert check_fits(config, stage, ranks, 1, CPU) is None
