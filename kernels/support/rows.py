@@ -135,8 +135,9 @@ def launch_shapes() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor, int]]
 
 
 def configurations() -> Iterator[Launch]:
-    """The fold by itself, ahead of time; each operation's launches have it too."""
-    for chunks, width in ((4, 1792), (2048, 64)):
+    """The fold by itself, ahead of time: of few and of many chunks (a micro-batch of one or two samples has
+    many); each operation's launches have it too."""
+    for chunks, width in ((4, 1792), (64, 1792), (64, 3584), (2048, 64)):
         for dtype in (torch.float32, torch.bfloat16):
             partial, sums = meta(3, chunks, width, dtype=torch.float32), meta(3, width, dtype=dtype)
             yield Launch(f"fold {chunks} of C={width} into {dtype}", fold, (partial, sums))

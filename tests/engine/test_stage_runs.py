@@ -95,10 +95,9 @@ def test_killed_anywhere_and_resumed_is_bit_identical(runs, staged, i):
 def test_commands_take_the_settings_of_the_checkpoint_s_stage(staged, tmp_path, capsys, step, stage, pixels):
     """A checkpoint at a boundary is the last of the stage before it."""
     folder = dict(list_checkpoints(staged / "whole-0" / "checkpoints"))[step]
-    grid = tmp_path / "grid.png"
-    words = ["--checkpoint", str(folder), "--prompt", "a cat", "--steps", "1", "--grid", str(grid)]
+    words = ["--checkpoint", str(folder), "--prompt", "a cat", "--steps", "1", "--output", str(tmp_path)]
     assert sample.main(words) == 0
-    assert Image.open(grid).size == (pixels, pixels)
+    assert [Image.open(path).size for path in tmp_path.glob("*.png")] == [(pixels, pixels)]
     where = f"EMA weights of {folder}, step {step}{f', stage {stage!r}' if stage else ''}"
     assert f"{where}: {pixels} x {pixels} pixels\n" in capsys.readouterr().out
     assert export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")]) == 0
@@ -135,10 +134,10 @@ def test_the_command_evaluates_what_the_run_evaluated(runs, tmp_path, capsys):
         report = json.loads((tmp_path / "scores.json").read_text())
         assert report["metrics"] == {name: logged[step][name] for name in report["metrics"]}
         assert report["resolution"] == (16 if step == 2 else 32)
-    assert (
-        Image.open(run / "samples" / "step-00000004.png").width
-        == 2 * Image.open(run / "samples" / "step-00000002.png").width
-    )
+    for step, size, guidance in ((2, 16, 5.0), (4, 32, 1.5)):
+        made_by = json.loads(Image.open(run / "samples" / f"step-{step:08d}.png").text["millrace"])
+        assert made_by["size"] == [size, size]
+        assert made_by["sampling"]["guidance"] == guidance
 
 
 def test_a_boundary_is_a_checkpoint_and_is_announced(runs, tmp_path, capsys):
