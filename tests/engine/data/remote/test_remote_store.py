@@ -207,15 +207,18 @@ def test_bytes_that_stay_wrong_are_the_samples_fault(dataset, serve, held, monke
 def test_bytes_that_the_disk_lost_are_fetched_again(dataset, serve, cache, eventually, held, monkeypatch):
     monkeypatch.setattr(remote_store, "HELD", held)
     server = serve(dataset)
-    expected = [ShardsSource(dataset).encoded(i) for i in range(45)]
+    expected, sources = [ShardsSource(dataset).encoded(i) for i in range(45)], []
 
     def all_from_the_disk():
         source = ShardsSource(server.url)
+        sources.append(source)
         before = server.counts["requests"]
         assert [source.encoded(i) for i in range(45)] == expected
         return server.counts["requests"] == before
 
     eventually(all_from_the_disk)
+    for source in sources:  # whose last writes would mend the damage
+        source._store._disk.shutdown()
     copies = [path for path in (cache / "samples").iterdir() if path.name != "used"]
     assert len(copies) == 6
     damaged = bytearray(copies[0].read_bytes())
