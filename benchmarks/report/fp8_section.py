@@ -5,22 +5,16 @@ from pathlib import Path
 
 from millrace.benchmarks.quality.ablations_run import averages
 from millrace.benchmarks.report.charts import LIGHT, SERIES, chart
+from millrace.benchmarks.report.marked_section import with_section
 from millrace.benchmarks.report.recording import Result, of
 from millrace.benchmarks.report.tables import Table
-from millrace.engine.util.errors import UserError
-
-BEGIN, END = "<!-- written by python -m benchmarks pages -->", "<!-- end -->"
 
 
 def page(results: list[Result], before: str) -> str:
     """The page `before`, with what stands between its marks made anew. Raises UserError without the marks."""
-    head, mark, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not mark or not end:
-        raise UserError(f"docs/precision.md has no line {BEGIN} and after it {END}")
     found = [result for result in of(results, "fp8_parity") if not result["quick"]]
     text = section(found[-1]) if found else "Not measured: no result of `python -m benchmarks fp8_parity`."
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    return with_section(before, text, "precision.md")
 
 
 def section(result: Result) -> str:

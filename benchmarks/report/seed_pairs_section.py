@@ -1,11 +1,10 @@
 """The section of docs/comparing.md about pairs of seeds, from the newest result of `seed_pairs`."""
 
 from millrace.benchmarks.quality.seed_pairs import measured
+from millrace.benchmarks.report.marked_section import with_section
 from millrace.benchmarks.report.recording import Result, of
 from millrace.benchmarks.report.tables import Table
-from millrace.engine.util.errors import UserError
 
-BEGIN, END = "<!-- written by python -m benchmarks pages -->", "<!-- end -->"
 WORDS = {
     "pairs": "same setting, other seed: pairs of their own",
     "all pairs": "same setting, other seed: every pair",
@@ -17,13 +16,9 @@ VERDICTS = ("not decided", "better", "worse")
 
 def page(results: list[Result], before: str) -> str:
     """The page `before`, with what stands between its marks made anew. Raises UserError without the marks."""
-    head, mark, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not mark or not end:
-        raise UserError(f"docs/comparing.md has no line {BEGIN} and after it {END}")
     found = of(results, "seed_pairs")
     text = section(found[-1]) if found else "Not measured: no result of `python -m benchmarks seed_pairs`."
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    return with_section(before, text, "comparing.md")
 
 
 def section(result: Result) -> str:

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from millrace.benchmarks.report.fp8_section import BEGIN, END
+from millrace.benchmarks.report.marked_section import with_section
 from millrace.benchmarks.report.recording import Result
 from millrace.benchmarks.report.tables import Table
 from millrace.engine.config import Config
@@ -19,11 +19,7 @@ PROCESSES = (1, 8, 32)
 
 def page(_results: list[Result], before: str) -> str:
     """The page `before`, with what stands between its marks made anew. Raises UserError without the marks."""
-    head, mark, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not mark or not end:
-        raise UserError(f"docs/planning.md has no line {BEGIN} and after it {END}")
-    return f"{head}{BEGIN}\n{section()}\n{END}{tail}"
+    return with_section(before, section(), "planning.md")
 
 
 def section() -> str:

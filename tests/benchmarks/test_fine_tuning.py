@@ -8,6 +8,7 @@ import pytest
 
 from millrace.benchmarks.quality import fine_tuning
 from millrace.benchmarks.report import fine_tuning_section
+from millrace.benchmarks.report.marked_section import BEGIN, END
 from millrace.engine.util.errors import UserError
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "fine_tuning.json"
@@ -37,7 +38,7 @@ def test_the_result_is_what_its_runs_give_and_the_page_says():
     assert len(stored["runs"]) == 3
     assert stored["table"] == fine_tuning.compare(stored["runs"])
     assert stored["arms"] == json.loads(json.dumps(fine_tuning.ARMS))
-    page = f"a\n{fine_tuning_section.BEGIN}\nold\n{fine_tuning_section.END}\nz\n"
+    page = f"a\n{BEGIN}\nold\n{END}\nz\n"
     text = fine_tuning_section.page([stored], page)
     assert "old" not in text
     assert fine_tuning_section.page([stored], text) == text

@@ -8,6 +8,7 @@ import pytest
 
 from millrace.benchmarks.quality import fp8_parity as parity
 from millrace.benchmarks.report import fp8_section
+from millrace.benchmarks.report.marked_section import BEGIN, END
 from millrace.engine.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,10 +94,10 @@ def test_the_section_says_what_was_measured():
 
 
 def test_the_section_goes_between_its_marks():
-    page = f"before\n{fp8_section.BEGIN}\nold\n{fp8_section.END}\nafter\n"
+    page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     text = fp8_section.page([result()], page)
-    assert text.startswith(f"before\n{fp8_section.BEGIN}\nWidth 32")
-    assert text.endswith(f"\n{fp8_section.END}\nafter\n")
+    assert text.startswith(f"before\n{BEGIN}\nWidth 32")
+    assert text.endswith(f"\n{END}\nafter\n")
     assert "old" not in text
     assert fp8_section.page([result()], text) == text
     assert "Not measured" in fp8_section.page([result() | {"quick": True}], page)

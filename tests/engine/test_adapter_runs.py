@@ -1,7 +1,5 @@
 """Runs that train an adapter, or a part of the model: what stays, what resumes, what is stored how."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from millrace.engine.config.loading import parse_config
 from millrace.engine.distributed.zero_shards import masters
 from millrace.engine.planning.step_memory import held_bytes, shape_of
 from millrace.engine.trainer import Trainer
+from tests.engine.run_states import assert_equal_states, copy_until, newest, tensors
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +25,6 @@ def stage(number):
 
 def adapter(kind, **more):
     return {"adapter": {"kind": kind, "rank": 4, "alpha": 8.0, **more}}
-
-
-def newest(run):
-    return CheckpointReader(list_checkpoints(run / "checkpoints")[-1][1])
-
-
-def tensors(run):
-    reader = newest(run)
-    return {name: reader.tensor(name) for name in reader.names()}
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +66,6 @@ def test_only_the_adapter_is_trained(runs, base, tmp_path, kind, compute):
     assert [n for n in start if not torch.equal(moved[n].float(), found[f"master/{n}"].float())] == sorted(
         f"{layer}.weight" for layer in layers
     )
-
-
-def copy_until(run, step, target):
-    """A copy of a run as it stood at `step`."""
-    shutil.copytree(run, target)
-    for later, folder in list_checkpoints(target / "checkpoints"):
-        if later > step:
-            shutil.rmtree(folder)
-    return target
-
-
-def assert_equal_states(found, wanted):
-    found, wanted = tensors(found), tensors(wanted)
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
 def assert_similar_states(found, wanted):

@@ -8,6 +8,7 @@ import torch
 
 from millrace.engine.checkpoint.checkpoints import list_checkpoints
 from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
+from tests.engine.run_states import copy_until
 
 pytestmark = pytest.mark.slow
 
@@ -54,15 +55,6 @@ def assert_similar_run(runs, run, whole):
     assert counters == wanted_counters
     for name in wanted:
         assert (tensors[name] - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
-
-
-def copy_until(run, step, target):
-    """A copy of a run as it stood at `step`."""
-    shutil.copytree(run, target)
-    for later, folder in list_checkpoints(target / "checkpoints"):
-        if later > step:
-            shutil.rmtree(folder)
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,15 @@
 The losses of 60 steps, exact resumption, other numbers of processes and ZeRO stages.
 """
 
-import shutil
-
 import pytest
 import torch
 
-from millrace.engine.checkpoint.checkpoints import list_checkpoints
-from millrace.engine.checkpoint.sharded_tensors import CheckpointReader
 from millrace.engine.config.loading import parse_config
 from millrace.engine.distributed.zero_shards import masters
 from millrace.engine.optim.adamw_8bit import CODES, SCALES
 from millrace.engine.planning.step_memory import held_bytes, shape_of
 from millrace.engine.trainer import Trainer
+from tests.engine.run_states import assert_equal_states, copy_until, newest, tensors
 
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.slow
@@ -35,30 +32,6 @@ LAYOUTS = ((1, 0), (2, 2))
 def changes(kind, stage=0, *more):
     zero = {"deepspeed": {"zero_optimization": {"stage": stage}}}
     return (LONG, {"optimizer": {"kind": kind, "weight_decay": 0.1}}, zero, *more)
-
-
-def newest(run):
-    return CheckpointReader(list_checkpoints(run / "checkpoints")[-1][1])
-
-
-def tensors(run):
-    reader = newest(run)
-    return {name: reader.tensor(name) for name in reader.names()}
-
-
-def copy_until(run, step, target):
-    """A copy of a run as it stood at `step`."""
-    shutil.copytree(run, target)
-    for later, folder in list_checkpoints(target / "checkpoints"):
-        if later > step:
-            shutil.rmtree(folder)
-    return target
-
-
-def assert_equal_states(found, wanted):
-    found, wanted = tensors(found), tensors(wanted)
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
 def losses(runs, run):

@@ -2,7 +2,6 @@
 stage, skip all or nothing; and what they leave can be sampled from and used by other runs."""
 
 import itertools
-import shutil
 import sys
 
 import pytest
@@ -21,6 +20,7 @@ from millrace.engine.repa_e import tuned_autoencoder
 from millrace.engine.repa_e.tuned_autoencoder import open_trained
 from millrace.engine.trainer import Trainer
 from millrace.engine.util.errors import UserError
+from tests.engine.run_states import copy_until
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.slow
@@ -67,15 +67,6 @@ def whole(runs, tuned, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "run"
     assert runs.here(output, tuned).error is None
     return output
-
-
-def copy_until(run, step, target):
-    """A copy of a run as it stood at `step`."""
-    shutil.copytree(run, target)
-    for later, folder in list_checkpoints(target / "checkpoints"):
-        if later > step:
-            shutil.rmtree(folder)
-    return target
 
 
 def tensors_of(run, step=-1):
